@@ -1,0 +1,70 @@
+# One door for all work; CI calls these targets too.
+SHELL := /bin/bash
+PYTHON ?= python3
+# Which torch: TORCH="torch==2.13.0" from the index that pip is configured with. Choose a build with
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu      (CPU wheels)
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130    (CUDA 13.0 wheels)
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+HOST ?= 127.0.0.1
+PORT ?= 50051
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup.stamp
+PROTO_VENV := .venv-proto
+# The oldest generator whose stubs run with every grpcio that the client promises to support.
+GRPCIO_TOOLS := grpcio-tools==1.74.0
+
+.PHONY: help setup demo serve test lint format typecheck proto proto-check train-model clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+setup: $(STAMP) ## create .venv with everything (instant when it is up to date)
+
+$(STAMP): pyproject.toml client/pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "vlcache needs Python >= 3.10"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3-venv is missing: apt install python3-venv"; exit 1; }
+	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/pip install -q --disable-pip-version-check -e 'client[images]' -e '.[worker,dev]'
+	@touch $@
+
+demo: setup ## start router and both workers, ask about sample images, print answers and bytes, stop
+	$(BIN)/python -m deploy.local demo
+
+serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C drains it)
+	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT)
+
+test: setup ## the test suite
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: setup ## style, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: setup ## rewrite to the house style
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format -q .
+
+typecheck: setup ## static types
+	$(BIN)/mypy
+
+$(PROTO_VENV)/.stamp:
+	$(PYTHON) -m venv $(PROTO_VENV)
+	$(PROTO_VENV)/bin/pip install -q --disable-pip-version-check $(GRPCIO_TOOLS)
+	@touch $@
+
+proto: $(PROTO_VENV)/.stamp ## regenerate the stubs under client/src from proto/
+	$(PROTO_VENV)/bin/python -m grpc_tools.protoc -I proto --python_out=client/src --pyi_out=client/src \
+		--grpc_python_out=client/src $$(cd proto && find vlcache -name '*.proto' | sort)
+
+proto-check: proto ## fail when the committed stubs differ from proto/
+	git diff --exit-code --stat -- client/src/vlcache/v1 client/src/vlcache/worker
+
+train-model: setup ## train the bundled model from scratch (hours on a CPU)
+	$(BIN)/python -m models.shapes_vlm.training --out $(or $(OUT),/tmp/shapes-vlm)
+
+clean: ## remove the environments
+	rm -rf $(VENV) $(PROTO_VENV)

@@ -1,0 +1,60 @@
+from vlcache.v1 import inference_pb2 as _inference_pb2
+from vlcache.worker.v1 import worker_pb2 as _worker_pb2
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PrefillRequest(_message.Message):
+    __slots__ = ("request", "attempt", "ticket", "timeout_s", "epoch")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    request: _inference_pb2.GenerateRequest
+    attempt: int
+    ticket: Ticket
+    timeout_s: float
+    epoch: str
+    def __init__(self, request: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., timeout_s: _Optional[float] = ..., epoch: _Optional[str] = ...) -> None: ...
+
+class Ticket(_message.Message):
+    __slots__ = ("decode_worker", "decode_address", "token", "transport", "reserved_bytes")
+    DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    decode_worker: str
+    decode_address: str
+    token: bytes
+    transport: str
+    reserved_bytes: int
+    def __init__(self, decode_worker: _Optional[str] = ..., decode_address: _Optional[str] = ..., token: _Optional[bytes] = ..., transport: _Optional[str] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...
+
+class PrefillEvent(_message.Message):
+    __slots__ = ("first_token", "compression", "transfer")
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    first_token: FirstToken
+    compression: _inference_pb2.Compression
+    transfer: _inference_pb2.Transfer
+    def __init__(self, first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., compression: _Optional[_Union[_inference_pb2.Compression, _Mapping]] = ..., transfer: _Optional[_Union[_inference_pb2.Transfer, _Mapping]] = ...) -> None: ...
+
+class FirstToken(_message.Message):
+    __slots__ = ("token_id", "text", "finish_reason", "prompt_tokens", "visual_tokens")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    VISUAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    text: str
+    finish_reason: _inference_pb2.FinishReason
+    prompt_tokens: int
+    visual_tokens: int
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ...) -> None: ...
