@@ -1,5 +1,4 @@
 from vlcache.v1 import inference_pb2 as _inference_pb2
-from vlcache.worker.v1 import kv_pb2 as _kv_pb2
 from vlcache.worker.v1 import worker_pb2 as _worker_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor

@@ -4,7 +4,6 @@ import grpc
 import warnings
 
 from vlcache.worker.v1 import decode_pb2 as vlcache_dot_worker_dot_v1_dot_decode__pb2
-from vlcache.worker.v1 import kv_pb2 as vlcache_dot_worker_dot_v1_dot_kv__pb2
 from vlcache.worker.v1 import worker_pb2 as vlcache_dot_worker_dot_v1_dot_worker__pb2
 
 GRPC_GENERATED_VERSION = '1.74.0'
@@ -28,7 +27,7 @@ if _version_not_supported:
 
 
 class DecodeServiceStub(object):
-    """Internal: spoken by a decode worker. Routers reserve and read tokens, prefill workers deliver parcels.
+    """Internal: the control plane of a decode worker. Routers reserve and read tokens, prefill workers renew.
     """
 
     def __init__(self, channel):
@@ -57,16 +56,6 @@ class DecodeServiceStub(object):
                 request_serializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
-        self.PutKV = channel.stream_unary(
-                '/vlcache.worker.v1.DecodeService/PutKV',
-                request_serializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.PutKVRequest.SerializeToString,
-                response_deserializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.PutKVResponse.FromString,
-                _registered_method=True)
-        self.InstallKV = channel.unary_unary(
-                '/vlcache.worker.v1.DecodeService/InstallKV',
-                request_serializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.InstallKVRequest.SerializeToString,
-                response_deserializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.InstallKVResponse.FromString,
-                _registered_method=True)
         self.StreamTokens = channel.stream_stream(
                 '/vlcache.worker.v1.DecodeService/StreamTokens',
                 request_serializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.TokenStreamRequest.SerializeToString,
@@ -75,7 +64,7 @@ class DecodeServiceStub(object):
 
 
 class DecodeServiceServicer(object):
-    """Internal: spoken by a decode worker. Routers reserve and read tokens, prefill workers deliver parcels.
+    """Internal: the control plane of a decode worker. Routers reserve and read tokens, prefill workers renew.
     """
 
     def GetWorkerInfo(self, request, context):
@@ -101,20 +90,6 @@ class DecodeServiceServicer(object):
 
     def Release(self, request, context):
         """Ends a reservation or a sequence, whatever its stage. Idempotent; late chunks cannot revive it.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def PutKV(self, request_iterator, context):
-        """Delivers a parcel in chunks; answered once it is installed.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def InstallKV(self, request, context):
-        """Delivers a parcel through shared memory; answered once it is installed and the slot may be reused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,16 +125,6 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     request_deserializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.ReleaseRequest.FromString,
                     response_serializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.ReleaseResponse.SerializeToString,
             ),
-            'PutKV': grpc.stream_unary_rpc_method_handler(
-                    servicer.PutKV,
-                    request_deserializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.PutKVRequest.FromString,
-                    response_serializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.PutKVResponse.SerializeToString,
-            ),
-            'InstallKV': grpc.unary_unary_rpc_method_handler(
-                    servicer.InstallKV,
-                    request_deserializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.InstallKVRequest.FromString,
-                    response_serializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.InstallKVResponse.SerializeToString,
-            ),
             'StreamTokens': grpc.stream_stream_rpc_method_handler(
                     servicer.StreamTokens,
                     request_deserializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.TokenStreamRequest.FromString,
@@ -174,7 +139,7 @@ def add_DecodeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DecodeService(object):
-    """Internal: spoken by a decode worker. Routers reserve and read tokens, prefill workers deliver parcels.
+    """Internal: the control plane of a decode worker. Routers reserve and read tokens, prefill workers renew.
     """
 
     @staticmethod
@@ -275,60 +240,6 @@ class DecodeService(object):
             '/vlcache.worker.v1.DecodeService/Release',
             vlcache_dot_worker_dot_v1_dot_decode__pb2.ReleaseRequest.SerializeToString,
             vlcache_dot_worker_dot_v1_dot_decode__pb2.ReleaseResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def PutKV(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_unary(
-            request_iterator,
-            target,
-            '/vlcache.worker.v1.DecodeService/PutKV',
-            vlcache_dot_worker_dot_v1_dot_kv__pb2.PutKVRequest.SerializeToString,
-            vlcache_dot_worker_dot_v1_dot_kv__pb2.PutKVResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def InstallKV(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/vlcache.worker.v1.DecodeService/InstallKV',
-            vlcache_dot_worker_dot_v1_dot_kv__pb2.InstallKVRequest.SerializeToString,
-            vlcache_dot_worker_dot_v1_dot_kv__pb2.InstallKVResponse.FromString,
             options,
             channel_credentials,
             insecure,

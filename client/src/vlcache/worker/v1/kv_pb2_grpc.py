@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from vlcache.worker.v1 import kv_pb2 as vlcache_dot_worker_dot_v1_dot_kv__pb2
 
 GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
@@ -22,3 +23,123 @@ if _version_not_supported:
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
+
+
+class KVTransferServiceStub(object):
+    """Internal: the data plane of a decode worker, called by prefill workers.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.PutKV = channel.stream_unary(
+                '/vlcache.worker.v1.KVTransferService/PutKV',
+                request_serializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.PutKVRequest.SerializeToString,
+                response_deserializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.PutKVResponse.FromString,
+                _registered_method=True)
+        self.InstallKV = channel.unary_unary(
+                '/vlcache.worker.v1.KVTransferService/InstallKV',
+                request_serializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.InstallKVRequest.SerializeToString,
+                response_deserializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.InstallKVResponse.FromString,
+                _registered_method=True)
+
+
+class KVTransferServiceServicer(object):
+    """Internal: the data plane of a decode worker, called by prefill workers.
+    """
+
+    def PutKV(self, request_iterator, context):
+        """Delivers a parcel in chunks; answered once it is installed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InstallKV(self, request, context):
+        """Delivers a parcel through shared memory; answered once it is installed and the slot may be reused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_KVTransferServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'PutKV': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutKV,
+                    request_deserializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.PutKVRequest.FromString,
+                    response_serializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.PutKVResponse.SerializeToString,
+            ),
+            'InstallKV': grpc.unary_unary_rpc_method_handler(
+                    servicer.InstallKV,
+                    request_deserializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.InstallKVRequest.FromString,
+                    response_serializer=vlcache_dot_worker_dot_v1_dot_kv__pb2.InstallKVResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'vlcache.worker.v1.KVTransferService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('vlcache.worker.v1.KVTransferService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class KVTransferService(object):
+    """Internal: the data plane of a decode worker, called by prefill workers.
+    """
+
+    @staticmethod
+    def PutKV(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/vlcache.worker.v1.KVTransferService/PutKV',
+            vlcache_dot_worker_dot_v1_dot_kv__pb2.PutKVRequest.SerializeToString,
+            vlcache_dot_worker_dot_v1_dot_kv__pb2.PutKVResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InstallKV(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vlcache.worker.v1.KVTransferService/InstallKV',
+            vlcache_dot_worker_dot_v1_dot_kv__pb2.InstallKVRequest.SerializeToString,
+            vlcache_dot_worker_dot_v1_dot_kv__pb2.InstallKVResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

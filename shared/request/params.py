@@ -1,0 +1,120 @@
+"""Domain values and their protobuf twins: sampling and budget, read by router and workers alike."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vlcache.v1 import inference_pb2 as pb
+
+from shared.errors import InvalidRequestError
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_BYTES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn and when generation ends.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep every token. The random number of a step depends on
+    (`seed`, position) alone.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        _require(
+            math.isfinite(self.temperature) and 0 <= self.temperature <= 100,
+            f"temperature must lie in [0, 100], not {self.temperature}",
+        )
+        _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
+        _require(self.top_k >= 0, f"top_k must not be negative, not {self.top_k}")
+        _require(len(self.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} stop strings are allowed")
+        for text in self.stop:
+            _require(0 < len(text.encode()) <= MAX_STOP_BYTES, f"a stop string has 1 to {MAX_STOP_BYTES} bytes")
+
+    @classmethod
+    def from_proto(cls, message: pb.SamplingParams, *, default_max_new_tokens: int) -> Sampling:
+        """Reads and checks a message.
+
+        Raises:
+            InvalidRequestError: A value is out of its range.
+        """
+        has = message.HasField
+        return cls(
+            max_new_tokens=message.max_new_tokens if has("max_new_tokens") else default_max_new_tokens,
+            temperature=message.temperature,
+            top_p=message.top_p if has("top_p") else 1.0,
+            top_k=message.top_k,
+            seed=message.seed,
+            stop=tuple(message.stop),
+            ignore_eos=message.ignore_eos,
+        )
+
+    def to_proto(self) -> pb.SamplingParams:
+        """The message that reads back as this value."""
+        return pb.SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop=self.stop,
+            ignore_eos=self.ignore_eos,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much of the prompt's KV is kept: a share (`retention`, in (0, 1]) or a token count per layer."""
+
+    retention: float | None = None
+    max_kept_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.retention is not None:
+            ok = math.isfinite(self.retention) and 0 < self.retention <= 1
+            _require(ok, f"retention is the kept share and must lie in (0, 1], not {self.retention}")
+        if self.max_kept_tokens is not None:
+            _require(self.max_kept_tokens >= 1, f"max_kept_tokens must be at least 1, not {self.max_kept_tokens}")
+
+    @classmethod
+    def from_proto(cls, message: pb.CompressionParams, *, default_retention: float) -> Budget:
+        """Reads and checks a message.
+
+        Raises:
+            InvalidRequestError: A value is out of its range.
+        """
+        kind = message.WhichOneof("budget")
+        if kind == "max_kept_tokens":
+            return cls(max_kept_tokens=message.max_kept_tokens)
+        return cls(retention=message.retention if kind == "retention" else default_retention)
+
+    def share_of(self, prompt_tokens: int) -> float:
+        """The retention that this budget means for a prompt of `prompt_tokens`."""
+        if self.max_kept_tokens is not None:
+            return min(1.0, self.max_kept_tokens / prompt_tokens)
+        assert self.retention is not None
+        return self.retention
+
+    def kept_tokens_bound(self, prompt_tokens: int, *, min_tokens: int) -> int:
+        """Upper bound of the mean number of kept tokens per layer, given an upper bound of the prompt's."""
+        if self.max_kept_tokens is not None:
+            wanted = self.max_kept_tokens
+        else:
+            assert self.retention is not None
+            wanted = math.ceil(self.retention * prompt_tokens)
+        return min(prompt_tokens, max(wanted, min_tokens))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvalidRequestError(message)

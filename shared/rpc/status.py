@@ -1,0 +1,62 @@
+"""Errors to rich gRPC statuses and back (`google.rpc.Status` with ErrorInfo and RetryInfo)."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from shared import errors
+
+DOMAIN = "vlcache"
+
+
+def _leaves(cls: type[errors.ServiceError]) -> list[type[errors.ServiceError]]:
+    return [cls] + [leaf for sub in cls.__subclasses__() for leaf in _leaves(sub)]
+
+
+ERROR_BY_CODE: dict[str, type[errors.ServiceError]] = {
+    cls.code: cls for cls in _leaves(errors.ServiceError) if cls is not errors.ServiceError
+}
+
+
+def to_status(error: errors.ServiceError, *, metadata: dict[str, str] | None = None) -> grpc.Status:
+    """The gRPC status of an error; `metadata` (worker, request_id) travels in the ErrorInfo."""
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata or {})
+    info.metadata["retryable"] = "true" if error.retryable else "false"
+    details = [_packed(info)]
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+    code = getattr(grpc.StatusCode, error.code).value[0]
+    return rpc_status.to_status(status_pb2.Status(code=code, message=error.message, details=details))
+
+
+def from_rpc_error(error: grpc.RpcError) -> errors.ServiceError:
+    """The error that another service meant; connection failures become `UnavailableError`."""
+    cls = ERROR_BY_CODE.get(error.code().name, errors.InternalError)
+    reason, retry_after_s = _details(error)
+    if not reason and cls is errors.UnavailableError:
+        # grpc's own text names addresses
+        return cls("the worker cannot be reached", reason="WORKER_UNREACHABLE")
+    return cls(error.details() or error.code().name, reason=reason, retry_after_s=retry_after_s)
+
+
+def _details(error: grpc.RpcError) -> tuple[str, float | None]:
+    reason, retry_after_s = "", None
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else ():
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            reason = info.reason
+        elif detail.Unpack(retry):
+            retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+    return reason, retry_after_s
+
+
+def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

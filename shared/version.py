@@ -1,0 +1,3 @@
+"""The version of the services."""
+
+VERSION = "0.1.0"
