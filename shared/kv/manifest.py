@@ -1,0 +1,164 @@
+"""The manifest of a KV parcel: everything a decode worker needs besides the body."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import xxhash
+from vlcache.worker.v1 import kv_pb2 as pb
+
+from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError
+from shared.kv.layout import KVLayout
+from shared.request.params import Sampling
+
+FORMAT_VERSION = 1
+MAX_LOGICAL_LENGTH = 1 << 24
+POSITION_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferId:
+    """One attempt to move one prompt's KV; a retry is a new transfer."""
+
+    request_id: str
+    attempt: int
+    prefill_epoch: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Describes a parcel; immutable, checked against the reservation before anything is installed.
+
+    `num_kept` is layer-major, one count per layer and KV head. `next_position` is the RoPE position of the first
+    generated token: the original prompt length (plus the M-RoPE delta), never the kept length.
+    """
+
+    transfer: TransferId
+    model: str
+    compatibility: str
+    layout: KVLayout
+    num_kept: tuple[int, ...]
+    logical_length: int
+    next_position: int
+    policy: str
+    requested_retention: float
+    realised_retention: float
+    layer_attention_mass: tuple[float, ...]
+    body_bytes: int
+    digest: bytes
+    first_token: int
+    sampling: Sampling
+    kept_positions: bytes = field(default=b"", repr=False)
+
+    def check(self) -> None:
+        """Checks that the parts agree with each other.
+
+        Raises:
+            InvalidRequestError: A count, shape or size is impossible.
+        """
+        heads = self.layout.num_layers * self.layout.num_kv_heads
+        _require(0 < self.logical_length <= MAX_LOGICAL_LENGTH, "logical length out of range")
+        _require(len(self.num_kept) == heads, "one kept count per layer and KV head is needed")
+        _require(all(1 <= kept <= self.logical_length for kept in self.num_kept), "a kept count is out of range")
+        _require(self.body_bytes == self.layout.body_bytes(self.num_kept), "body size and kept counts disagree")
+        _require(0 < self.next_position <= 2 * MAX_LOGICAL_LENGTH, "next position out of range")
+        expected = POSITION_BYTES * sum(self.num_kept)
+        _require(len(self.kept_positions) in (0, expected), "kept positions and kept counts disagree")
+
+    def check_compatible(self, *, compatibility: str, layout: KVLayout) -> None:
+        """Refuses a parcel of another model.
+
+        Raises:
+            FailedPreconditionError: The parcel was made by other weights or in another layout.
+        """
+        if self.compatibility != compatibility or self.layout != layout:
+            raise FailedPreconditionError("the parcel belongs to another model", reason="INCOMPATIBLE_PARCEL")
+
+    def check_digest(self, body: memoryview) -> None:
+        """Compares the body with the digest.
+
+        Raises:
+            DataLossError: Bytes were lost or changed.
+        """
+        if body_digest(body) != self.digest:
+            raise DataLossError("the parcel's digest does not match its bytes", reason="PARCEL_DIGEST")
+
+    @classmethod
+    def from_proto(cls, message: pb.KVManifest) -> Manifest:
+        """Reads and checks a message.
+
+        Raises:
+            FailedPreconditionError: Another format version or an unknown layout.
+            InvalidRequestError: The parts disagree.
+        """
+        if message.format_version != FORMAT_VERSION:
+            raise FailedPreconditionError(
+                f"parcel format {message.format_version} is not {FORMAT_VERSION}", reason="PARCEL_FORMAT"
+            )
+        manifest = cls(
+            transfer=TransferId(
+                request_id=message.transfer.request_id,
+                attempt=message.transfer.attempt,
+                prefill_epoch=message.transfer.prefill_epoch,
+            ),
+            model=message.model,
+            compatibility=message.compatibility,
+            layout=KVLayout.from_proto(message.layout),
+            num_kept=tuple(message.num_kept),
+            logical_length=message.logical_length,
+            next_position=message.next_position,
+            policy=message.policy,
+            requested_retention=message.requested_retention,
+            realised_retention=message.realised_retention,
+            layer_attention_mass=tuple(message.layer_attention_mass),
+            body_bytes=message.body_bytes,
+            digest=message.digest,
+            first_token=message.first_token,
+            sampling=Sampling.from_proto(message.sampling, default_max_new_tokens=0),
+            kept_positions=message.kept_positions,
+        )
+        manifest.check()
+        return manifest
+
+    def to_proto(self) -> pb.KVManifest:
+        """The message that reads back as this manifest."""
+        return pb.KVManifest(
+            format_version=FORMAT_VERSION,
+            transfer=pb.TransferId(
+                request_id=self.transfer.request_id,
+                attempt=self.transfer.attempt,
+                prefill_epoch=self.transfer.prefill_epoch,
+            ),
+            model=self.model,
+            compatibility=self.compatibility,
+            layout=self.layout.to_proto(),
+            num_kept=self.num_kept,
+            logical_length=self.logical_length,
+            next_position=self.next_position,
+            policy=self.policy,
+            requested_retention=self.requested_retention,
+            realised_retention=self.realised_retention,
+            layer_attention_mass=self.layer_attention_mass,
+            body_bytes=self.body_bytes,
+            digest=self.digest,
+            first_token=self.first_token,
+            sampling=self.sampling.to_proto(),
+            kept_positions=self.kept_positions,
+        )
+
+
+def body_digest(body: memoryview) -> bytes:
+    """xxh3-128 of a parcel body: integrity against faults, not against an attacker."""
+    return xxhash.xxh3_128_digest(body)
+
+
+def layer_tokens(num_kept: Sequence[int], layout: KVLayout) -> list[int]:
+    """Kept tokens of each layer: those of its largest KV head."""
+    heads = layout.num_kv_heads
+    return [max(num_kept[layer * heads : (layer + 1) * heads]) for layer in range(layout.num_layers)]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvalidRequestError(f"bad parcel manifest: {message}", reason="PARCEL_MANIFEST")
