@@ -1,0 +1,90 @@
+"""Client of vlcache, the service that serves vision-language models with compressed KV transfer.
+
+with Client("127.0.0.1:50051") as client:
+    completion = client.generate("What is in the picture?", images=["photo.jpg"])
+    print(completion.text, completion.compression.kept_bytes)
+"""
+
+from vlcache._async_client import AsyncClient
+from vlcache._async_stream import AsyncStream
+from vlcache._channel import DEFAULT_ADDRESS
+from vlcache._client import Client
+from vlcache._completion import Completion, Timings
+from vlcache._errors import (
+    Aborted,
+    AlreadyExists,
+    Cancelled,
+    ContextTooLong,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+    VlcacheError,
+)
+from vlcache._events import (
+    Compressed,
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    Placement,
+    Started,
+    Transferred,
+    Usage,
+)
+from vlcache._messages import Image, ImageSource, Message
+from vlcache._server_info import KVBytes, Model, ServerInfo, Totals, Worker
+from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout
+from vlcache._stream import Stream
+
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "Aborted",
+    "AlreadyExists",
+    "AsyncClient",
+    "AsyncStream",
+    "Cancelled",
+    "Client",
+    "Completion",
+    "Compressed",
+    "Compression",
+    "ContextTooLong",
+    "DataLoss",
+    "DeadlineExceeded",
+    "Delta",
+    "Event",
+    "FailedPrecondition",
+    "FinishReason",
+    "Finished",
+    "Image",
+    "ImageSource",
+    "InternalError",
+    "InvalidRequest",
+    "KVBytes",
+    "Message",
+    "Model",
+    "NotFound",
+    "PermissionDenied",
+    "Placement",
+    "ResourceExhausted",
+    "RetryPolicy",
+    "Sampling",
+    "ServerInfo",
+    "Started",
+    "Stream",
+    "Timeout",
+    "Timings",
+    "Totals",
+    "Transferred",
+    "Unauthenticated",
+    "Unavailable",
+    "Usage",
+    "VlcacheError",
+    "Worker",
+]

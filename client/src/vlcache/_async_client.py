@@ -1,0 +1,149 @@
+"""The client for asyncio, the twin of `_client`."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from vlcache._async_stream import AsyncStream
+from vlcache._attempts import Attempts
+from vlcache._channel import DEFAULT_ADDRESS, channel_options
+from vlcache._completion import Completion
+from vlcache._errors import error_from_rpc
+from vlcache._exchange import Exchange
+from vlcache._messages import ImageSource, Message, build_request
+from vlcache._readiness import POLL_INTERVAL_S, Readiness
+from vlcache._server_info import Model, ServerInfo, models_from_proto, server_info_from_proto
+from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout
+from vlcache.v1 import inference_pb2, inference_pb2_grpc
+
+
+class AsyncClient:
+    """Talks to one vlcache service from one event loop. Tasks may share it; `close` it, or use `async with`.
+
+    address: "host:port" of the router.
+    timeout: limits of every call.
+    retry: when a failed call is sent again.
+
+    Every method raises the errors of `VlcacheError`; `generate` and `stream` also ValueError and OSError, see
+    `stream`.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout: Timeout | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        self._timeout = timeout or Timeout()
+        self._retry = retry or RetryPolicy()
+        self._channel = grpc.aio.insecure_channel(address, options=channel_options(self._timeout))
+        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; calls that are still running are cancelled."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        images: Sequence[ImageSource] = (),
+        messages: Sequence[Message] | None = None,
+        model: str = "",
+        sampling: Sampling | None = None,
+        compression: Compression | None = None,
+        request_id: str | None = None,
+    ) -> Completion:
+        """Waits for the whole answer. Options and errors are those of `stream`."""
+        async with self.stream(
+            prompt,
+            images=images,
+            messages=messages,
+            model=model,
+            sampling=sampling,
+            compression=compression,
+            request_id=request_id,
+        ) as stream:
+            return await stream.result()
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        images: Sequence[ImageSource] = (),
+        messages: Sequence[Message] | None = None,
+        model: str = "",
+        sampling: Sampling | None = None,
+        compression: Compression | None = None,
+        request_id: str | None = None,
+    ) -> AsyncStream:
+        """An iterator over the events of the answer; leaving its `async with` block early cancels the request.
+
+        prompt, images: one message of the user, images first.
+        messages: a whole chat instead of them.
+        model: name of a served model; empty means the only one.
+        sampling, compression: the service's defaults when None.
+        request_id: 1 to 128 of [A-Za-z0-9._:-]; made when None. Every attempt carries it.
+
+        Raises ValueError when options contradict one another, OSError when an image cannot be read, and
+        InvalidRequest when the request exceeds 64 MiB, all before anything is sent. Images are read and encoded here
+        and now, in the loop's thread.
+        """
+        request = build_request(
+            prompt=prompt,
+            images=images,
+            messages=messages,
+            model=model,
+            sampling=sampling,
+            compression=compression,
+            request_id=request_id,
+        )
+        exchange = Exchange(request, timeout=self._timeout, policy=self._retry)
+        return AsyncStream(self._stub.Generate, exchange)
+
+    async def models(self) -> tuple[Model, ...]:
+        """The models that can be asked."""
+        return models_from_proto(await self._call(self._stub.ListModels, inference_pb2.ListModelsRequest()))
+
+    async def info(self) -> ServerInfo:
+        """Version, workers, the KV bytes they hold, and what compression has saved."""
+        return server_info_from_proto(await self._call(self._stub.GetServerInfo, inference_pb2.GetServerInfoRequest()))
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Waits until a model can be asked. Raises DeadlineExceeded after `timeout_s` seconds without one."""
+        readiness = Readiness(timeout_s)
+        while True:
+            try:
+                response = await self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=readiness.left_s())
+                if response.models:
+                    return
+            except grpc.RpcError as rpc_error:
+                readiness.note(rpc_error)
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def _call(self, method: Callable[..., Any], request: Any) -> Any:
+        attempts = Attempts(policy=self._retry, total_s=self._timeout.total_s)
+        while True:
+            try:
+                return await method(request, timeout=attempts.begin())
+            except grpc.RpcError as rpc_error:
+                failure = error_from_rpc(rpc_error)
+                delay_s = attempts.backoff_s(failure, within_s=self._timeout.total_s)
+                if delay_s is None:
+                    raise failure from rpc_error
+            await asyncio.sleep(delay_s)

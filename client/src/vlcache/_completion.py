@@ -1,0 +1,124 @@
+"""A whole answer, put together from its events and timed as they are read."""
+
+import itertools
+from dataclasses import dataclass
+
+from vlcache._events import (
+    Compressed,
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    Placement,
+    Started,
+    Transferred,
+    Usage,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds measured by the client. A token arrives when the `Delta` that carries its id is read.
+
+    ttft_s: sending → first token, failed attempts and backoff included; None without tokens.
+    ttst_s: sending → second token, which shows what the hand-off costs; None with fewer than two tokens.
+    itl_s: gaps between tokens, one fewer than tokens; 0 between tokens of the same `Delta`.
+    e2e_s: sending → last token, or → the end without tokens.
+    """
+
+    ttft_s: float | None
+    ttst_s: float | None
+    itl_s: tuple[float, ...]
+    e2e_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A finished answer.
+
+    request_id, model: which request, answered by which model.
+    text, token_ids: the answer, and the tokens that were generated for it.
+    finish_reason: why it ended.
+    usage: tokens of prompt and answer.
+    compression: what was kept of the prompt's KV; None when the service did not say.
+    transfer: how the KV travelled; None when it did not have to.
+    timings: what the client measured.
+    seed: draws the same answer again.
+    placement: workers that served it.
+    """
+
+    request_id: str
+    model: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    compression: Compressed | None
+    transfer: Transferred | None
+    timings: Timings
+    seed: int
+    placement: Placement
+
+
+class Collector:
+    """Gathers the events of one request. Times are seconds since it was sent."""
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+        self._model = ""
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._arrivals_s: list[float] = []
+        self._compression: Compressed | None = None
+        self._transfer: Transferred | None = None
+        self._finished: Finished | None = None
+        self._end_s = 0.0
+
+    @property
+    def has_token(self) -> bool:
+        """Whether the first token has arrived."""
+        return bool(self._arrivals_s)
+
+    def add(self, event: Event, at_s: float) -> None:
+        """Takes an event in that was read `at_s` seconds after sending."""
+        match event:
+            case Started():
+                self._model = event.model
+            case Delta():
+                self._texts.append(event.text)
+                self._token_ids.extend(event.token_ids)
+                self._arrivals_s.extend([at_s] * len(event.token_ids))
+            case Compressed():
+                self._compression = event
+            case Transferred():
+                self._transfer = event
+            case Finished():
+                self._finished = event
+                self._end_s = at_s
+
+    def completion(self) -> Completion | None:
+        """The whole answer; None as long as `Finished` is missing."""
+        if self._finished is None:
+            return None
+        return Completion(
+            request_id=self._request_id,
+            model=self._model,
+            text="".join(self._texts),
+            token_ids=tuple(self._token_ids),
+            finish_reason=self._finished.reason,
+            usage=self._finished.usage,
+            compression=self._compression,
+            transfer=self._transfer,
+            timings=self._timings(),
+            seed=self._finished.seed,
+            placement=self._finished.placement,
+        )
+
+    def _timings(self) -> Timings:
+        arrivals_s = self._arrivals_s
+        return Timings(
+            ttft_s=arrivals_s[0] if arrivals_s else None,
+            ttst_s=arrivals_s[1] if len(arrivals_s) > 1 else None,
+            itl_s=tuple(later - earlier for earlier, later in itertools.pairwise(arrivals_s)),
+            e2e_s=arrivals_s[-1] if arrivals_s else self._end_s,
+        )

@@ -1,0 +1,159 @@
+"""What a stream delivers: `Started`, then `Delta`s with `Compressed` and `Transferred` among them, `Finished`."""
+
+import enum
+from dataclasses import dataclass
+
+from vlcache.v1 import inference_pb2
+
+
+class FinishReason(str, enum.Enum):
+    """Why the answer ended."""
+
+    STOP = "stop"  # end-of-sequence token or stop string
+    LENGTH = "length"  # max_new_tokens reached
+    UNSPECIFIED = "unspecified"  # a reason that this client does not know
+
+
+_REASONS = {
+    inference_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    inference_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tokens of one request; `prompt_tokens` includes `visual_tokens`."""
+
+    prompt_tokens: int
+    visual_tokens: int
+    generated_tokens: int
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the prompt that are not visual."""
+        return self.prompt_tokens - self.visual_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Names of the workers that served the request."""
+
+    prefill_worker: str
+    decode_worker: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The service has taken the request on."""
+
+    request_id: str
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """A piece of the answer. `text` holds complete characters only and may be empty while one is still open."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """What the prefill worker kept of the prompt's KV.
+
+    policy: name of the compression policy.
+    requested_retention, realised_retention: kept share of the KV, in (0, 1].
+    full_bytes, kept_bytes: bytes of KV before and after.
+    layer_tokens: tokens kept in each layer (the largest KV head of the layer).
+    layer_attention_mass: per layer, share of the post-vision attention that falls on kept tokens, in [0, 1].
+    prompt_tokens, visual_tokens: tokens of the prompt, and how many of them are visual.
+    """
+
+    policy: str
+    requested_retention: float
+    realised_retention: float
+    full_bytes: int
+    kept_bytes: int
+    layer_tokens: tuple[int, ...]
+    layer_attention_mass: tuple[float, ...]
+    prompt_tokens: int
+    visual_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transferred:
+    """How the KV parcel travelled.
+
+    transport: name of the transport.
+    sent_bytes: bytes handed to it: parcel, manifest and framing.
+    seconds: time from the first byte to the commit.
+    """
+
+    transport: str
+    sent_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The last event. `seed` draws the same answer again."""
+
+    reason: FinishReason
+    usage: Usage
+    seed: int
+    placement: Placement
+
+
+Event = Started | Delta | Compressed | Transferred | Finished
+
+
+def event_from_proto(response: inference_pb2.GenerateResponse) -> Event | None:
+    """The event in a response; None for a kind that this client does not know yet."""
+    match response.WhichOneof("event"):
+        case "started":
+            return Started(request_id=response.started.request_id, model=response.started.model)
+        case "delta":
+            return Delta(text=response.delta.text, token_ids=tuple(response.delta.token_ids))
+        case "compression":
+            return _compressed(response.compression)
+        case "transfer":
+            return _transferred(response.transfer)
+        case "finished":
+            return _finished(response.finished)
+        case _:
+            return None
+
+
+def _compressed(message: inference_pb2.Compression) -> Compressed:
+    return Compressed(
+        policy=message.policy,
+        requested_retention=message.requested_retention,
+        realised_retention=message.realised_retention,
+        full_bytes=message.full_bytes,
+        kept_bytes=message.kept_bytes,
+        layer_tokens=tuple(message.layer_tokens),
+        layer_attention_mass=tuple(message.layer_attention_mass),
+        prompt_tokens=message.prompt_tokens,
+        visual_tokens=message.visual_tokens,
+    )
+
+
+def _transferred(message: inference_pb2.Transfer) -> Transferred:
+    return Transferred(transport=message.transport, sent_bytes=message.sent_bytes, seconds=message.seconds)
+
+
+def _finished(message: inference_pb2.Finished) -> Finished:
+    return Finished(
+        reason=_REASONS.get(message.reason, FinishReason.UNSPECIFIED),
+        usage=Usage(
+            prompt_tokens=message.usage.prompt_tokens,
+            visual_tokens=message.usage.visual_tokens,
+            generated_tokens=message.usage.generated_tokens,
+        ),
+        seed=message.seed,
+        placement=Placement(
+            prefill_worker=message.placement.prefill_worker,
+            decode_worker=message.placement.decode_worker,
+        ),
+    )

@@ -1,0 +1,169 @@
+"""What a caller chooses: time limits, retries, sampling and compression. Values only, checked when made."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlcache.v1 import inference_pb2
+
+MAX_SEED = 2**64 - 1
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _is_positive(seconds: float) -> bool:
+    return 0 < seconds < math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeout:
+    """How long a client waits.
+
+    connect_s: seconds that one attempt to connect may take, name resolution apart.
+    first_token_s: seconds from sending to the first token, all attempts together; None sets no such limit.
+    total_s: seconds that a whole call may take, all attempts together. The server sees what is left of it as
+        the deadline of the RPC.
+
+    Raises ValueError when a limit is not a positive, finite number.
+    """
+
+    connect_s: float = 5.0
+    first_token_s: float | None = None
+    total_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        _check(_is_positive(self.connect_s), f"connect_s must be positive, got {self.connect_s}")
+        _check(_is_positive(self.total_s), f"total_s must be positive, got {self.total_s}")
+        _check(
+            self.first_token_s is None or _is_positive(self.first_token_s),
+            f"first_token_s must be positive or None, got {self.first_token_s}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """When a failed call is sent again. Only errors that say `retryable` are, and only before the first event.
+
+    max_attempts: attempts in all; 1 never retries.
+    initial_backoff_s: seconds before the second attempt.
+    max_backoff_s: the longest backoff in seconds; a longer wait that the server asks for is still respected.
+    multiplier: growth of the backoff from one attempt to the next.
+    jitter: share of each backoff, in [0, 1], that is drawn at random, so that clients do not return together.
+
+    Raises ValueError when a value is out of its range.
+    """
+
+    max_attempts: int = 4
+    initial_backoff_s: float = 0.2
+    max_backoff_s: float = 5.0
+    multiplier: float = 2.0
+    jitter: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check(self.max_attempts >= 1, f"max_attempts must be at least 1, got {self.max_attempts}")
+        _check(
+            _is_positive(self.initial_backoff_s),
+            f"initial_backoff_s must be positive, got {self.initial_backoff_s}",
+        )
+        _check(
+            self.initial_backoff_s <= self.max_backoff_s < math.inf,
+            f"max_backoff_s must be finite and at least initial_backoff_s, got {self.max_backoff_s}",
+        )
+        _check(1 <= self.multiplier < math.inf, f"multiplier must be at least 1, got {self.multiplier}")
+        _check(0 <= self.jitter <= 1, f"jitter must be in [0, 1], got {self.jitter}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. None leaves a choice to the server.
+
+    max_new_tokens: tokens to generate at most.
+    temperature: 0 is greedy (the server's default).
+    top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
+    top_k: keep the top_k most likely tokens; 0 keeps all.
+    seed: 64-bit seed; the same seed and prompt give the same answer.
+    stop: generation ends before the first occurrence of any of these.
+    ignore_eos: go on after the end-of-sequence token.
+
+    Raises ValueError when a value is out of its range.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check(
+            self.max_new_tokens is None or self.max_new_tokens >= 1,
+            f"max_new_tokens must be at least 1, got {self.max_new_tokens}",
+        )
+        _check(
+            self.temperature is None or 0 <= self.temperature < math.inf,
+            f"temperature must be finite and not negative, got {self.temperature}",
+        )
+        _check(self.top_p is None or 0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        _check(self.top_k is None or self.top_k >= 0, f"top_k must not be negative, got {self.top_k}")
+        _check(self.seed is None or 0 <= self.seed <= MAX_SEED, f"seed must fit 64 bits, got {self.seed}")
+        # A lone string is a sequence of characters too: each of them would stop the generation.
+        _check(not isinstance(self.stop, str), "stop must be a tuple of strings, got one string")
+        _check(all(self.stop), "stop strings must not be empty")
+
+    def to_proto(self) -> inference_pb2.SamplingParams:
+        """The message of the contract; fields left None stay absent."""
+        return inference_pb2.SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop=self.stop,
+            ignore_eos=self.ignore_eos,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """How much of the prompt's KV is kept, and who chooses it. What is left out is the server's default.
+
+    policy: name of a compression policy; `Model.policies` lists them.
+    retention: kept share of the prompt's KV, in (0, 1]; 1 keeps everything.
+    max_kept_tokens: tokens kept per layer on average, instead of `retention`.
+    parameters: parameters of the policy by name, JSON values; the server refuses unknown names.
+
+    Raises ValueError when a value is out of its range or both budgets are given.
+    """
+
+    policy: str = ""
+    retention: float | None = None
+    max_kept_tokens: int | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(
+            self.retention is None or self.max_kept_tokens is None,
+            "retention and max_kept_tokens are two ways to set one budget: give one of them",
+        )
+        _check(
+            self.retention is None or 0 < self.retention <= 1,
+            f"retention must be in (0, 1], got {self.retention}",
+        )
+        _check(
+            self.max_kept_tokens is None or self.max_kept_tokens >= 1,
+            f"max_kept_tokens must be at least 1, got {self.max_kept_tokens}",
+        )
+
+    def to_proto(self) -> inference_pb2.CompressionParams:
+        """The message of the contract. Raises ValueError when a parameter is not a JSON value."""
+        params = inference_pb2.CompressionParams(
+            policy=self.policy, retention=self.retention, max_kept_tokens=self.max_kept_tokens
+        )
+        params.parameters.update(self.parameters)
+        return params

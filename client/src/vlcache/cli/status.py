@@ -1,0 +1,76 @@
+"""`vlcache status`: the workers, the KV bytes they hold, and what compression has saved."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from vlcache._channel import DEFAULT_ADDRESS
+from vlcache._client import Client
+from vlcache._server_info import ServerInfo, Totals, Worker
+from vlcache._settings import Timeout
+from vlcache.cli.formatting import format_bytes, format_share, format_table, to_json
+
+TIMEOUT_S = 10.0
+
+_HEADER = (
+    "WORKER",
+    "ROLE",
+    "STATE",
+    "MODEL",
+    "ADDRESS",
+    "RUNNING",
+    "WAITING",
+    "KV CAPACITY",
+    "RESERVED",
+    "FILLING",
+    "ACTIVE",
+    "RETAINED",
+)
+
+
+def add_command(commands: Any) -> None:
+    """Adds the command and its options to the parser."""
+    parser = commands.add_parser("status", help="show workers and KV bytes", description=__doc__)
+    parser.set_defaults(run=run)
+    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Asks and prints. Raises VlcacheError."""
+    with Client(args.address, timeout=Timeout(total_s=TIMEOUT_S)) as client:
+        info = client.info()
+    print(_json(info) if args.json else _text(info))
+
+
+def _json(info: ServerInfo) -> str:
+    document = dataclasses.asdict(info)
+    document["totals"]["kv_saved_bytes"] = info.totals.kv_saved_bytes
+    return to_json(document)
+
+
+def _text(info: ServerInfo) -> str:
+    table = format_table(_HEADER, [_row(worker) for worker in info.workers])
+    return f"vlcache {info.version}\n\n{table}\n\n{_totals_line(info.totals)}"
+
+
+def _row(worker: Worker) -> tuple[str, ...]:
+    return (
+        worker.name,
+        worker.role,
+        worker.state,
+        worker.model,
+        worker.address,
+        str(worker.requests_running),
+        str(worker.requests_waiting),
+        *(format_bytes(num_bytes) for num_bytes in dataclasses.astuple(worker.kv)),
+    )
+
+
+def _totals_line(totals: Totals) -> str:
+    saved_share = format_share(totals.kv_saved_bytes, totals.kv_full_bytes)
+    return (
+        f"{totals.requests} requests: KV {format_bytes(totals.kv_full_bytes)} full, "
+        f"{format_bytes(totals.kv_kept_bytes)} kept, {format_bytes(totals.kv_sent_bytes)} sent, "
+        f"{format_bytes(totals.kv_saved_bytes)} saved ({saved_share})"
+    )
