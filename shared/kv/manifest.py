@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import xxhash
 from vlcache.worker.v1 import kv_pb2 as pb
@@ -14,7 +14,6 @@ from shared.request.params import Sampling
 
 FORMAT_VERSION = 1
 MAX_LOGICAL_LENGTH = 1 << 24
-POSITION_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,6 @@ class Manifest:
     digest: bytes
     first_token: int
     sampling: Sampling
-    kept_positions: bytes = field(default=b"", repr=False)
 
     def check(self) -> None:
         """Checks that the parts agree with each other.
@@ -63,8 +61,6 @@ class Manifest:
         _require(all(1 <= kept <= self.logical_length for kept in self.num_kept), "a kept count is out of range")
         _require(self.body_bytes == self.layout.body_bytes(self.num_kept), "body size and kept counts disagree")
         _require(0 < self.next_position <= 2 * MAX_LOGICAL_LENGTH, "next position out of range")
-        expected = POSITION_BYTES * sum(self.num_kept)
-        _require(len(self.kept_positions) in (0, expected), "kept positions and kept counts disagree")
 
     def check_compatible(self, *, compatibility: str, layout: KVLayout) -> None:
         """Refuses a parcel of another model.
@@ -116,7 +112,6 @@ class Manifest:
             digest=message.digest,
             first_token=message.first_token,
             sampling=Sampling.from_proto(message.sampling, default_max_new_tokens=0),
-            kept_positions=message.kept_positions,
         )
         manifest.check()
         return manifest
@@ -144,7 +139,6 @@ class Manifest:
             digest=self.digest,
             first_token=self.first_token,
             sampling=self.sampling.to_proto(),
-            kept_positions=self.kept_positions,
         )
 
 

@@ -1,9 +1,10 @@
-"""Domain values and their protobuf twins: sampling and budget, read by router and workers alike."""
+"""What a request asks for beside its prompt: sampling and budget, read by router and workers alike."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from vlcache.v1 import inference_pb2 as pb
 
@@ -11,6 +12,9 @@ from shared.errors import InvalidRequestError
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256
+# Floors of any compression policy: a layer may always keep this share of the prompt, and this many tokens.
+FLOOR_SHARE = Fraction(1, 100)
+MIN_KEPT_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,21 +102,22 @@ class Budget:
             return cls(max_kept_tokens=message.max_kept_tokens)
         return cls(retention=message.retention if kind == "retention" else default_retention)
 
-    def share_of(self, prompt_tokens: int) -> float:
-        """The retention that this budget means for a prompt of `prompt_tokens`."""
-        if self.max_kept_tokens is not None:
-            return min(1.0, self.max_kept_tokens / prompt_tokens)
-        assert self.retention is not None
-        return self.retention
+    def share_of(self, prompt_tokens: int) -> Fraction:
+        """The retention that this budget means for a prompt of `prompt_tokens`.
 
-    def kept_tokens_bound(self, prompt_tokens: int, *, min_tokens: int) -> int:
-        """Upper bound of the mean number of kept tokens per layer, given an upper bound of the prompt's."""
+        Exact: 0.29 means 29/100, not its binary neighbour, so that rounding down never loses a token.
+        """
         if self.max_kept_tokens is not None:
-            wanted = self.max_kept_tokens
-        else:
-            assert self.retention is not None
-            wanted = math.ceil(self.retention * prompt_tokens)
-        return min(prompt_tokens, max(wanted, min_tokens))
+            return min(Fraction(1), Fraction(self.max_kept_tokens, prompt_tokens))
+        return Fraction(str(self.retention))
+
+    def kept_tokens_bound(self, prompt_tokens: int) -> int:
+        """Upper bound of the mean number of kept tokens per layer, given an upper bound of the prompt's.
+
+        Every policy stays below it: whatever it gives a layer beyond its share is at most the floor.
+        """
+        floor = max(math.ceil(prompt_tokens * FLOOR_SHARE), MIN_KEPT_TOKENS)
+        return min(prompt_tokens, math.ceil(self.share_of(prompt_tokens) * prompt_tokens) + floor)
 
 
 def _require(condition: bool, message: str) -> None:

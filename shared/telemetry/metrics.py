@@ -6,10 +6,13 @@ Each process builds the one class of its role and hands it down; `registry` is w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from shared.version import VERSION
+
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
 
 def geometric_buckets(low_s: float, high_s: float) -> tuple[float, ...]:
@@ -54,7 +57,7 @@ class _RoleMetrics:
         metric = Histogram(f"vlcache_{name}", text, self._names(extra), registry=self.registry, buckets=buckets)
         return metric if extra else metric.labels(**self._fixed)
 
-    def labelled(self, metric: Counter | Gauge | Histogram, **extra: str) -> Counter | Gauge | Histogram:
+    def labelled(self, metric: Metric, **extra: str) -> Metric:
         """The child of a metric that has labels beyond the fixed ones."""
         return metric.labels(**self._fixed, **extra)
 
@@ -98,7 +101,6 @@ class _WorkerMetrics(_RoleMetrics):
         self.requests_waiting = self._gauge("num_requests_waiting", "Requests admitted and waiting")
         self.stage_seconds = self._histogram("stage_seconds", "Time spent in a stage", STAGE_BUCKETS, "stage")
         self.resident_bytes = self._gauge("kv_resident_bytes", "KV bytes by state", "state")
-        self.cancellations = self._counter("cancellations_total", "Work cancelled", "stage")
 
     def watch_resident(self, state: str, read: Callable[[], float]) -> None:
         """Lets the gauge of `state` read its owner at scrape time."""

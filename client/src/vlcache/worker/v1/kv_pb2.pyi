@@ -19,7 +19,7 @@ class TransferId(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prefill_epoch: _Optional[str] = ...) -> None: ...
 
 class KVManifest(_message.Message):
-    __slots__ = ("format_version", "transfer", "model", "compatibility", "layout", "num_kept", "logical_length", "next_position", "policy", "requested_retention", "realised_retention", "layer_attention_mass", "body_bytes", "digest", "first_token", "sampling", "kept_positions")
+    __slots__ = ("format_version", "transfer", "model", "compatibility", "layout", "num_kept", "logical_length", "next_position", "policy", "requested_retention", "realised_retention", "layer_attention_mass", "body_bytes", "digest", "first_token", "sampling")
     FORMAT_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -36,7 +36,6 @@ class KVManifest(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
-    KEPT_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     format_version: int
     transfer: TransferId
     model: str
@@ -53,8 +52,7 @@ class KVManifest(_message.Message):
     digest: bytes
     first_token: int
     sampling: _inference_pb2.SamplingParams
-    kept_positions: bytes
-    def __init__(self, format_version: _Optional[int] = ..., transfer: _Optional[_Union[TransferId, _Mapping]] = ..., model: _Optional[str] = ..., compatibility: _Optional[str] = ..., layout: _Optional[_Union[_worker_pb2.KVLayout, _Mapping]] = ..., num_kept: _Optional[_Iterable[int]] = ..., logical_length: _Optional[int] = ..., next_position: _Optional[int] = ..., policy: _Optional[str] = ..., requested_retention: _Optional[float] = ..., realised_retention: _Optional[float] = ..., layer_attention_mass: _Optional[_Iterable[float]] = ..., body_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., first_token: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., kept_positions: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, format_version: _Optional[int] = ..., transfer: _Optional[_Union[TransferId, _Mapping]] = ..., model: _Optional[str] = ..., compatibility: _Optional[str] = ..., layout: _Optional[_Union[_worker_pb2.KVLayout, _Mapping]] = ..., num_kept: _Optional[_Iterable[int]] = ..., logical_length: _Optional[int] = ..., next_position: _Optional[int] = ..., policy: _Optional[str] = ..., requested_retention: _Optional[float] = ..., realised_retention: _Optional[float] = ..., layer_attention_mass: _Optional[_Iterable[float]] = ..., body_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., first_token: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
 
 class PutKVRequest(_message.Message):
     __slots__ = ("header", "chunk")

@@ -1,0 +1,68 @@
+"""Shares of a token budget among layers (policies: VL-Cache, arXiv 2410.23317)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefill_worker.compression.policy import TokenBudget
+from shared.request.params import FLOOR_SHARE
+
+FLOOR = float(FLOOR_SHARE)
+# Remainders are compared as integers: floating-point noise must not decide a tie.
+REMAINDER_SCALE = 1 << 20
+BISECTION_STEPS = 100
+
+
+def strict_budget(densities: Sequence[float], budget: TokenBudget, min_tokens: int) -> list[int]:
+    """Water-filling: shares clip(c * d_l, lo, 1) with c such that their mean is the retention exactly.
+
+    Args:
+        densities: d_l = 1 - sparsity, positive, one per layer.
+        budget: Its total is kept to the token, unless every layer needs `min_tokens` already.
+        min_tokens: Fewest tokens of a layer (all of them when the prompt is shorter).
+    """
+    retention, tokens = float(budget.retention), budget.num_tokens
+    low = min(1.0, max(min(FLOOR, retention), min_tokens / tokens))
+    total = max(budget.total, budget.num_layers * min(tokens, min_tokens))
+    shares = _water_fill(densities, max(retention, low), low)
+    return round_to_total([share * tokens for share in shares], total, tokens)
+
+
+def paper_budget(densities: Sequence[float], budget: TokenBudget, min_tokens: int) -> list[int]:
+    """As published: clip(d_l / sum(d) * retention * L, 0.01, 1) without renormalisation; each layer rounded down."""
+    scale = float(budget.retention) * budget.num_layers / sum(densities)
+    tokens = budget.num_tokens
+    shares = [min(1.0, max(FLOOR, density * scale)) for density in densities]
+    # 1e-9: a share such as 0.29 times 100 must not round down to 28
+    return [max(int(share * tokens + 1e-9), min(tokens, min_tokens)) for share in shares]
+
+
+def round_to_total(wanted: Sequence[float], total: int, cap: int) -> list[int]:
+    """Integers near `wanted` that sum to `total`: largest remainder first, ties to the lower layer."""
+    kept = [min(cap, int(tokens + 1e-9)) for tokens in wanted]
+    remainders = [round((tokens - whole) * REMAINDER_SCALE) for tokens, whole in zip(wanted, kept, strict=True)]
+    order = sorted(range(len(kept)), key=lambda layer: (-remainders[layer], layer))
+    missing = total - sum(kept)
+    while missing > 0:
+        open_layers = [layer for layer in order if kept[layer] < cap][:missing]
+        assert open_layers, "the total exceeds what the layers hold"
+        for layer in open_layers:
+            kept[layer] += 1
+        missing -= len(open_layers)
+    return kept
+
+
+def _water_fill(densities: Sequence[float], mean: float, low: float) -> list[float]:
+    """clip(c * d_l, low, 1) with mean `mean`; c by bisection (the mean grows with c)."""
+
+    def shares(c: float) -> list[float]:
+        return [min(1.0, max(low, c * density)) for density in densities]
+
+    below, above = 0.0, 1.0 / min(densities)
+    for _ in range(BISECTION_STEPS):
+        middle = (below + above) / 2
+        if sum(shares(middle)) < mean * len(densities):
+            below = middle
+        else:
+            above = middle
+    return shares(above)

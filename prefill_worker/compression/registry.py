@@ -1,0 +1,50 @@
+"""The policies by name, and how a request's parameters become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import get_type_hints
+
+from prefill_worker.compression.policy import Policy
+from prefill_worker.compression.vl_cache import VLCache
+from shared.errors import InvalidRequestError
+
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (VLCache,)}
+DEFAULT_POLICY = VLCache.name
+
+
+def build_policy(name: str, parameters: Mapping[str, object]) -> Policy:
+    """A policy with a request's parameters.
+
+    Args:
+        name: Empty means the default.
+        parameters: JSON values by name.
+
+    Raises:
+        InvalidRequestError: Unknown policy or parameter, or a value of the wrong type or range.
+    """
+    policy = POLICIES.get(name or DEFAULT_POLICY)
+    if policy is None:
+        known = ", ".join(sorted(POLICIES))
+        raise InvalidRequestError(f"unknown policy {name!r}; known: {known}", reason="UNKNOWN_POLICY")
+    types = get_type_hints(policy)
+    known_fields = [field.name for field in fields(policy)]  # type: ignore[arg-type]  # every policy is a dataclass
+    values = {}
+    for key, value in parameters.items():
+        if key not in known_fields:
+            raise InvalidRequestError(
+                f"{policy.name} has no parameter {key!r}; it has {', '.join(known_fields)}", reason="POLICY_PARAMETER"
+            )
+        values[key] = _converted(policy.name, key, value, types[key])
+    return policy(**values)
+
+
+def _converted(policy: str, key: str, value: object, wanted: type) -> object:
+    """JSON knows only floats: whole ones become the integers that were meant; a bool is never a number."""
+    if wanted in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if wanted is float or float(value).is_integer():
+            return wanted(value)
+    elif isinstance(value, wanted):
+        return value
+    raise InvalidRequestError(f"{policy}: {key} must be a {wanted.__name__}, not {value!r}", reason="POLICY_PARAMETER")

@@ -1,0 +1,84 @@
+"""VL-Cache (Tu et al., ICLR 2025, arXiv 2410.23317): the default policy.
+
+Idea: in a vision-language prompt the attention of the tokens after the image says both which tokens matter and how
+many of them each layer needs.
+
+    score_j   = sum over post-vision rows i of A_ij                 (per KV head: summed over its query heads)
+    sparsity  = share of causal entries with A_ij < threshold * max_j A_ij, mean over query heads
+    budget_l  = clip((1 - sparsity_l) / sum(1 - sparsity) * retention * L, 0.01, 1)
+
+The paper leaves open how heads that share KV select (here: each KV head by itself, or all together), and its clip
+breaks the total (`paper`); `strict` scales the shares until their mean is the retention exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from prefill_worker.compression.budget import paper_budget, strict_budget
+from prefill_worker.compression.observation import post_vision_rows
+from prefill_worker.compression.policy import LayerStatistics, Policy, PromptShape, TokenBudget
+from prefill_worker.compression.selection import select_top
+from shared.errors import InvalidRequestError
+from shared.request.params import MIN_KEPT_TOKENS
+
+BUDGETS = {"strict": strict_budget, "paper": paper_budget}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLCache(Policy):
+    """See the module."""
+
+    name: ClassVar[str] = "vl_cache"
+
+    budget: str = "strict"
+    """How layer shares are clipped: `strict` (exact total) or `paper`."""
+    threshold: float = 0.01
+    """p: an attention entry below p times its row's maximum counts as zero; in (0, 1]."""
+    max_rows: int = 64
+    """Post-vision rows observed at most, the last ones; 0 = all."""
+    recent_share: float = 0.1
+    """Share of a layer's tokens that goes to the most recent ones; in [0, 1]."""
+    min_tokens: int = MIN_KEPT_TOKENS
+    """Fewest tokens of a layer."""
+    shared_heads: bool = False
+    """One selection for all KV heads of a layer instead of one per head."""
+
+    def __post_init__(self) -> None:
+        _require(self.budget in BUDGETS, f"budget must be one of {', '.join(BUDGETS)}, not {self.budget!r}")
+        _require(0 < self.threshold <= 1, f"threshold must lie in (0, 1], not {self.threshold}")
+        _require(self.max_rows >= 0, f"max_rows must not be negative, not {self.max_rows}")
+        _require(0 <= self.recent_share <= 1, f"recent_share must lie in [0, 1], not {self.recent_share}")
+        _require(
+            1 <= self.min_tokens <= MIN_KEPT_TOKENS,
+            f"min_tokens must lie in [1, {MIN_KEPT_TOKENS}], not {self.min_tokens}",
+        )
+
+    def rows(self, prompt: PromptShape) -> range:
+        """Post-vision rows, capped."""
+        return post_vision_rows(prompt, self.max_rows)
+
+    def score(self, layer: LayerStatistics) -> torch.Tensor:
+        """Attention received, per KV head or shared."""
+        if self.shared_heads:
+            return layer.column_mass.sum(dim=0, keepdim=True).expand_as(layer.column_mass)
+        return layer.column_mass
+
+    def allocate(self, layers: Sequence[LayerStatistics], budget: TokenBudget) -> list[int]:
+        """By density, `strict` or `paper`."""
+        # never zero: every row keeps its own maximum
+        densities = [1.0 - layer.sparsity() for layer in layers]
+        return BUDGETS[self.budget](densities, budget, self.min_tokens)
+
+    def select(self, scores: torch.Tensor, kept: int) -> torch.Tensor:
+        """The highest scores and a recent window."""
+        return select_top(scores, kept, self.recent_share)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvalidRequestError(f"vl_cache: {message}", reason="POLICY_PARAMETER")

@@ -1,0 +1,145 @@
+"""What happens in the model thread: prefill -> first token -> selection -> parcel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vlcache.v1 import inference_pb2 as public
+
+from prefill_worker.compression.pipeline import Selection, keep_everything, select_tokens
+from prefill_worker.engine import Prefilled, PrefillEngine
+from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
+from prefill_worker.parcel_writer import kept_counts, write_body
+from prefill_worker.prompt import Prompt
+from shared.kv.manifest import Manifest, body_digest, layer_tokens
+from shared.model.identity import ModelIdentity
+from shared.model.sampler import sample
+from shared.model.spec import VLMSpec
+from shared.model.text_stream import TextStream
+from shared.telemetry.metrics import PrefillMetrics
+
+Emit = Callable[[Event], None]
+
+
+class PrefillCompute:
+    """Turns a prompt into a first token and a parcel. One thread at a time."""
+
+    def __init__(
+        self,
+        engine: PrefillEngine,
+        tokenizer: Any,
+        spec: VLMSpec,
+        identity: ModelIdentity,
+        metrics: PrefillMetrics,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._spec = spec
+        self._identity = identity
+        self._metrics = metrics
+
+    def run(self, job: PrefillJob, prompt: Prompt, body: memoryview, emit: Emit) -> Manifest | None:
+        """Computes one job.
+
+        Args:
+            body: Where the parcel is written; at least as long as the budget's bound.
+            emit: Called with the first token as soon as it is known, then with the compression.
+
+        Returns:
+            The parcel's manifest, or None when the first token ends the answer and nothing need be shipped.
+
+        Raises:
+            RequestCancelledError: The job was cancelled.
+        """
+        num_tokens = prompt.shape.num_tokens
+        retention = job.retention(num_tokens)
+        policy = job.policy if retention < 1 else None
+        prefilled = self._engine.prefill(prompt, policy, job.cancelled)
+        for stage, seconds in prefilled.seconds.items():
+            self._metrics.observe_stage(stage, seconds)
+        first = self._first_token(job, prompt, prefilled.logits)
+        emit(first)
+        if first.finish_reason:
+            return None
+        started = time.monotonic()
+        if policy is None:
+            selections = keep_everything(self._identity.layout.num_layers)
+        else:
+            selections = select_tokens(policy, prefilled.statistics, retention, num_tokens)
+        manifest = self._write(job, prompt, prefilled, selections, first.token, body)
+        self._metrics.observe_stage("select", time.monotonic() - started)
+        emit(Compressed(message=self._report(manifest, prompt)))
+        return manifest
+
+    def _first_token(self, job: PrefillJob, prompt: Prompt, logits: torch.Tensor) -> FirstToken:
+        sampling = job.sampling
+        token = sample(logits, sampling, prompt.next_position)
+        text = TextStream(self._tokenizer, sampling.stop)
+        delta = text.push(token)
+        reason = public.FINISH_REASON_UNSPECIFIED
+        if text.stopped or (token in self._spec.eos_token_ids and not sampling.ignore_eos):
+            reason = public.FINISH_REASON_STOP
+        elif sampling.max_new_tokens == 1:
+            reason = public.FINISH_REASON_LENGTH
+        if reason:
+            delta += text.finish()
+        return FirstToken(
+            token=token,
+            text=delta,
+            finish_reason=reason,
+            prompt_tokens=prompt.shape.num_tokens,
+            visual_tokens=prompt.shape.num_visual,
+        )
+
+    def _write(
+        self,
+        job: PrefillJob,
+        prompt: Prompt,
+        prefilled: Prefilled,
+        selections: list[Selection],
+        first_token: int,
+        body: memoryview,
+    ) -> Manifest:
+        layout, num_tokens = self._identity.layout, prompt.shape.num_tokens
+        num_kept = kept_counts(prefilled, selections)
+        used = body[: layout.body_bytes(num_kept)]
+        write_body(prefilled, selections, num_kept, layout, used)
+        return Manifest(
+            transfer=job.transfer,
+            model=self._identity.name,
+            compatibility=self._identity.compatibility,
+            layout=layout,
+            num_kept=num_kept,
+            logical_length=num_tokens,
+            next_position=prompt.next_position,
+            policy=job.policy.name,
+            requested_retention=float(job.retention(num_tokens)),
+            realised_retention=layout.realised_retention(num_kept, num_tokens),
+            layer_attention_mass=tuple(selection.attention_mass for selection in selections),
+            body_bytes=len(used),
+            digest=body_digest(used),
+            first_token=first_token,
+            sampling=job.sampling,
+        )
+
+    def _report(self, manifest: Manifest, prompt: Prompt) -> public.Compression:
+        layout, mass = manifest.layout, manifest.layer_attention_mass
+        tokens = layer_tokens(manifest.num_kept, layout)
+        self._metrics.attention_mass.observe(sum(mass) / len(mass))
+        for layer, kept in enumerate(tokens):
+            gauge = self._metrics.labelled(self._metrics.layer_retention, layer=str(layer))
+            gauge.set(kept / manifest.logical_length)
+        return public.Compression(
+            policy=manifest.policy,
+            requested_retention=manifest.requested_retention,
+            realised_retention=manifest.realised_retention,
+            full_bytes=layout.full_bytes(manifest.logical_length),
+            kept_bytes=manifest.body_bytes,
+            layer_tokens=tokens,
+            layer_attention_mass=mass,
+            prompt_tokens=prompt.shape.num_tokens,
+            visual_tokens=prompt.shape.num_visual,
+        )

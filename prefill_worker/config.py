@@ -1,0 +1,57 @@
+"""Settings of a prefill worker."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from shared.config import Listen
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillConfig:
+    """Settings of a prefill worker, parsed once from the command line."""
+
+    model: str
+    """Checkpoint: a directory, or a Hugging Face hub id."""
+    model_name: str = ""
+    """Name under which clients ask for the model; the checkpoint's own name when empty."""
+    name: str = "prefill-0"
+    """Name of this worker in placements, metrics and logs."""
+    listen: Listen = field(default_factory=Listen)
+    """Where to listen."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of weights and KV; auto is bf16 on a GPU or an AMX machine, else fp32."""
+    device: str = "cpu"
+    """torch device, such as cpu or cuda:0."""
+    threads: int = 0
+    """torch threads; 0 leaves torch's own choice."""
+    arena_mib: int = 256
+    """Shared memory for parcels on their way, MiB."""
+    socket_dir: Path = field(default_factory=lambda: Path(tempfile.gettempdir()) / "vlcache-arenas")
+    """Private directory of the Unix socket that hands the arena to decode workers on this host."""
+    max_images: int = 16
+    """Images of one request at most."""
+    max_new_tokens: int = 4096
+    """Largest max_new_tokens that a request may ask for."""
+    default_max_new_tokens: int = 256
+    """max_new_tokens of a request that names none."""
+    default_retention: float = 0.10
+    """Kept share of a request that names none, in (0, 1]."""
+    max_waiting: int = 256
+    """Requests admitted and not yet computing; more are refused."""
+    preprocess_threads: int = 2
+    """Threads that decode images and tokenise."""
+    drain_s: float = 30.0
+    """Time that running requests get to finish at SIGTERM, seconds."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.default_retention <= 1:
+            raise ValueError(f"default_retention must lie in (0, 1], not {self.default_retention}")
+        for name in ("arena_mib", "max_images", "max_new_tokens", "max_waiting", "preprocess_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 1 <= self.default_max_new_tokens <= self.max_new_tokens:
+            raise ValueError("default_max_new_tokens must lie between 1 and max_new_tokens")

@@ -1,0 +1,107 @@
+"""One prefill request as the worker sees it, and what it reports while it runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from google.protobuf import json_format
+from vlcache.v1 import inference_pb2 as public
+from vlcache.worker.v1 import prefill_pb2 as pb
+
+from prefill_worker.compression.policy import Policy
+from prefill_worker.compression.registry import build_policy
+from prefill_worker.kv_sender import Ticket
+from shared.kv.manifest import TransferId
+from shared.request.params import Budget, Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillJob:
+    """A checked request. `cancelled` stops it at the next layer."""
+
+    transfer: TransferId
+    messages: tuple[public.Message, ...]
+    sampling: Sampling
+    budget: Budget
+    policy: Policy
+    ticket: Ticket
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    def from_proto(
+        cls, message: pb.PrefillRequest, *, epoch: str, default_max_new_tokens: int, default_retention: float
+    ) -> PrefillJob:
+        """Reads and checks a message.
+
+        Raises:
+            InvalidRequestError: A parameter is out of its range, or the policy is unknown.
+        """
+        request = message.request
+        compression = request.compression
+        parameters: Mapping[str, object] = json_format.MessageToDict(compression.parameters)
+        return cls(
+            transfer=TransferId(request_id=request.request_id, attempt=message.attempt, prefill_epoch=epoch),
+            messages=tuple(request.messages),
+            sampling=Sampling.from_proto(request.sampling, default_max_new_tokens=default_max_new_tokens),
+            budget=Budget.from_proto(compression, default_retention=default_retention),
+            policy=build_policy(compression.policy, parameters),
+            ticket=Ticket.from_proto(message.ticket),
+        )
+
+    def retention(self, prompt_tokens: int) -> Fraction:
+        """The kept share for a prompt of that length; 1 bypasses the policy."""
+        return self.budget.share_of(prompt_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstToken:
+    """The first token, streamed before any KV moves. `finish_reason` is set when it already ends the answer."""
+
+    token: int
+    text: str
+    finish_reason: public.FinishReason
+    prompt_tokens: int
+    visual_tokens: int
+
+    def to_proto(self) -> pb.PrefillEvent:
+        """The event on the wire."""
+        return pb.PrefillEvent(
+            first_token=pb.FirstToken(
+                token_id=self.token,
+                text=self.text,
+                finish_reason=self.finish_reason,
+                prompt_tokens=self.prompt_tokens,
+                visual_tokens=self.visual_tokens,
+            )
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """What was kept of the prompt."""
+
+    message: public.Compression
+
+    def to_proto(self) -> pb.PrefillEvent:
+        """The event on the wire."""
+        return pb.PrefillEvent(compression=self.message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transferred:
+    """The decode worker has the parcel."""
+
+    transport: str
+    sent_bytes: int
+    seconds: float
+
+    def to_proto(self) -> pb.PrefillEvent:
+        """The event on the wire."""
+        transfer = public.Transfer(transport=self.transport, sent_bytes=self.sent_bytes, seconds=self.seconds)
+        return pb.PrefillEvent(transfer=transfer)
+
+
+Event = FirstToken | Compressed | Transferred

@@ -1,0 +1,125 @@
+"""Keeps reservations alive and ships parcels: one channel and two transports per decode worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc
+from vlcache.worker.v1 import prefill_pb2 as pb
+
+from shared.errors import AbortedError, FailedPreconditionError, ServiceError
+from shared.kv.transport.base import Parcel, ParcelTransport, SendReport
+from shared.kv.transport.grpc_stream import GrpcTransport
+from shared.kv.transport.memory import MemoryTransport
+from shared.rpc.options import client_options
+from shared.rpc.status import from_rpc_error
+from shared.telemetry.metrics import PrefillMetrics
+
+log = logging.getLogger(__name__)
+
+RENEW_PERIOD_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ticket:
+    """A decode worker's promise to take a parcel of at most `reserved_bytes`, growth included."""
+
+    decode_worker: str
+    address: str
+    token: bytes
+    transport: str
+    reserved_bytes: int
+
+    @classmethod
+    def from_proto(cls, message: pb.Ticket) -> Ticket:
+        """Reads a message."""
+        return cls(
+            decode_worker=message.decode_worker,
+            address=message.decode_address,
+            token=message.token,
+            transport=message.transport,
+            reserved_bytes=message.reserved_bytes,
+        )
+
+
+class KVSender:
+    """Lives on the event loop of the prefill worker; `epoch` names its arena."""
+
+    def __init__(self, *, epoch: str, metrics: PrefillMetrics, renew_period_s: float = RENEW_PERIOD_S) -> None:
+        self._epoch = epoch
+        self._metrics = metrics
+        self._renew_period_s = renew_period_s
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def send(self, parcel: Parcel, ticket: Ticket) -> SendReport:
+        """Ships a parcel over the transport that was agreed on at the reservation.
+
+        Raises:
+            ServiceError: The decode worker refused, or cannot be reached.
+        """
+        try:
+            report = await self._transport(ticket).send(parcel, ticket.token)
+        except ServiceError as error:
+            self._metrics.labelled(self._metrics.transfer_failures, reason=error.reason).inc()
+            raise
+        labels = {"transport": report.transport}
+        self._metrics.labelled(self._metrics.transfer_bytes, **labels).inc(report.sent_bytes)
+        self._metrics.labelled(self._metrics.transfer_seconds, **labels).observe(report.seconds)
+        return report
+
+    @contextlib.asynccontextmanager
+    async def keep_alive(self, ticket: Ticket) -> AsyncIterator[None]:
+        """While open, renews the reservation's lease, whatever the model thread is doing.
+
+        Raises:
+            AbortedError: The decode worker no longer knows the reservation; the body was cancelled.
+        """
+        body = asyncio.current_task()
+        assert body is not None
+        renewal = asyncio.create_task(self._renew(ticket, body))
+        try:
+            yield
+        except asyncio.CancelledError:
+            if renewal.done() and not renewal.cancelled():
+                raise AbortedError("the decode worker ended the reservation", reason="RESERVATION_LOST") from None
+            raise
+        finally:
+            renewal.cancel()
+            await asyncio.wait([renewal])
+
+    async def close(self) -> None:
+        """Closes all channels."""
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+
+    async def _renew(self, ticket: Ticket, body: asyncio.Task[object]) -> None:
+        stub = decode_pb2_grpc.DecodeServiceStub(self._channel(ticket.address))
+        while True:
+            await asyncio.sleep(self._renew_period_s)
+            try:
+                await stub.Renew(decode_pb2.RenewRequest(token=ticket.token), timeout=self._renew_period_s)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.NOT_FOUND:
+                    body.cancel()
+                    return
+                # a hiccup: the lease outlives several missed renewals
+                log.warning("renewal at %s failed: %s", ticket.decode_worker, from_rpc_error(error).message)
+
+    def _transport(self, ticket: Ticket) -> ParcelTransport:
+        channel = self._channel(ticket.address)
+        if ticket.transport == MemoryTransport.name:
+            return MemoryTransport(channel, self._epoch)
+        if ticket.transport == GrpcTransport.name:
+            return GrpcTransport(channel)
+        raise FailedPreconditionError(f"unknown transport {ticket.transport!r}", reason="TRANSPORT")
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=client_options())
+        return self._channels[address]

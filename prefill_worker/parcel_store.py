@@ -1,0 +1,53 @@
+"""Owner of the parcel arena: whoever wants to write a parcel waits here, in order, for room."""
+
+from __future__ import annotations
+
+import asyncio
+
+from shared.errors import ResourceExhaustedError
+from shared.kv.arena import Arena, Slot
+
+
+class ParcelStore:
+    """Slots of the arena, handed out first come, first served. Lives on the event loop."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in slots."""
+        return self._arena.used_bytes
+
+    async def allocate(self, nbytes: int) -> Slot:
+        """Waits for a slot.
+
+        Raises:
+            ResourceExhaustedError: The parcel is larger than the whole arena.
+        """
+        if nbytes > self._arena.capacity:
+            raise ResourceExhaustedError(
+                f"the parcel may need {nbytes} bytes, this worker's arena has {self._arena.capacity}; "
+                "ask for a smaller retention",
+                reason="PARCEL_TOO_LARGE",
+            )
+        async with self._turn:
+            while (slot := self._arena.allocate(nbytes)) is None:
+                self._freed.clear()
+                await self._freed.wait()
+            return slot
+
+    def view(self, slot: Slot, nbytes: int) -> memoryview:
+        """The first `nbytes` of a slot, writable from any thread."""
+        return self._arena.view(slot, nbytes)
+
+    def free(self, slot: Slot) -> None:
+        """Gives a slot back and wakes whoever waits."""
+        self._arena.free(slot)
+        self._freed.set()
+
+    def check_integrity(self) -> None:
+        """Asserts the arena's conservation law."""
+        self._arena.check_integrity()

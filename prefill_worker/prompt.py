@@ -1,0 +1,136 @@
+"""From a chat request to the tensors of the model: checks, chat template, image and text processing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jinja2.exceptions import TemplateError
+from PIL import Image
+from vlcache.v1 import inference_pb2 as pb
+
+from prefill_worker.compression.policy import PromptShape
+from prefill_worker.images import open_image
+from shared.errors import ContextTooLongError, InvalidRequestError
+from shared.model.spec import VLMSpec
+
+ROLES = ("system", "user", "assistant")
+# No tokenizer makes fewer tokens than this of running text: refuses absurd texts before tokenising them.
+MAX_BYTES_PER_TOKEN = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What the model sees of one request.
+
+    Attributes:
+        inputs: input_ids [1, num_tokens] and, with images, what the image processor made.
+        position_ids: [1, num_tokens]; always explicit, a model must not remember the previous request's.
+        next_position: RoPE position of the first generated token.
+        pixels: Pixels of each image as sent.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    position_ids: torch.Tensor
+    next_position: int
+    shape: PromptShape
+    pixels: tuple[int, ...]
+
+
+class PromptBuilder:
+    """Turns messages into a `Prompt`. Thread-safe; called in the preprocessing threads."""
+
+    def __init__(self, processor: Any, spec: VLMSpec, *, max_images: int) -> None:
+        self._processor = processor
+        self._spec = spec
+        self._max_images = max_images
+        self._reserved = tuple(processor.tokenizer.added_tokens_encoder)
+
+    def build(self, messages: Sequence[pb.Message], *, max_new_tokens: int) -> Prompt:
+        """Checks and tokenises a conversation.
+
+        Raises:
+            InvalidRequestError: Bad roles, texts or images.
+            ContextTooLongError: Prompt and answer do not fit the context.
+        """
+        self._check_messages(messages)
+        encoded = [part.image.data for message in messages for part in message.parts if part.HasField("image")]
+        images = [open_image(data, index) for index, data in enumerate(encoded)]
+        inputs = self._process(self._render(messages), images)
+        num_tokens = inputs["input_ids"].shape[1]
+        self._check_context(num_tokens, max_new_tokens)
+        return Prompt(
+            inputs=inputs,
+            position_ids=torch.arange(num_tokens)[None],
+            next_position=num_tokens,
+            shape=self._shape(inputs["input_ids"][0]),
+            pixels=tuple(image.width * image.height for image in images),
+        )
+
+    def template_tokens(self) -> int:
+        """Tokens that the chat template adds to an empty message, and to each image, at most."""
+        message = pb.Message(role="user", parts=[pb.Part(text="")])
+        return len(self._processor.tokenizer(self._render([message]), add_special_tokens=False)["input_ids"])
+
+    def image_tokens(self) -> int:
+        """Tokens of one image together with what the template puts around it."""
+        message = pb.Message(role="user", parts=[pb.Part(image=pb.Image()), pb.Part(text="")])
+        size = (self._spec.image_side, self._spec.image_side)
+        with_image = self._process(self._render([message]), [Image.new("RGB", size)])
+        return with_image["input_ids"].shape[1] - self.template_tokens()
+
+    def _check_messages(self, messages: Sequence[pb.Message]) -> None:
+        texts = [part.text for message in messages for part in message.parts if part.HasField("text")]
+        images = sum(part.HasField("image") for message in messages for part in message.parts)
+        if not any(text.strip() for text in texts):
+            raise InvalidRequestError("the prompt has no text", reason="EMPTY_PROMPT")
+        for message in messages:
+            if message.role not in ROLES:
+                raise InvalidRequestError(f"a role is one of {', '.join(ROLES)}, not {message.role!r}")
+            if any(part.WhichOneof("part") is None for part in message.parts):
+                raise InvalidRequestError("a message part is neither text nor image")
+        if messages[-1].role != "user":
+            raise InvalidRequestError("the last message must come from the user")
+        if images > self._max_images:
+            raise InvalidRequestError(f"{images} images; at most {self._max_images} are allowed")
+        self._check_texts(texts)
+
+    def _check_texts(self, texts: Sequence[str]) -> None:
+        limit = self._spec.context_tokens
+        if sum(len(text) for text in texts) > limit * MAX_BYTES_PER_TOKEN:
+            raise ContextTooLongError(f"the text is far longer than the context of {limit} tokens")
+        # the tokenizer would take it for the real token: a forged image, or the end of a turn
+        for token in self._reserved:
+            if any(token in text for text in texts):
+                raise InvalidRequestError(f"the text contains the reserved token {token!r}", reason="RESERVED_TOKEN")
+
+    def _render(self, messages: Sequence[pb.Message]) -> str:
+        chat = [{"role": message.role, "content": [_content(part) for part in message.parts]} for message in messages]
+        try:
+            return self._processor.apply_chat_template(chat, add_generation_prompt=True)
+        except TemplateError as error:
+            raise InvalidRequestError(f"the model's chat template refuses this conversation: {error}") from error
+
+    def _process(self, text: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        # the template writes the special tokens itself
+        encoded = self._processor(images=images or None, text=text, add_special_tokens=False, return_tensors="pt")
+        # one unpadded prompt: the mask is all ones, and without it the plain causal path is taken
+        return {name: tensor for name, tensor in encoded.items() if name != "attention_mask"}
+
+    def _check_context(self, num_tokens: int, max_new_tokens: int) -> None:
+        limit = self._spec.context_tokens
+        if num_tokens + max_new_tokens > limit:
+            raise ContextTooLongError(
+                f"the prompt has {num_tokens} tokens and max_new_tokens is {max_new_tokens}; the context is {limit}"
+            )
+
+    def _shape(self, input_ids: torch.Tensor) -> PromptShape:
+        visual = (input_ids == self._spec.image_token_id).nonzero().flatten()
+        last = int(visual[-1]) if len(visual) else None
+        return PromptShape(num_tokens=len(input_ids), num_visual=len(visual), last_visual=last)
+
+
+def _content(part: pb.Part) -> dict[str, str]:
+    return {"type": "image"} if part.HasField("image") else {"type": "text", "text": part.text}

@@ -1,0 +1,132 @@
+"""The life of one prefill: preprocess -> room for the parcel -> model thread -> transfer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from prefill_worker.compute import PrefillCompute
+from prefill_worker.job import Event, PrefillJob, Transferred
+from prefill_worker.kv_sender import KVSender
+from prefill_worker.parcel_store import ParcelStore
+from prefill_worker.prompt import Prompt, PromptBuilder
+from prefill_worker.scheduler import PrefillScheduler
+from shared.errors import DuplicateRequestError
+from shared.kv.layout import KVLayout
+from shared.kv.transport.base import Parcel
+from shared.telemetry.metrics import PrefillMetrics
+
+# Ends the event queue of a request.
+_END = None
+
+
+class PrefillRunner:
+    """Owner of the requests in flight. Lives on the event loop."""
+
+    def __init__(
+        self,
+        *,
+        builder: PromptBuilder,
+        compute: PrefillCompute,
+        scheduler: PrefillScheduler,
+        store: ParcelStore,
+        sender: KVSender,
+        layout: KVLayout,
+        metrics: PrefillMetrics,
+        preprocess_threads: int,
+    ) -> None:
+        self._builder = builder
+        self._compute = compute
+        self._scheduler = scheduler
+        self._store = store
+        self._sender = sender
+        self._layout = layout
+        self._metrics = metrics
+        self._preprocess_pool = ThreadPoolExecutor(preprocess_threads, thread_name_prefix="preprocess")
+        self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+
+    async def stream(self, job: PrefillJob) -> AsyncIterator[Event]:
+        """Runs a job and yields its events. Leaving early cancels the work; its memory follows when it is safe.
+
+        Raises:
+            ServiceError: What ended the job.
+            DuplicateRequestError: The same attempt is running already.
+        """
+        key = (job.transfer.request_id, job.transfer.attempt)
+        if key in self._tasks:
+            raise DuplicateRequestError(f"request {job.transfer.request_id!r} is already being prefilled")
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
+        task = asyncio.create_task(self._run(job, events.put_nowait))
+        self._tasks[key] = task
+        task.add_done_callback(partial(self._forget, key))
+        try:
+            while (event := await events.get()) is not _END:
+                yield event
+            await task
+        finally:
+            if not task.done():
+                job.cancelled.set()
+                task.cancel()
+
+    async def drain(self) -> None:
+        """Waits for what is in flight, then ends the threads."""
+        if self._tasks:
+            await asyncio.wait(self._tasks.values())
+        self._preprocess_pool.shutdown()
+        self._scheduler.close()
+
+    def check_integrity(self) -> None:
+        """Asserts that an idle worker holds nothing."""
+        self._store.check_integrity()
+        if not self._tasks:
+            assert self._store.used_bytes == 0, "a parcel outlived its request"
+            assert self._scheduler.outstanding_tokens == 0
+
+    def _forget(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
+        del self._tasks[key]
+        if not task.cancelled():
+            task.exception()  # the caller may be gone; asyncio would complain that nobody looked
+
+    async def _run(self, job: PrefillJob, emit: Callable[[Event | None], None]) -> None:
+        try:
+            async with self._sender.keep_alive(job.ticket):
+                await self._run_stages(job, emit)
+        finally:
+            emit(_END)
+
+    async def _run_stages(self, job: PrefillJob, emit: Callable[[Event | None], None]) -> None:
+        prompt = await self._preprocess(job)
+        num_tokens = prompt.shape.num_tokens
+        bound = self._layout.full_bytes(job.budget.kept_tokens_bound(num_tokens))
+        slot = await self._store.allocate(bound)
+        try:
+            loop = asyncio.get_running_loop()
+            body = self._store.view(slot, bound)
+
+            def emit_here(event: Event) -> None:
+                loop.call_soon_threadsafe(emit, event)
+
+            work = partial(self._compute.run, job, prompt, body, emit_here)
+            manifest = await self._scheduler.run(work, num_tokens=num_tokens, cancelled=job.cancelled)
+            if manifest is not None:
+                parcel = Parcel(manifest=manifest, body=body[: manifest.body_bytes], slot=slot)
+                await self._transfer(job, parcel, emit)
+        finally:
+            self._store.free(slot)
+
+    async def _preprocess(self, job: PrefillJob) -> Prompt:
+        started = time.monotonic()
+        build = partial(self._builder.build, job.messages, max_new_tokens=job.sampling.max_new_tokens)
+        prompt = await asyncio.get_running_loop().run_in_executor(self._preprocess_pool, build)
+        self._metrics.observe_stage("preprocess", time.monotonic() - started)
+        for pixels in prompt.pixels:
+            self._metrics.image_pixels.observe(pixels)
+        return prompt
+
+    async def _transfer(self, job: PrefillJob, parcel: Parcel, emit: Callable[[Event | None], None]) -> None:
+        report = await self._sender.send(parcel, job.ticket)
+        self._metrics.observe_stage("transfer", report.seconds)
+        emit(Transferred(transport=report.transport, sent_bytes=report.sent_bytes, seconds=report.seconds))

@@ -1,0 +1,65 @@
+"""First come, first served access to the one thread that runs the model."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from shared.errors import ResourceExhaustedError
+
+Result = TypeVar("Result")
+
+
+class PrefillScheduler:
+    """Queues compute for the model thread. Lives on the event loop, which never computes itself."""
+
+    def __init__(self, *, max_waiting: int) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._max_waiting = max_waiting
+        self._tokens: list[int] = []
+
+    @property
+    def running(self) -> int:
+        """Prompts being computed: 0 or 1."""
+        return min(1, len(self._tokens))
+
+    @property
+    def waiting(self) -> int:
+        """Prompts in the queue."""
+        return max(0, len(self._tokens) - 1)
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Prompt tokens queued or being computed."""
+        return sum(self._tokens)
+
+    async def run(self, compute: Callable[[], Result], *, num_tokens: int, cancelled: threading.Event) -> Result:
+        """Runs `compute` in the model thread.
+
+        When the caller is cancelled, `cancelled` is set and the call still waits until the thread has let go: the
+        memory that it writes to must not be given to anyone else before.
+
+        Raises:
+            ResourceExhaustedError: The queue is full.
+        """
+        if self.waiting >= self._max_waiting:
+            raise ResourceExhaustedError("this worker's queue is full", reason="QUEUE_FULL", retry_after_s=1.0)
+        self._tokens.append(num_tokens)
+        work = asyncio.get_running_loop().run_in_executor(self._thread, compute)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            cancelled.set()
+            await asyncio.wait([work])
+            if not work.cancelled():
+                work.exception()  # whatever it was, nobody is left to hear it
+            raise
+        finally:
+            self._tokens.remove(num_tokens)
+
+    def close(self) -> None:
+        """Ends the thread after what it is doing."""
+        self._thread.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,84 @@
+"""The gRPC face of a prefill worker: protobuf in, protobuf out, no logic."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+from vlcache.v1 import inference_pb2 as public
+from vlcache.worker.v1 import prefill_pb2 as pb
+from vlcache.worker.v1 import prefill_pb2_grpc, worker_pb2
+
+from prefill_worker.job import PrefillJob
+from prefill_worker.parcel_store import ParcelStore
+from prefill_worker.runner import PrefillRunner
+from prefill_worker.scheduler import PrefillScheduler
+from shared.errors import FailedPreconditionError, UnavailableError
+from shared.version import VERSION
+
+SERVICE_NAME = "vlcache.worker.v1.PrefillService"
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
+    """Implements `PrefillService`."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        epoch: str,
+        model: worker_pb2.ServedModel,
+        arena_socket: str,
+        arena_bytes: int,
+        runner: PrefillRunner,
+        scheduler: PrefillScheduler,
+        store: ParcelStore,
+    ) -> None:
+        self._name = name
+        self._epoch = epoch
+        self._model = model
+        self._arena_socket = arena_socket
+        self._arena_bytes = arena_bytes
+        self._runner = runner
+        self._scheduler = scheduler
+        self._store = store
+        self._draining = False
+
+    def start_draining(self) -> None:
+        """From now on new requests are refused."""
+        self._draining = True
+
+    async def GetWorkerInfo(  # noqa: N802
+        self, request: worker_pb2.GetWorkerInfoRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.WorkerInfo:
+        """See the proto file."""
+        return worker_pb2.WorkerInfo(
+            name=self._name,
+            role="prefill",
+            epoch=self._epoch,
+            state="draining" if self._draining else "ready",
+            model=self._model,
+            requests_running=self._scheduler.running,
+            requests_waiting=self._scheduler.waiting,
+            outstanding_tokens=self._scheduler.outstanding_tokens,
+            kv=public.KVBytes(capacity=self._arena_bytes, retained=self._store.used_bytes),
+            arena_socket=self._arena_socket,
+            version=VERSION,
+        )
+
+    async def Prefill(  # noqa: N802
+        self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.PrefillEvent]:
+        """See the proto file."""
+        if self._draining:
+            raise UnavailableError("the worker is draining", reason="DRAINING")
+        if request.epoch != self._epoch:
+            raise FailedPreconditionError("the worker was restarted", reason="EPOCH")
+        job = PrefillJob.from_proto(
+            request,
+            epoch=self._epoch,
+            default_max_new_tokens=self._model.default_max_new_tokens,
+            default_retention=self._model.default_retention,
+        )
+        async for event in self._runner.stream(job):
+            yield event.to_proto()

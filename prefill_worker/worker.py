@@ -1,0 +1,123 @@
+"""Builds a prefill worker from its configuration: what depends on what, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import torch
+from vlcache.worker.v1 import prefill_pb2_grpc, worker_pb2
+
+from prefill_worker.compression.registry import DEFAULT_POLICY, POLICIES
+from prefill_worker.compute import PrefillCompute
+from prefill_worker.config import PrefillConfig
+from prefill_worker.engine import PrefillEngine
+from prefill_worker.kv_sender import KVSender
+from prefill_worker.parcel_store import ParcelStore
+from prefill_worker.prompt import PromptBuilder
+from prefill_worker.runner import PrefillRunner
+from prefill_worker.scheduler import PrefillScheduler
+from prefill_worker.service import PrefillServicer
+from shared.kv.arena import Arena
+from shared.kv.arena_socket import ArenaServer
+from shared.model.identity import ModelIdentity
+from shared.model.loading import load_prefill_model, load_processor, load_spec, pick_dtype, resolve_checkpoint
+from shared.model.spec import VLMSpec
+from shared.rpc.lifecycle import new_epoch
+from shared.rpc.options import MIB
+from shared.telemetry.metrics import PrefillMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """Everything that comes from the checkpoint."""
+
+    engine: PrefillEngine
+    processor: Any
+    spec: VLMSpec
+    identity: ModelIdentity
+
+
+def load_model(config: PrefillConfig) -> LoadedModel:
+    """Loads the checkpoint. Takes seconds; nothing is served before.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        UnsupportedModelError: Its architecture cannot be served.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    path = resolve_checkpoint(config.model)
+    dtype = pick_dtype(config.dtype, device)
+    spec = load_spec(path, dtype)
+    return LoadedModel(
+        engine=PrefillEngine(load_prefill_model(path, dtype=dtype, device=device)),
+        processor=load_processor(path),
+        spec=spec,
+        identity=ModelIdentity.of(config.model_name, path, spec),
+    )
+
+
+class PrefillWorker:
+    """A ready worker; must be built on the event loop that it serves on."""
+
+    def __init__(self, config: PrefillConfig, model: LoadedModel) -> None:
+        epoch = new_epoch()
+        builder = PromptBuilder(model.processor, model.spec, max_images=config.max_images)
+        self.metrics = PrefillMetrics(worker=config.name, model=model.identity.name)
+        self._arena = Arena(config.arena_mib * MIB)
+        self._arena_server = ArenaServer.start(config.socket_dir, f"{config.name}-{epoch}", self._arena, epoch)
+        self._store = ParcelStore(self._arena)
+        self._sender = KVSender(epoch=epoch, metrics=self.metrics)
+        scheduler = PrefillScheduler(max_waiting=config.max_waiting)
+        tokenizer = model.processor.tokenizer
+        self.runner = PrefillRunner(
+            builder=builder,
+            compute=PrefillCompute(model.engine, tokenizer, model.spec, model.identity, self.metrics),
+            scheduler=scheduler,
+            store=self._store,
+            sender=self._sender,
+            layout=model.spec.layout,
+            metrics=self.metrics,
+            preprocess_threads=config.preprocess_threads,
+        )
+        self.servicer = PrefillServicer(
+            name=config.name,
+            epoch=epoch,
+            model=_served_model(config, model.identity, builder),
+            arena_socket=str(self._arena_server.path),
+            arena_bytes=self._arena.capacity,
+            runner=self.runner,
+            scheduler=scheduler,
+            store=self._store,
+        )
+        self.metrics.watch_resident("retained", lambda: self._store.used_bytes)
+        self.metrics.requests_running.set_function(lambda: scheduler.running)
+        self.metrics.requests_waiting.set_function(lambda: scheduler.waiting)
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the worker's services to a server."""
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self.servicer, server)
+
+    async def close(self) -> None:
+        """Finishes what runs and gives everything back."""
+        await self.runner.drain()
+        await self._sender.close()
+        await self._arena_server.stop()
+        self.runner.check_integrity()
+        self._arena.close()
+
+
+def _served_model(config: PrefillConfig, identity: ModelIdentity, builder: PromptBuilder) -> worker_pb2.ServedModel:
+    served = identity.to_proto()
+    served.max_images = config.max_images
+    served.template_tokens = builder.template_tokens()
+    served.max_tokens_per_image = builder.image_tokens()
+    served.policies.extend(sorted(POLICIES))
+    served.default_policy = DEFAULT_POLICY
+    served.default_retention = config.default_retention
+    served.max_new_tokens = config.max_new_tokens
+    served.default_max_new_tokens = config.default_max_new_tokens
+    return served

@@ -1,0 +1,84 @@
+"""Naive implementations that define the truth; kernels have the same signatures and are tested against these."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# Rows handled at once: bounds the logits in memory to num_query_heads x 64 x num_keys values.
+ROW_BLOCK = 64
+
+
+def post_vision_statistics(
+    query: torch.Tensor, key: torch.Tensor, first_row: int, scaling: float, threshold: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column sums of the attention rows at the end of a prompt, and how many of their entries matter.
+
+    The full attention matrix is never built: only the observed rows are recomputed. An entry counts when
+    A >= threshold * rowmax(A), tested on the logits (S >= rowmax(S) + ln threshold), so no softmax is needed for it.
+
+    Args:
+        query: [num_query_heads, rows, head_dim], the rows at positions first_row .. first_row + rows - 1.
+        key: [num_kv_heads, num_keys, head_dim], num_keys = first_row + rows.
+        first_row: Position of the first observed row.
+        scaling: Factor of the logits.
+        threshold: In (0, 1]; VL-Cache's p.
+
+    Returns:
+        Column sums per KV head, summed over the query heads of its group, [num_kv_heads, num_keys] fp32; and
+        counted entries per query head, [num_query_heads] int64.
+    """
+    num_query_heads, rows, head_dim = query.shape
+    num_kv_heads, num_keys, _ = key.shape
+    assert num_keys == first_row + rows, "the observed rows are the last ones"
+    grouped = query.float().view(num_kv_heads, num_query_heads // num_kv_heads, rows, head_dim)
+    transposed = key.float().transpose(1, 2)
+    columns = torch.zeros(num_kv_heads, num_keys, device=key.device)
+    counts = torch.zeros(num_query_heads, dtype=torch.int64, device=key.device)
+    for start in range(0, rows, ROW_BLOCK):
+        block = grouped[:, :, start : start + ROW_BLOCK]
+        logits = _causal_logits(block, transposed, first_row + start, scaling)
+        highest = logits.amax(dim=-1, keepdim=True)
+        counts += (logits >= highest + math.log(threshold)).sum(dim=(-2, -1)).flatten()
+        columns += torch.softmax(logits, dim=-1).sum(dim=(1, 2))
+    return columns, counts
+
+
+def decode_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling: float
+) -> torch.Tensor:
+    """One new token of one sequence over its kept KV, whose length may differ per KV head.
+
+    Args:
+        query: [num_query_heads, head_dim].
+        key: [num_kv_heads, capacity, head_dim]; rows beyond a head's length are undefined.
+        value: As `key`.
+        lengths: Valid rows of each KV head.
+        scaling: Factor of the logits.
+
+    Returns:
+        [num_query_heads, head_dim].
+    """
+    num_kv_heads = key.shape[0]
+    # the group is the query axis: one read of K and V serves all its heads
+    grouped = query.view(num_kv_heads, -1, query.shape[-1])
+    if min(lengths) == max(lengths):
+        return _attend(grouped, key[:, : lengths[0]], value[:, : lengths[0]], scaling).reshape(query.shape)
+    heads = [
+        _attend(grouped[h : h + 1], key[h : h + 1, :length], value[h : h + 1, :length], scaling)
+        for h, length in enumerate(lengths)
+    ]
+    return torch.cat(heads).reshape(query.shape)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(query[None], key[None], value[None], scale=scaling)[0]
+
+
+def _causal_logits(query: torch.Tensor, transposed_key: torch.Tensor, first_row: int, scaling: float) -> torch.Tensor:
+    """[num_kv_heads, group, rows, num_keys], minus infinity where the key lies after the row."""
+    logits = torch.matmul(query, transposed_key[:, None]) * scaling
+    rows = torch.arange(first_row, first_row + query.shape[2], device=query.device)
+    keys = torch.arange(transposed_key.shape[2], device=query.device)
+    return logits.masked_fill(keys > rows[:, None], -torch.inf)

@@ -1,0 +1,75 @@
+"""The one attention function that transformers' modeling code calls in both halves of the service.
+
+It does nothing itself: the `LayerHook` that the caller passed to the model's forward (`vlc=hook`) attends. That
+keyword travels down to every attention layer, so nothing is stored on the model and requests cannot mix. Only the
+text configuration uses our names; vision towers keep their own attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+PREFILL_ATTENTION = "vlcache_prefill"
+DECODE_ATTENTION = "vlcache_decode"
+# Terms that some families add to the logits; computing without them would be silently wrong.
+REFUSED_TERMS = ("softcap", "s_aux", "sliding_window")
+
+
+class LayerHook(Protocol):
+    """Called once per layer and forward pass, on the model's thread, in layer order."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Attention output of one layer.
+
+        Args:
+            layer: Index of the layer.
+            query: [batch, num_query_heads, num_queries, head_dim], rotated.
+            key: [batch, num_kv_heads, num_keys, head_dim], rotated.
+            value: As `key`.
+            mask: Additive or boolean mask broadcastable to [batch, heads, queries, keys]; None is plain causal.
+            scaling: Factor of the logits.
+
+        Returns:
+            [batch, num_queries, num_query_heads, head_dim].
+        """
+
+
+def vlcache_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    vlc: LayerHook | None = None,
+    **terms: Any,
+) -> tuple[torch.Tensor, None]:
+    """Signature of transformers' `AttentionInterface`; see `LayerHook.attend` for shapes."""
+    if vlc is None:
+        raise ValueError("this model can only be run with a LayerHook: pass vlc= to forward")
+    for term in REFUSED_TERMS:
+        if terms.get(term) is not None:
+            raise NotImplementedError(f"attention with {term} is not supported")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = int(module.layer_idx)  # type: ignore[arg-type]  # torch types every attribute as Tensor | Module
+    return vlc.attend(layer, query, key, value, attention_mask, scale), None
+
+
+AttentionInterface.register(PREFILL_ATTENTION, vlcache_attention)
+AttentionInterface.register(DECODE_ATTENTION, vlcache_attention)
+# Without a registered mask function a model would get no mask at all, silently; sdpa_mask returns None whenever
+# plain causal attention is enough. Decode reads its own ragged pool and must not build any.
+AttentionMaskInterface.register(PREFILL_ATTENTION, sdpa_mask)

@@ -1,0 +1,141 @@
+"""Loads a Hugging Face checkpoint (a directory or a hub id) for either half of the service."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from shared.kv.layout import KVLayout
+from shared.model.attention import DECODE_ATTENTION, PREFILL_ATTENTION
+from shared.model.spec import UnsupportedModelError, VLMSpec
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Bytes of each weight file that enter the compatibility hash; hashing 14 GB at every start would take a minute.
+HASHED_BYTES = 1 << 20
+LANGUAGE_PARTS = ("language_model", "text_model")
+
+
+def resolve_checkpoint(model: str) -> Path:
+    """The local directory of a checkpoint; a hub id is downloaded (or found in the hub's cache).
+
+    Raises:
+        FileNotFoundError: A path that does not exist.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise FileNotFoundError(f"there is no checkpoint at {model!r}")
+    return Path(snapshot_download(model))
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it fast (a GPU, or AMX on a CPU), else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_spec(path: Path, dtype: torch.dtype) -> VLMSpec:
+    """Reads what the services need to know about a checkpoint."""
+    config = AutoConfig.from_pretrained(path)
+    return VLMSpec.from_config(config, eos_token_ids=_eos_token_ids(path, config), dtype=dtype)
+
+
+def load_processor(path: Path) -> Any:
+    """Tokenizer and image processor. Always the PIL backend: the torchvision one resizes slightly differently."""
+    return AutoProcessor.from_pretrained(path, backend="pil")
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer alone: all that decode needs."""
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_prefill_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The whole model; only its language part uses our attention function."""
+    cls = _model_class(AutoConfig.from_pretrained(path))
+    return _load(cls, path, dtype=dtype, device=device, attention=PREFILL_ATTENTION)
+
+
+def load_decode_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The language model alone: no vision weight is read, and none of the language model's is missing."""
+    cls = _language_only(_model_class(AutoConfig.from_pretrained(path)))
+    return _load(cls, path, dtype=dtype, device=device, attention=DECODE_ATTENTION)
+
+
+def compatibility_hash(path: Path, layout: KVLayout) -> str:
+    """Hex digest of everything two workers must share to exchange KV: architecture, weights, layout."""
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+        digest.update(_ends_of(file))
+    digest.update(repr(layout).encode())
+    return digest.hexdigest()
+
+
+def _load(
+    cls: type[PreTrainedModel], path: Path, *, dtype: torch.dtype, device: torch.device, attention: str
+) -> PreTrainedModel:
+    quiet, level = transformers.utils.logging, transformers.utils.logging.get_verbosity()
+    # decode leaves the vision weights in the file on purpose; the report of them would be pages long
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    try:
+        model, loading = cls.from_pretrained(
+            path, dtype=dtype, attn_implementation={"text_config": attention}, output_loading_info=True
+        )
+    finally:
+        quiet.set_verbosity(level)
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        raise UnsupportedModelError(f"weights are missing from {path.name}: {sorted(loading['missing_keys'])[:5]}")
+    return model.to(device).eval()
+
+
+def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    return transformers.AutoModelForImageTextToText._model_mapping[type(config)]
+
+
+def _language_only(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass that drops everything but the language model right after construction.
+
+    It carries the module and name of its base: otherwise transformers takes it for custom code, skips the
+    conversion of legacy weight names, and leaves the language model randomly initialised with only a log message.
+    """
+
+    def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        base.__init__(self, config, *args, **kwargs)
+        for name, _ in list(self.model.named_children()):
+            if name not in LANGUAGE_PARTS:
+                delattr(self.model, name)
+
+    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+
+
+def _eos_token_ids(path: Path, config: PretrainedConfig) -> frozenset[int]:
+    """Generation settings win over the model's, as in transformers' `generate`."""
+    eos = config.get_text_config().eos_token_id
+    if (path / "generation_config.json").exists():
+        configured = GenerationConfig.from_pretrained(path).eos_token_id
+        eos = configured if configured is not None else eos
+    if eos is None:
+        return frozenset()
+    return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _ends_of(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        head = stream.read(HASHED_BYTES)
+        stream.seek(max(0, file.stat().st_size - HASHED_BYTES), os.SEEK_SET)
+        return head + stream.read(HASHED_BYTES)

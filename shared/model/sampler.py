@@ -1,0 +1,38 @@
+"""Draws the next token. Counter-based: the random number of a step depends on (seed, position) alone.
+
+So a stream that is replayed on another worker is the same stream. Generator: Philox4x64-10 (Salmon et al., SC 2011).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from shared.request.params import Sampling
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but the two arguments (both below 2**64)."""
+    return float(np.random.Philox(key=seed, counter=position).random_raw() >> 11) * 2.0**-53
+
+
+def sample(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
+    """The token that follows.
+
+    Args:
+        logits: [vocab], any floating dtype.
+        sampling: Temperature, top-k and top-p, applied in this order; temperature 0 takes the first maximum.
+        position: Position of the token to be drawn.
+    """
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scaled, tokens = torch.sort(logits.double() / sampling.temperature, descending=True, stable=True)
+    if sampling.top_k:
+        scaled, tokens = scaled[: sampling.top_k], tokens[: sampling.top_k]
+    cumulative = torch.softmax(scaled, dim=0).cumsum(dim=0)
+    # the smallest set of most likely tokens that reaches top_p, never empty
+    kept = int((cumulative < sampling.top_p).sum()) + 1
+    cumulative = cumulative[:kept]
+    threshold = uniform(sampling.seed, position) * float(cumulative[-1])
+    index = int(torch.searchsorted(cumulative, threshold, right=True))
+    return int(tokens[min(index, len(cumulative) - 1)])
