@@ -1,0 +1,229 @@
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+
+import grpc
+import pytest
+from vlcache.cli import main
+from vlcache.cli.formatting import format_bytes, format_table
+from vlcache.v1 import inference_pb2 as pb
+
+from tests.unit.client.service import delta, fail, started, whole_answer
+
+
+@pytest.fixture
+def vlcache(service, capsys):
+    """Runs a command against the service; returns (exit code, stdout, stderr)."""
+
+    def run(command, *options):
+        exit_code = main([command, "--address", service.address, *options])
+        return exit_code, *capsys.readouterr()
+
+    return run
+
+
+def test_ask_prints_the_answer_and_then_its_cost(service, vlcache):
+    service.attempts = [whole_answer()]
+    exit_code, out, err = vlcache("ask", "Which?")
+    assert (exit_code, out) == (0, "a red dot\n")
+    (line,) = err.splitlines()
+    assert line.startswith(
+        "prompt 128 tokens (100 visual + 28 text) | answer 3 tokens | "
+        "KV 2.0 MiB full, 256.0 KiB kept (12.5 % by vl_cache) | 293.0 KiB sent via memory | TTFT "
+    )
+    assert "TTST" in line
+    assert "ITL" in line
+
+
+def test_ask_streams(service, vlcache, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("builtins.print", lambda *args, flush=False, **_: flushed.append((*args, flush)))
+    service.attempts = [whole_answer()]
+    vlcache("ask", "Which?")
+    assert flushed[:3] == [("a ", True), ("red", True), (" dot", True)]
+
+
+def test_every_option_reaches_the_service(service, vlcache, tmp_path):
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    service.attempts = [whole_answer()]
+    images = [option for path in paths for option in ("--image", str(path))]
+    settings = "--retention 0.2 --policy knorm --param window=32 --param pool=max --param deep=true --model m"
+    sampling = "--max-new-tokens 7 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 11 --stop . --stop !"
+    assert vlcache("ask", *images, "Which?", *settings.split(), *sampling.split(), "--timeout", "9")[0] == 0
+
+    (request,) = service.requests
+    parts = request.messages[0].parts
+    assert [part.image.data for part in parts[:2]] == [b"a.png", b"b.png"]
+    assert (parts[2].text, request.model) == ("Which?", "m")
+    assert (request.compression.retention, request.compression.policy) == (0.2, "knorm")
+    assert dict(request.compression.parameters.items()) == {"window": 32.0, "pool": "max", "deep": True}
+    sent = request.sampling
+    assert (sent.max_new_tokens, sent.temperature, sent.top_p, sent.top_k, sent.seed) == (7, 0.5, 0.9, 4, 11)
+    assert list(sent.stop) == [".", "!"]
+    assert 8 < service.remaining_s[0] < 9.2
+
+
+def test_without_options_the_service_decides(service, vlcache):
+    service.attempts = [whole_answer()]
+    vlcache("ask", "Which?", "--max-kept-tokens", "64")
+    (request,) = service.requests
+    assert request.sampling == pb.SamplingParams()
+    assert request.compression.max_kept_tokens == 64
+    assert request.compression.policy == ""
+
+
+def test_ask_json_is_one_line(service, vlcache):
+    service.attempts = [whole_answer()]
+    exit_code, out, err = vlcache("ask", "Which?", "--json")
+    assert (exit_code, err) == (0, "")
+    (line,) = out.splitlines()
+    answer = json.loads(line)
+    assert (answer["text"], answer["token_ids"], answer["finish_reason"]) == ("a red dot", [5, 6, 7], "stop")
+    assert answer["compression"]["layer_tokens"] == [20, 12]
+    assert answer["transfer"]["sent_bytes"] == 300_000
+    assert len(answer["timings"]["itl_s"]) == 2
+    assert answer["seed"] == 2**63 + 1
+    assert answer["request_id"] == service.requests[0].request_id
+
+
+@pytest.mark.parametrize("steps", [[], [started(), delta("a ", 5)]])
+def test_an_error_is_one_line_and_exit_code_1(service, vlcache, steps):
+    service.attempts = [[*steps, fail(grpc.StatusCode.NOT_FOUND, "no model\nof that name")]]
+    exit_code, out, err = vlcache("ask", "Which?")
+    assert exit_code == 1
+    assert out == ("a \n" if steps else "")
+    request_id = service.requests[0].request_id
+    assert err == f"vlcache: no model of that name [NOT_FOUND, request {request_id}]\n"
+
+
+def test_an_error_leaves_json_output_empty(service, vlcache):
+    service.attempts = [[started(), fail(grpc.StatusCode.DATA_LOSS)]]
+    exit_code, out, err = vlcache("ask", "Which?", "--json")
+    assert (exit_code, out, len(err.splitlines())) == (1, "", 1)
+
+
+def test_an_unreadable_image_is_an_error(service, vlcache):
+    exit_code, _, err = vlcache("ask", "--image", "missing.png", "Which?")
+    assert exit_code == 1
+    assert "missing.png" in err
+    assert service.requests == []
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (["--retention", "1.5"], "retention"),
+        (["--timeout", "0"], "total_s"),
+        (["--param", "window"], "NAME=VALUE"),
+        (["--retention", "0.1", "--max-kept-tokens", "9"], "not allowed"),
+        (["--top-k", "many"], "top-k"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(service, vlcache, capsys, options, hint):
+    try:
+        exit_code, _, err = vlcache("ask", "Which?", *options)
+    except SystemExit as stopped:
+        exit_code, err = stopped.code, capsys.readouterr().err
+    assert exit_code == 2
+    assert hint in err.splitlines()[-1]
+    assert service.requests == []
+
+
+@pytest.fixture
+def busy_service(service):
+    service.info = pb.GetServerInfoResponse(
+        version="1.2.3",
+        workers=[
+            pb.Worker(name="p0", role="prefill", address="h:1", state="ready", model="m", kv=pb.KVBytes(retained=2048)),
+            pb.Worker(
+                name="d0",
+                role="decode",
+                address="h:2",
+                state="draining",
+                model="m",
+                requests_running=3,
+                requests_waiting=4,
+                kv=pb.KVBytes(capacity=2**30, reserved=2**20, filling=5 * 2**20, active=7 * 2**20),
+            ),
+        ],
+        totals=pb.Totals(requests=9, kv_full_bytes=10 * 2**30, kv_kept_bytes=2**30, kv_sent_bytes=2**30),
+    )
+    return service
+
+
+def test_status_shows_workers_and_savings(busy_service, vlcache):
+    exit_code, out, err = vlcache("status")
+    assert (exit_code, err) == (0, "")
+    version, _, header, prefill, decode, _, totals = out.splitlines()
+    assert version == "vlcache 1.2.3"
+    assert prefill.split()[:5] == ["p0", "prefill", "ready", "m", "h:1"]
+    assert prefill.endswith("2.0 KiB")
+    assert decode.split()[5:7] == ["3", "4"]
+    for title, value in [("KV CAPACITY", "1.0 GiB"), ("RESERVED", "1.0 MiB"), ("ACTIVE", "7.0 MiB")]:
+        assert decode[header.index(title) :].startswith(value)
+    assert totals == "9 requests: KV 10.0 GiB full, 1.0 GiB kept, 1.0 GiB sent, 9.0 GiB saved (90.0 %)"
+
+
+def test_status_json_is_one_line(busy_service, vlcache):
+    exit_code, out, _ = vlcache("status", "--json")
+    (line,) = out.splitlines()
+    status = json.loads(line)
+    assert exit_code == 0
+    assert status["workers"][1]["kv"]["filling"] == 5 * 2**20
+    assert status["totals"]["kv_saved_bytes"] == 9 * 2**30
+
+
+def test_status_of_a_service_that_has_done_nothing(service, vlcache):
+    exit_code, out, _ = vlcache("status")
+    assert exit_code == 0
+    assert out.splitlines()[-1] == "0 requests: KV 0 B full, 0 B kept, 0 B sent, 0 B saved (-)"
+
+
+def test_ctrl_c_cancels_the_request(service):
+    service.attempts = [[started(), delta("a", 1), service.hang]]
+    command = [sys.executable, "-W", "error", "-m", "vlcache.cli", "ask", "--address", service.address, "Which?"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.read(1) == "a"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "\n", "")
+    assert service.cancelled.wait(5)
+
+
+def test_the_command_needs_a_subcommand():
+    done = subprocess.run([sys.executable, "-m", "vlcache.cli"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "command" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (2**20 - 1, "1.0 MiB"),
+        (10 * 2**30, "10.0 GiB"),
+        (3 * 2**60, "3072.0 PiB"),
+        (-2048, "-2.0 KiB"),
+    ],
+)
+def test_bytes_have_one_form(num_bytes, text):
+    assert format_bytes(num_bytes) == text
+
+
+def test_columns_are_aligned():
+    assert format_table(["A", "LONG"], [["long", "b"], ["c", "d"]]) == "A     LONG\nlong  b\nc     d"
+    assert format_table(["A", "B"], []) == "A  B"
+
+
+def test_every_command_documents_itself(capsys):
+    for command in ("ask", "status"):
+        with contextlib.suppress(SystemExit):
+            main([command, "--help"])
+        assert "--address" in capsys.readouterr().out
