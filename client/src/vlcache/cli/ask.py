@@ -22,7 +22,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="may be repeated")
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port (default: %(default)s)")
     parser.add_argument("--model", default="", help="needed only when several are served")
-    parser.add_argument("--timeout", type=float, default=Timeout().total_s, metavar="SECONDS")
+    parser.add_argument(
+        "--timeout", type=float, default=Timeout().total_s, metavar="SECONDS", help="for the whole answer"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     _add_compression(parser.add_argument_group("compression"))
     _add_sampling(parser.add_argument_group("sampling"))
