@@ -61,6 +61,10 @@ class _RoleMetrics:
         """The child of a metric that has labels beyond the fixed ones."""
         return metric.labels(**self._fixed, **extra)
 
+    def forget(self, metric: Counter | Gauge | Histogram, *values: str) -> None:
+        """Drops the child with these values of the extra labels: what it was about does not exist any more."""
+        metric.remove(*self._fixed.values(), *values)
+
 
 class RouterMetrics(_RoleMetrics):
     """What only the router sees: whole requests."""
@@ -80,7 +84,9 @@ class RouterMetrics(_RoleMetrics):
         self.requests = c("requests_total", "Requests ended", "outcome", "code")
         self.cancellations = c("cancellations_total", "Requests cancelled by their client", "stage")
         self.reservation_rejected = c("reservation_rejected_total", "Refused reservations", "reason")
+        self.reservation_wait = h("reservation_wait_seconds", "Time in the queue for decode memory", LATENCY_BUCKETS)
         self.requests_running = g("num_requests_running", "Requests in flight")
+        self.requests_waiting = g("num_requests_waiting", "Requests waiting for decode memory")
         self.kv_full_bytes = c("kv_bytes_full_total", "KV bytes of all prompts before compression")
         self.kv_kept_bytes = c("kv_bytes_kept_total", "KV bytes kept")
         self.kv_sent_bytes = c("kv_bytes_sent_total", "Bytes handed to the transports: parcels, manifests, framing")

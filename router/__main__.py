@@ -1,0 +1,41 @@
+"""`python -m router`: parse, start, announce, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+import uvloop
+
+from router.config import RouterConfig
+from router.router import Router
+from shared.config import parse_config
+from shared.telemetry.announce import announce
+from shared.telemetry.logs import configure_logging
+
+log = logging.getLogger("router")
+
+
+def main() -> None:
+    """Serves until SIGTERM or SIGINT."""
+    config = parse_config(RouterConfig, "Balances requests over prefill and decode workers and streams the answers.")
+    configure_logging(config.name, config.log_level)
+    uvloop.run(_serve(config))
+
+
+async def _serve(config: RouterConfig) -> None:
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    router = Router(config)
+    await router.start()
+    announce(name=config.name, role="router", address=router.address, metrics_address=router.metrics_address)
+    await stopped.wait()
+    log.info("draining")
+    if not await router.stop():
+        log.warning("requests were cancelled after %g s", config.drain_s)
+
+
+if __name__ == "__main__":
+    main()

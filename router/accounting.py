@@ -1,0 +1,154 @@
+"""Every observation of the router, in one place: metrics, and the totals that GetServerInfo shows."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from vlcache.v1 import inference_pb2 as pb
+
+from router.worker import STATES, Worker
+from shared.errors import DeadlineExceededError, InternalError, RequestCancelledError, ServiceError
+from shared.telemetry.metrics import RouterMetrics
+
+FINISHED, CANCELLED, FAILED, REFUSED = "finished", "cancelled", "failed", "refused"
+
+
+@dataclass
+class Totals:
+    """Sums since the router started; bytes."""
+
+    requests: int = 0
+    kv_full_bytes: int = 0
+    kv_kept_bytes: int = 0
+    kv_sent_bytes: int = 0
+
+
+class Accounting:
+    """Owner of the router's metrics and totals."""
+
+    def __init__(self, metrics: RouterMetrics, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.metrics = metrics
+        self.clock = clock
+        self.totals = Totals()
+        self._workers_shown: set[str] = set()
+
+    def open(self) -> RequestAccount:
+        """The account of a request that was just received and accepted."""
+        self.totals.requests += 1
+        return RequestAccount(self)
+
+    def refused(self, error: ServiceError) -> None:
+        """A request that was turned away before anything was done for it."""
+        self.ended(REFUSED, error.code)
+
+    def reservation_rejected(self, error: ServiceError) -> None:
+        """A decode worker did not promise memory."""
+        self.metrics.labelled(self.metrics.reservation_rejected, reason=error.reason).inc()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts a request as waiting for decode memory while open."""
+        since_s = self.clock()
+        self.metrics.requests_waiting.inc()
+        try:
+            yield
+        finally:
+            self.metrics.requests_waiting.dec()
+            self.metrics.reservation_wait.observe(self.clock() - since_s)
+
+    def show_workers(self, workers: Iterable[Worker]) -> None:
+        """Sets the state gauges; workers that are gone disappear."""
+        gauge = self.metrics.worker_state
+        states = {worker.info.name: worker.state for worker in workers}
+        for name in self._workers_shown - set(states):
+            for state in STATES:
+                self.metrics.forget(gauge, name, state)
+        for name, current in states.items():
+            for state in STATES:
+                self.metrics.labelled(gauge, name=name, state=state).set(state == current)
+        self._workers_shown = set(states)
+
+    def ended(self, outcome: str, code: str) -> None:
+        """A request is over."""
+        self.metrics.labelled(self.metrics.requests, outcome=outcome, code=code).inc()
+
+
+class RequestAccount:
+    """What is observed of one request, in the order of its life. Ends exactly once."""
+
+    def __init__(self, accounting: Accounting) -> None:
+        self._accounting = accounting
+        self._metrics = accounting.metrics
+        self._received_s = accounting.clock()
+        self._first_s = self._last_s = self._received_s
+        self._open = True
+        self.generated_tokens = 0
+        self._metrics.requests_running.inc()
+
+    def prompt(self, prompt_tokens: int, visual_tokens: int) -> None:
+        """The prompt's size is known."""
+        self._metrics.prompt_tokens.inc(prompt_tokens)
+        self._metrics.visual_tokens.observe(visual_tokens)
+
+    def tokens(self, count: int) -> None:
+        """`count` tokens arrived together; the gap before them is shared out evenly."""
+        now_s = self._accounting.clock()
+        gap_s = (now_s - self._last_s) / max(1, count)
+        for _ in range(count):
+            self.generated_tokens += 1
+            self._token(gap_s, now_s)
+        self._last_s = now_s
+
+    def compression(self, message: pb.Compression) -> None:
+        """The prompt's KV was compressed."""
+        self._metrics.kv_full_bytes.inc(message.full_bytes)
+        self._metrics.kv_kept_bytes.inc(message.kept_bytes)
+        self._metrics.kv_saved_bytes.inc(max(0, message.full_bytes - message.kept_bytes))
+        self._metrics.kv_retention.observe(message.realised_retention)
+        self._accounting.totals.kv_full_bytes += message.full_bytes
+        self._accounting.totals.kv_kept_bytes += message.kept_bytes
+
+    def transfer(self, message: pb.Transfer) -> None:
+        """The parcel was sent."""
+        self._metrics.kv_sent_bytes.inc(message.sent_bytes)
+        self._accounting.totals.kv_sent_bytes += message.sent_bytes
+
+    def finished(self) -> None:
+        """The answer is complete."""
+        if self._end(FINISHED, "OK"):
+            self._metrics.e2e_latency.observe(self._last_s - self._received_s)
+            if self.generated_tokens > 1:
+                per_token_s = (self._last_s - self._first_s) / (self.generated_tokens - 1)
+                self._metrics.time_per_output_token.observe(per_token_s)
+
+    def failed(self, error: Exception) -> None:
+        """The client is told of an error; one that is no `ServiceError` is a bug."""
+        self._end(FAILED, error.code if isinstance(error, ServiceError) else InternalError.code)
+
+    def left(self, stage: str, deadline: DeadlineExceededError | None) -> None:
+        """The client went away in `stage`; `deadline` says that it did so because its time was over."""
+        if deadline is not None:
+            self.failed(deadline)
+        elif self._end(CANCELLED, RequestCancelledError.code):
+            self._metrics.labelled(self._metrics.cancellations, stage=stage).inc()
+
+    def _token(self, gap_s: float, now_s: float) -> None:
+        self._metrics.generation_tokens.inc()
+        if self.generated_tokens == 1:
+            self._first_s = now_s
+            self._metrics.time_to_first_token.observe(now_s - self._received_s)
+            return
+        self._metrics.inter_token_latency.observe(gap_s)
+        if self.generated_tokens == 2:
+            self._metrics.time_to_second_token.observe(now_s - self._received_s)
+
+    def _end(self, outcome: str, code: str) -> bool:
+        if not self._open:
+            return False
+        self._open = False
+        self._metrics.requests_running.dec()
+        self._accounting.ended(outcome, code)
+        return True

@@ -1,0 +1,209 @@
+"""Memory before compute: finds a pair, reserves decode memory, and waits for it when there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from vlcache.worker.v1 import decode_pb2, prefill_pb2
+
+from router.accounting import Accounting
+from router.background import Background
+from router.deadline import Deadline
+from router.placement import Pair, Placement
+from router.validation import AcceptedRequest
+from router.waiting import RETRY_AFTER_S, WaitingRoom
+from router.worker import DECODE, PREFILL, READY, Charge, Worker
+from router.worker_client import WorkerClient
+from router.workers import WorkerTable
+from shared.errors import FailedPreconditionError, ResourceExhaustedError, ServiceError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, kw_only=True)
+class Lease:
+    """Decode memory promised to one attempt, and the load that the attempt puts on its pair."""
+
+    pair: Pair
+    attempt: int
+    ticket: prefill_pb2.Ticket
+    prefill_charge: Charge
+    decode_charge: Charge
+    memory_freed: Callable[[], None]
+
+    def end(self) -> None:
+        """Takes the load off both workers. Idempotent."""
+        self.prefill_charge.end()
+        self.decode_charge.end()
+        self.memory_freed()
+
+    async def release(self) -> None:
+        """Gives the memory back, whatever the worker does with it now; without an answer the worker's lease ends it."""
+        try:
+            await self.pair.decode.client.release(self.ticket.token)
+        except ServiceError as error:
+            log.warning("%s did not confirm a release: %s", self.pair.decode.info.name, error.message)
+        self.memory_freed()
+
+
+class Admission:
+    """Called once per attempt of a request. Loads are counted before the first await, so a burst spreads out."""
+
+    def __init__(
+        self,
+        table: WorkerTable,
+        placement: Placement,
+        *,
+        background: Background,
+        accounting: Accounting,
+        queue_timeout_s: float,
+        max_waiting: int,
+    ) -> None:
+        self._table = table
+        self._placement = placement
+        self._background = background
+        self._accounting = accounting
+        self._queue_timeout_s = queue_timeout_s
+        self._rooms: defaultdict[str, WaitingRoom] = defaultdict(lambda: WaitingRoom(max_waiting))
+
+    async def reserve(
+        self, request: AcceptedRequest, *, attempts: Iterator[int], avoid: Collection[Worker], deadline: Deadline
+    ) -> Lease:
+        """Waits for a pair with decode memory; no prefill worker of `avoid` is taken.
+
+        Raises:
+            UnavailableError: No ready pair is left.
+            ResourceExhaustedError: No memory within the queue timeout, or too many requests wait for it.
+            DeadlineExceededError: The client's deadline came first.
+        """
+        room = self._rooms[request.model.name]
+        ask = _Ask(request, attempts, avoid, deadline)
+        # whoever comes later must not overtake those who wait
+        if not len(room) and (lease := await self._try(ask)):
+            return lease
+        with room.place() as place, self._accounting.waiting():
+            give_up_at_s = asyncio.get_running_loop().time() + deadline.at_most(self._queue_timeout_s)
+            while await place.turn(give_up_at_s):
+                if lease := await self._try(ask):
+                    return lease
+        if deadline.passed:
+            raise deadline.error("queue")
+        raise ResourceExhaustedError("no decode memory became free in time", retry_after_s=RETRY_AFTER_S)
+
+    async def _try(self, ask: _Ask) -> Lease | None:
+        """One round over the decode workers; None when all of them are full."""
+        refused: set[Worker] = set()
+        for pair in self._placement.order(self._pairs(ask)):
+            if pair.decode in refused or not pair.ready:
+                continue
+            try:
+                return await self._reserve(pair, ask)
+            except ResourceExhaustedError as error:
+                self._accounting.reservation_rejected(error)
+                refused.add(pair.decode)
+            except (UnavailableError, FailedPreconditionError) as error:
+                # gone, or restarted since the last poll
+                self._accounting.reservation_rejected(error)
+                self._table.suspend(pair.decode)
+        if refused:
+            return None
+        raise self.no_pair(ask.request.model.name)
+
+    def _pairs(self, ask: _Ask) -> list[Pair]:
+        return [pair for pair in self._table.pairs(ask.request.model.name) if pair.prefill not in ask.avoid]
+
+    async def _reserve(self, pair: Pair, ask: _Ask) -> Lease:
+        attempt = next(ask.attempts)
+        prefill_charge = pair.prefill.charge(ask.request.prompt_tokens_bound)
+        decode_charge = pair.decode.charge(_decode_bytes(pair, ask.request))
+        try:
+            response = await self._answer(
+                pair.decode.client, _reserve_request(pair, attempt, ask.request), ask.deadline
+            )
+        except BaseException:
+            prefill_charge.end()
+            decode_charge.end()
+            raise
+        decode_charge.resize(response.reserved_bytes)
+        return Lease(
+            pair=pair,
+            attempt=attempt,
+            ticket=_ticket(pair.decode, response),
+            prefill_charge=prefill_charge,
+            decode_charge=decode_charge,
+            memory_freed=self._rooms[ask.request.model.name].memory_freed,
+        )
+
+    async def _answer(
+        self, client: WorkerClient, message: decode_pb2.ReserveRequest, deadline: Deadline
+    ) -> decode_pb2.ReserveResponse:
+        """The worker's answer. A client that leaves meanwhile must not leave a reservation behind."""
+        asking = self._background.spawn(client.reserve(message))
+        try:
+            await asyncio.wait({asking}, timeout=deadline.remaining_s())
+        except asyncio.CancelledError:
+            self._background.spawn(_give_back(client, asking))
+            raise
+        if not asking.done():
+            self._background.spawn(_give_back(client, asking))
+            raise deadline.error("queue")
+        return asking.result()
+
+    def no_pair(self, model: str) -> UnavailableError:
+        """What a client is told when nobody can serve `model` at present."""
+        ready = {worker.info.role for worker in self._table.workers() if worker.state == READY}
+        missing = [role for role in (PREFILL, DECODE) if role not in ready]
+        what = f"no {' and no '.join(missing)} worker is ready" if missing else "no pair of workers is ready"
+        where = f" for model {model!r}" if model else ""
+        return UnavailableError(what + where, reason="NO_WORKER", retry_after_s=RETRY_AFTER_S)
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What stays the same over all tries of one reservation."""
+
+    request: AcceptedRequest
+    attempts: Iterator[int]
+    avoid: Collection[Worker]
+    deadline: Deadline
+
+
+def _decode_bytes(pair: Pair, request: AcceptedRequest) -> int:
+    """Estimate of a reservation until the worker says the exact figure."""
+    return pair.decode.layout.full_bytes(request.kept_tokens_bound + request.max_new_tokens)
+
+
+def _reserve_request(pair: Pair, attempt: int, request: AcceptedRequest) -> decode_pb2.ReserveRequest:
+    return decode_pb2.ReserveRequest(
+        request_id=request.request_id,
+        attempt=attempt,
+        model=request.model.name,
+        compatibility=pair.decode.info.model.compatibility,
+        kept_tokens_bound=request.kept_tokens_bound,
+        max_new_tokens=request.max_new_tokens,
+        prefill_epoch=pair.prefill.info.epoch,
+        arena_socket=pair.prefill.info.arena_socket,
+        epoch=pair.decode.info.epoch,
+    )
+
+
+def _ticket(decode: Worker, response: decode_pb2.ReserveResponse) -> prefill_pb2.Ticket:
+    return prefill_pb2.Ticket(
+        decode_worker=decode.info.name,
+        decode_address=decode.client.address,
+        token=response.token,
+        transport=response.transport,
+        reserved_bytes=response.reserved_bytes,
+    )
+
+
+async def _give_back(client: WorkerClient, asking: asyncio.Task[decode_pb2.ReserveResponse]) -> None:
+    try:
+        response = await asking
+        await client.release(response.token)
+    except ServiceError as error:
+        log.debug("nothing to give back: %s", error.message)

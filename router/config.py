@@ -1,0 +1,46 @@
+"""Configuration of a router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shared.config import Listen
+from shared.registry.location import open_registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Everything that a router can be told."""
+
+    registry: str
+    """Where the workers are: static://host:port,host:port."""
+    listen: Listen = field(default_factory=Listen)
+    """Where clients and scrapers reach this router."""
+    name: str = "router"
+    """Name of this process in logs, metrics and error details."""
+    poll_interval_s: float = 1.0
+    """Seconds between two looks at a worker."""
+    poll_timeout_s: float = 5.0
+    """Seconds after which a worker that does not say who it is counts as unreachable."""
+    control_timeout_s: float = 5.0
+    """Seconds that a reservation, a release or the end of a finished prompt's transfer report may take."""
+    queue_timeout_s: float = 30.0
+    """Seconds that a request waits for decode memory before it is refused."""
+    max_waiting: int = 256
+    """Requests per model that may wait for decode memory; further ones are refused at once."""
+    drain_s: float = 30.0
+    """Seconds that running requests get to finish after SIGTERM or SIGINT."""
+    log_level: str = "INFO"
+    """DEBUG, INFO, WARNING or ERROR."""
+
+    def __post_init__(self) -> None:
+        positive = ("poll_interval_s", "poll_timeout_s", "control_timeout_s", "queue_timeout_s")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
+        for name in ("drain_s", "max_waiting"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        open_registry(self.registry)
+        if not self.name:
+            raise ValueError("name must not be empty")

@@ -1,0 +1,117 @@
+"""All requests in flight."""
+
+from __future__ import annotations
+
+import asyncio
+
+from vlcache.v1 import inference_pb2 as pb
+
+from router import validation
+from router.accounting import Accounting
+from router.admission import Admission
+from router.background import Background
+from router.deadline import Deadline
+from router.generation import Generation
+from router.validation import AcceptedRequest
+from router.workers import WorkerTable
+from shared.errors import DuplicateRequestError, InvalidRequestError, NotFoundError, ServiceError, UnavailableError
+
+
+class Generations:
+    """Owner of the ids in flight. Accepts requests, refuses them while draining, and knows when all have ended."""
+
+    def __init__(
+        self,
+        table: WorkerTable,
+        admission: Admission,
+        *,
+        background: Background,
+        accounting: Accounting,
+        patience_s: float,
+    ) -> None:
+        self._table = table
+        self._admission = admission
+        self._background = background
+        self._accounting = accounting
+        self._patience_s = patience_s
+        self._running: dict[str, Generation] = {}
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def open(self, message: pb.GenerateRequest, timeout_s: float | None) -> Generation:
+        """Accepts a request; its caller iterates `events` and calls `close` when its client is gone.
+
+        Raises:
+            UnavailableError: The router is draining, or no worker serves the model at present.
+            DuplicateRequestError: The id is in flight.
+            NotFoundError: No worker knows the model.
+            InvalidRequestError: The request can never work.
+        """
+        try:
+            request = self._accept(message)
+        except ServiceError as error:
+            self._accounting.refused(error)
+            raise
+        return self._register(request, Deadline.after(timeout_s))
+
+    async def idle(self) -> None:
+        """Waits until no request is in flight."""
+        await self._idle.wait()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuses new requests and waits for the running ones; False when some still run after `timeout_s`."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    def check_integrity(self) -> None:
+        """Asserts that idle means idle."""
+        assert self._idle.is_set() == (not self._running)
+        self._table.check_integrity(idle=not self._running)
+
+    def _accept(self, message: pb.GenerateRequest) -> AcceptedRequest:
+        if self._draining:
+            raise UnavailableError("this router is draining", reason="DRAINING")
+        message.request_id = validation.request_id_of(message)
+        if message.request_id in self._running:
+            raise DuplicateRequestError(f"request {message.request_id} is in flight")
+        served = self._table.served_models()
+        worker = served.get(self._model_name(message.model, list(served)))
+        if worker is None:
+            raise self._not_served(message.model, list(served))
+        return validation.accept(message, worker.info.model)
+
+    def _model_name(self, asked: str, served: list[str]) -> str:
+        if not asked and len(served) > 1:
+            raise InvalidRequestError(f"several models are served, name one: {', '.join(served)}")
+        return asked or "".join(served)
+
+    def _not_served(self, asked: str, served: list[str]) -> ServiceError:
+        """A model that is unknown for want of workers is not an unknown model."""
+        if served and asked not in self._table.known_models():
+            return NotFoundError(f"unknown model {asked!r}; served: {', '.join(served)}", reason="UNKNOWN_MODEL")
+        return self._admission.no_pair(asked)
+
+    def _register(self, request: AcceptedRequest, deadline: Deadline) -> Generation:
+        generation = Generation(
+            request,
+            table=self._table,
+            admission=self._admission,
+            background=self._background,
+            account=self._accounting.open(),
+            deadline=deadline,
+            patience_s=self._patience_s,
+            on_close=lambda: self._forget(request.request_id),
+        )
+        self._running[request.request_id] = generation
+        self._idle.clear()
+        return generation
+
+    def _forget(self, request_id: str) -> None:
+        del self._running[request_id]
+        if not self._running:
+            self._idle.set()

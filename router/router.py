@@ -1,0 +1,123 @@
+"""A running router: its parts, the order in which they start, and the order in which they stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from router.accounting import Accounting
+from router.admission import Admission
+from router.background import Background
+from router.config import RouterConfig
+from router.generations import Generations
+from router.health import follow_workers
+from router.placement import LeastLoaded
+from router.service import SERVICE_NAME, InferenceServicer
+from router.worker_client import WorkerClient
+from router.workers import WorkerTable
+from shared.registry.location import open_registry
+from shared.rpc.options import MAX_REQUEST_BYTES
+from shared.rpc.server import RpcServer
+from shared.telemetry.exporter import MetricsExporter, watch_event_loop
+from shared.telemetry.metrics import RouterMetrics
+
+# After the drain time is over, what is left is cancelled and gets this long to clean up behind itself.
+SETTLE_S = 5.0
+
+
+class Router:
+    """Construct it inside the event loop, `start` it, and `stop` it once."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        """Builds the parts; nothing runs yet.
+
+        Raises:
+            ValueError: The registry's location cannot be read.
+        """
+        self._config = config
+        self.metrics = RouterMetrics(worker=config.name)
+        self.accounting = Accounting(self.metrics)
+        self._background = Background()
+        self.table = WorkerTable(
+            open_registry(config.registry),
+            connect=self._connect,
+            background=self._background,
+            poll_interval_s=config.poll_interval_s,
+        )
+        admission = Admission(
+            self.table,
+            LeastLoaded(),
+            background=self._background,
+            accounting=self.accounting,
+            queue_timeout_s=config.queue_timeout_s,
+            max_waiting=config.max_waiting,
+        )
+        self.generations = Generations(
+            self.table,
+            admission,
+            background=self._background,
+            accounting=self.accounting,
+            patience_s=config.control_timeout_s,
+        )
+        self._running = contextlib.AsyncExitStack()
+
+    async def start(self) -> None:
+        """Listens and begins to look for workers.
+
+        Raises:
+            OSError: A port cannot be bound.
+        """
+        listen = self._config.listen
+        servicer = InferenceServicer(self.generations, self.table, self.accounting)
+        async with contextlib.AsyncExitStack() as stack:
+            exporter = MetricsExporter(self.metrics.registry, host=listen.host, port=listen.metrics_port)
+            stack.enter_context(exporter)
+            self._server = await RpcServer.start(
+                name=self._config.name,
+                host=listen.host,
+                port=listen.port,
+                register=servicer.register,
+                services=[SERVICE_NAME],
+                max_request_bytes=MAX_REQUEST_BYTES,
+            )
+            stack.push_async_callback(self.table.close)
+            stack.push_async_callback(self._background.settle, SETTLE_S)
+            stack.push_async_callback(self._server.drain, 0)
+            await stack.enter_async_context(_running(self.table.run()))
+            await stack.enter_async_context(watch_event_loop(self.metrics.event_loop_delay))
+            self._health = asyncio.create_task(follow_workers(self.table, self.accounting, self._server.set_ready))
+            self.address, self.metrics_address = self._server.address, exporter.address
+            self._running = stack.pop_all()
+
+    async def stop(self) -> bool:
+        """Drains, then stops everything; False when requests had to be cancelled.
+
+        Until the running requests have ended the server stays reachable, so that new ones hear why they are refused.
+        """
+        self._health.cancel()
+        await asyncio.gather(self._health, return_exceptions=True)
+        await self._server.set_ready(False)
+        finished = await self.generations.drain(self._config.drain_s)
+        await self._running.aclose()
+        return finished
+
+    async def settle(self, timeout_s: float) -> None:
+        """Waits for releases and clean-ups of requests that have ended."""
+        await self._background.settle(timeout_s)
+
+    def _connect(self, address: str) -> WorkerClient:
+        config = self._config
+        return WorkerClient(address, poll_timeout_s=config.poll_timeout_s, control_timeout_s=config.control_timeout_s)
+
+
+@contextlib.asynccontextmanager
+async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Runs `work` in a task of its own while open."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

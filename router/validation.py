@@ -1,0 +1,126 @@
+"""What can be known about a request without a tokenizer: is it well-formed, and how large can it become?"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import uuid
+from dataclasses import dataclass
+
+from vlcache.v1 import inference_pb2 as pb
+from vlcache.worker.v1 import worker_pb2
+
+from shared.errors import InvalidRequestError
+from shared.request.params import Budget, Sampling
+from shared.rpc.options import MAX_REQUEST_BYTES
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcceptedRequest:
+    """A request with every default filled in, and upper bounds of its size in tokens."""
+
+    message: pb.GenerateRequest
+    model: worker_pb2.ServedModel
+    prompt_tokens_bound: int
+    kept_tokens_bound: int
+    """Bound of the mean number of kept tokens per layer."""
+
+    @property
+    def request_id(self) -> str:
+        """The client's id, or the one made for it."""
+        return self.message.request_id
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens to generate at most."""
+        return self.message.sampling.max_new_tokens
+
+
+def request_id_of(message: pb.GenerateRequest) -> str:
+    """The request's id; a new one when the client left it to us.
+
+    Raises:
+        InvalidRequestError: It is too long or has other characters than ids have.
+    """
+    if not message.request_id:
+        return uuid.uuid4().hex
+    _require(REQUEST_ID.fullmatch(message.request_id) is not None, "request_id is 1 to 128 of A-Z a-z 0-9 . _ : -")
+    return message.request_id
+
+
+def accept(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> AcceptedRequest:
+    """Checks `message` against `model` and fills in what the workers need to agree on. Changes `message`.
+
+    Raises:
+        InvalidRequestError: A value is out of its range, or the request asks for nothing.
+    """
+    _require(message.ByteSize() <= MAX_REQUEST_BYTES, f"a request has at most {MAX_REQUEST_BYTES >> 20} MiB")
+    _check_messages(message)
+    _require(_num_images(message) <= model.max_images, f"the model takes at most {model.max_images} images")
+    _fill_sampling(message, model)
+    budget = _fill_compression(message, model)
+    message.model = model.name
+    prompt_tokens_bound = _prompt_tokens_bound(message, model)
+    return AcceptedRequest(
+        message=message,
+        model=model,
+        prompt_tokens_bound=prompt_tokens_bound,
+        kept_tokens_bound=budget.kept_tokens_bound(prompt_tokens_bound),
+    )
+
+
+def _check_messages(message: pb.GenerateRequest) -> None:
+    for entry in message.messages:
+        _require(entry.role in ROLES, f"a role is one of {', '.join(ROLES)}, not {entry.role!r}")
+        for part in entry.parts:
+            kind = part.WhichOneof("part")
+            _require(kind is not None, "a part is a text or an image")
+            _require(kind != "image" or bool(part.image.data), "an image has no data")
+    texts = (part.text for entry in message.messages for part in entry.parts)
+    _require(any(text.strip() for text in texts), "some message must have a text")
+
+
+def _fill_sampling(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> None:
+    given = message.sampling
+    if not given.HasField("seed"):
+        given.seed = secrets.randbits(64)
+    sampling = Sampling.from_proto(given, default_max_new_tokens=model.default_max_new_tokens)
+    limit = model.max_new_tokens
+    _require(sampling.max_new_tokens <= limit, f"max_new_tokens must be at most {limit}, not {sampling.max_new_tokens}")
+    given.CopyFrom(sampling.to_proto())
+
+
+def _fill_compression(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> Budget:
+    given = message.compression
+    budget = Budget.from_proto(given, default_retention=model.default_retention)
+    if budget.retention is not None:
+        # what is reserved and what is asked for must not drift apart
+        given.retention = budget.retention
+    given.policy = given.policy or model.default_policy
+    known = ", ".join(model.policies)
+    _require(given.policy in model.policies, f"unknown compression policy {given.policy!r}; known: {known}")
+    return budget
+
+
+def _prompt_tokens_bound(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> int:
+    """A byte is at least as long as a token, and every message brings its own piece of the template.
+
+    Loose for long texts, hence only good for reserving: whether the prompt fits the context is known to the prefill
+    worker alone.
+    """
+    text_bytes = sum(len(part.text.encode()) for entry in message.messages for part in entry.parts)
+    template = model.template_tokens * len(message.messages)
+    bound = text_bytes + template + _num_images(message) * model.max_tokens_per_image
+    return min(bound, model.context_tokens)
+
+
+def _num_images(message: pb.GenerateRequest) -> int:
+    return sum(part.WhichOneof("part") == "image" for entry in message.messages for part in entry.parts)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvalidRequestError(message)
