@@ -48,4 +48,5 @@ class Attempts:
     def _next_delay_s(self) -> float:
         longest_s = self._longest_s
         self._longest_s = min(longest_s * self._policy.multiplier, self._policy.max_backoff_s)
+        # Spreads clients over time; nothing secret depends on it.
         return longest_s * (1 - self._policy.jitter * random.random())  # noqa: S311
