@@ -36,8 +36,9 @@ async def serve(config: PrefillConfig) -> None:
         await server.set_ready(True)
         announce(name=config.name, role="prefill", address=server.address, metrics_address=metrics.address)
         await stop_signal()
-        worker.servicer.start_draining()
-        await server.drain(config.drain_s)
+        await server.set_ready(False)
+        await worker.drain(config.drain_s)
+        await server.stop()
         await worker.close()
 
 

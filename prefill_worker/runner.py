@@ -46,7 +46,7 @@ class PrefillRunner:
         self._layout = layout
         self._metrics = metrics
         self._preprocess_pool = ThreadPoolExecutor(preprocess_threads, thread_name_prefix="preprocess")
-        self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._jobs: dict[tuple[str, int], tuple[PrefillJob, asyncio.Task[None]]] = {}
 
     async def stream(self, job: PrefillJob) -> AsyncIterator[Event]:
         """Runs a job and yields its events. Leaving early cancels the work; its memory follows when it is safe.
@@ -56,11 +56,11 @@ class PrefillRunner:
             DuplicateRequestError: The same attempt is running already.
         """
         key = (job.transfer.request_id, job.transfer.attempt)
-        if key in self._tasks:
+        if key in self._jobs:
             raise DuplicateRequestError(f"request {job.transfer.request_id!r} is already being prefilled")
         events: asyncio.Queue[Event | None] = asyncio.Queue()
         task = asyncio.create_task(self._run(job, events.put_nowait))
-        self._tasks[key] = task
+        self._jobs[key] = (job, task)
         task.add_done_callback(partial(self._forget, key))
         try:
             while (event := await events.get()) is not _END:
@@ -71,22 +71,32 @@ class PrefillRunner:
                 job.cancelled.set()
                 task.cancel()
 
-    async def drain(self) -> None:
-        """Waits for what is in flight, then ends the threads."""
-        if self._tasks:
-            await asyncio.wait(self._tasks.values())
+    async def drain(self, timeout_s: float) -> None:
+        """Lets what is in flight finish for `timeout_s`, then cancels it."""
+        if not self._jobs:
+            return
+        tasks = [task for _, task in self._jobs.values()]
+        _, late = await asyncio.wait(tasks, timeout=timeout_s)
+        if late:
+            for job, task in list(self._jobs.values()):
+                job.cancelled.set()
+                task.cancel()
+            await asyncio.wait(late)
+
+    def close(self) -> None:
+        """Ends the threads of a drained worker."""
         self._preprocess_pool.shutdown()
         self._scheduler.close()
 
     def check_integrity(self) -> None:
         """Asserts that an idle worker holds nothing."""
         self._store.check_integrity()
-        if not self._tasks:
+        if not self._jobs:
             assert self._store.used_bytes == 0, "a parcel outlived its request"
             assert self._scheduler.outstanding_tokens == 0
 
     def _forget(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
-        del self._tasks[key]
+        del self._jobs[key]
         if not task.cancelled():
             task.exception()  # the caller may be gone; asyncio would complain that nobody looked
 

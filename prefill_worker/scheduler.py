@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from shared.errors import ResourceExhaustedError
+from shared.threads import run_to_end
 
 Result = TypeVar("Result")
 
@@ -48,15 +48,8 @@ class PrefillScheduler:
         if self.waiting >= self._max_waiting:
             raise ResourceExhaustedError("this worker's queue is full", reason="QUEUE_FULL", retry_after_s=1.0)
         self._tokens.append(num_tokens)
-        work = asyncio.get_running_loop().run_in_executor(self._thread, compute)
         try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            cancelled.set()
-            await asyncio.wait([work])
-            if not work.cancelled():
-                work.exception()  # whatever it was, nobody is left to hear it
-            raise
+            return await run_to_end(self._thread, compute, on_cancel=cancelled.set)
         finally:
             self._tokens.remove(num_tokens)
 

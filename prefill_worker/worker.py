@@ -101,9 +101,14 @@ class PrefillWorker:
         """Adds the worker's services to a server."""
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self.servicer, server)
 
+    async def drain(self, timeout_s: float) -> None:
+        """Refuses new requests and lets the others finish for `timeout_s`."""
+        self.servicer.start_draining()
+        await self.runner.drain(timeout_s)
+
     async def close(self) -> None:
-        """Finishes what runs and gives everything back."""
-        await self.runner.drain()
+        """Gives everything back; the worker was drained."""
+        self.runner.close()
         await self._sender.close()
         await self._arena_server.stop()
         self.runner.check_integrity()

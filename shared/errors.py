@@ -85,6 +85,12 @@ class FailedPreconditionError(ServiceError):
     default_reason = "FAILED_PRECONDITION"
 
 
+class AlreadyCommittedError(FailedPreconditionError):
+    """A second delivery of a parcel that may be installed only once."""
+
+    default_reason = "ALREADY_COMMITTED"
+
+
 class AbortedError(ServiceError):
     """The request was ended elsewhere (released, lease expired)."""
 

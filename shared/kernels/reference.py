@@ -45,35 +45,22 @@ def post_vision_statistics(
     return columns, counts
 
 
-def decode_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling: float
-) -> torch.Tensor:
-    """One new token of one sequence over its kept KV, whose length may differ per KV head.
+def decode_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """One new token of one sequence over KV heads that keep the same number of tokens.
 
     Args:
         query: [num_query_heads, head_dim].
-        key: [num_kv_heads, capacity, head_dim]; rows beyond a head's length are undefined.
+        key: [num_kv_heads, length, head_dim].
         value: As `key`.
-        lengths: Valid rows of each KV head.
         scaling: Factor of the logits.
 
     Returns:
         [num_query_heads, head_dim].
     """
-    num_kv_heads = key.shape[0]
     # the group is the query axis: one read of K and V serves all its heads
-    grouped = query.view(num_kv_heads, -1, query.shape[-1])
-    if min(lengths) == max(lengths):
-        return _attend(grouped, key[:, : lengths[0]], value[:, : lengths[0]], scaling).reshape(query.shape)
-    heads = [
-        _attend(grouped[h : h + 1], key[h : h + 1, :length], value[h : h + 1, :length], scaling)
-        for h, length in enumerate(lengths)
-    ]
-    return torch.cat(heads).reshape(query.shape)
-
-
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(query[None], key[None], value[None], scale=scaling)[0]
+    grouped = query.view(1, key.shape[0], -1, query.shape[-1])
+    out = torch.nn.functional.scaled_dot_product_attention(grouped, key[None], value[None], scale=scaling)
+    return out.view(query.shape)
 
 
 def _causal_logits(query: torch.Tensor, transposed_key: torch.Tensor, first_row: int, scaling: float) -> torch.Tensor:

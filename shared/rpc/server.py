@@ -62,7 +62,7 @@ class RpcServer:
         """Sets what `grpc.health.v1` answers for the whole server."""
         await self._health.set("", SERVING if ready else NOT_SERVING)
 
-    async def drain(self, grace_s: float) -> None:
-        """Refuses new calls, lets running ones finish for `grace_s`, then cancels them."""
+    async def stop(self, grace_s: float = 0.5) -> None:
+        """Refuses new calls and ends running ones after `grace_s`. Drain first: long-lived streams do not end."""
         await self.set_ready(False)
         await self._server.stop(grace_s)

@@ -12,13 +12,8 @@ from shared import errors
 DOMAIN = "vlcache"
 
 
-def _leaves(cls: type[errors.ServiceError]) -> list[type[errors.ServiceError]]:
-    return [cls] + [leaf for sub in cls.__subclasses__() for leaf in _leaves(sub)]
-
-
-ERROR_BY_CODE: dict[str, type[errors.ServiceError]] = {
-    cls.code: cls for cls in _leaves(errors.ServiceError) if cls is not errors.ServiceError
-}
+# the direct subclasses: one per code; deeper ones only name a reason
+ERROR_BY_CODE: dict[str, type[errors.ServiceError]] = {cls.code: cls for cls in errors.ServiceError.__subclasses__()}
 
 
 def to_status(error: errors.ServiceError, *, metadata: dict[str, str] | None = None) -> grpc.Status:
@@ -30,8 +25,12 @@ def to_status(error: errors.ServiceError, *, metadata: dict[str, str] | None = N
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
-    code = getattr(grpc.StatusCode, error.code).value[0]
-    return rpc_status.to_status(status_pb2.Status(code=code, message=error.message, details=details))
+    return rpc_status.to_status(status_pb2.Status(code=code_number(error), message=error.message, details=details))
+
+
+def code_number(error: errors.ServiceError) -> int:
+    """The canonical gRPC code of an error."""
+    return int(getattr(grpc.StatusCode, error.code).value[0])
 
 
 def from_rpc_error(error: grpc.RpcError) -> errors.ServiceError:

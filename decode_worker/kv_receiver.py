@@ -1,0 +1,94 @@
+"""The data plane: takes parcels in over gRPC chunks or from shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+from vlcache.worker.v1 import kv_pb2 as pb
+
+from decode_worker.receive_buffers import ReceiveBuffers
+from decode_worker.reservations import Reservation, Reservations
+from decode_worker.runner import DecodeRunner
+from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError
+from shared.kv.manifest import Manifest
+from shared.kv.transport.frames import decode_chunk, decode_header
+
+SERVICE_NAME = "vlcache.worker.v1.KVTransferService"
+
+
+class KVReceiver:
+    """Implements `KVTransferService`. A parcel is installed whole or not at all."""
+
+    def __init__(self, runner: DecodeRunner, reservations: Reservations) -> None:
+        self._runner = runner
+        self._reservations = reservations
+        self._buffers = ReceiveBuffers()
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the service. PutKV gets wire bytes: the frames are read without a copy."""
+        handlers = {
+            "PutKV": grpc.stream_unary_rpc_method_handler(
+                self.put, response_serializer=pb.PutKVResponse.SerializeToString
+            ),
+            "InstallKV": grpc.unary_unary_rpc_method_handler(
+                self.install,
+                request_deserializer=pb.InstallKVRequest.FromString,
+                response_serializer=pb.InstallKVResponse.SerializeToString,
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+
+    async def put(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutKVResponse:
+        """`PutKV`: a header, then the body in order."""
+        first = await anext(aiter(frames), b"")
+        header = decode_header(first)
+        reservation, manifest = self._begin(header.token, header.manifest)
+        try:
+            with self._buffers.borrow(manifest.body_bytes) as buffer:
+                received = await _receive(frames, buffer)
+                await self._runner.install(reservation, manifest, buffer)
+        except BaseException:
+            self._reservations.end_fill(reservation)
+            raise
+        return pb.PutKVResponse(received_bytes=received)
+
+    async def install(self, request: pb.InstallKVRequest, context: grpc.aio.ServicerContext) -> pb.InstallKVResponse:
+        """`InstallKV`: the body lies in the sender's arena."""
+        reservation, manifest = self._begin(request.token, request.manifest)
+        try:
+            await self._runner.install(reservation, manifest, _slot_view(reservation, manifest, request.slot))
+        except BaseException:
+            self._reservations.end_fill(reservation)
+            raise
+        return pb.InstallKVResponse()
+
+    def _begin(self, token: bytes, message: pb.KVManifest) -> tuple[Reservation, Manifest]:
+        manifest = Manifest.from_proto(message)
+        reservation = self._reservations.find(token)
+        self._runner.check_parcel(reservation, manifest)
+        self._reservations.begin_fill(reservation)
+        return reservation, manifest
+
+
+async def _receive(frames: AsyncIterator[bytes], buffer: memoryview) -> int:
+    """Fills the buffer from chunks that must come in order and without a gap; returns the bytes received."""
+    received = 0
+    async for message in frames:
+        chunk = decode_chunk(message)
+        end = received + len(chunk.data)
+        if chunk.offset != received or end > len(buffer):
+            raise InvalidRequestError("a chunk is out of place", reason="TRANSFER_FRAME")
+        buffer[received:end] = chunk.data
+        received = end
+    if received != len(buffer):
+        raise DataLossError(f"the parcel ended after {received} of {len(buffer)} bytes", reason="PARCEL_TRUNCATED")
+    return received
+
+
+def _slot_view(reservation: Reservation, manifest: Manifest, slot: pb.ArenaSlot) -> memoryview:
+    if reservation.arena is None or slot.arena != reservation.prefill_epoch:
+        raise FailedPreconditionError("no arena was agreed on for this transfer", reason="ARENA")
+    if slot.nbytes != manifest.body_bytes:
+        raise InvalidRequestError("slot and manifest disagree on the size", reason="ARENA_BOUNDS")
+    return reservation.arena.view(slot.offset, slot.nbytes)

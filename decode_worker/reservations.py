@@ -1,0 +1,178 @@
+"""What the worker holds for each request, from the promise of memory to the last token, and the leases on it."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from decode_worker.kv_pool import KVPool
+from decode_worker.sequence import Sequence
+from decode_worker.token_outbox import Subscription
+from shared.errors import AlreadyCommittedError, DuplicateRequestError, NotFoundError
+from shared.kv.arena import ArenaView
+from shared.kv.extents import Extent
+from shared.model.text_stream import TextStream
+
+TOKEN_BYTES = 16
+
+
+class Stage(enum.Enum):
+    """Where a reservation stands; the value is the `state` label of its bytes."""
+
+    RESERVED = "reserved"
+    FILLING = "filling"
+    ACTIVE = "active"
+
+
+@dataclass(eq=False, kw_only=True)
+class Reservation:
+    """Memory of one request. Touched on the event loop only.
+
+    `token` is its secret: random, so a late message for an ended reservation finds nothing and revives nothing.
+    """
+
+    token: bytes
+    request_id: str
+    attempt: int
+    prefill_epoch: str
+    extent: Extent
+    max_new_tokens: int
+    arena: ArenaView | None
+    expires_at: float
+    stage: Stage = Stage.RESERVED
+    sequence: Sequence | None = None
+    text: TextStream | None = None
+    subscription: Subscription | None = None
+    joined: bool = False
+    ended: bool = False
+
+    @property
+    def leased(self) -> bool:
+        """Whether it ends when nobody renews it: until it is installed and someone reads its tokens."""
+        return self.stage is not Stage.ACTIVE or self.subscription is None
+
+
+class Reservations:
+    """Owner of all reservations and, through them, of every extent of the pool.
+
+    Conservation law: the extents of the reservations are exactly what the pool has given out.
+    """
+
+    def __init__(self, pool: KVPool, *, lease_s: float) -> None:
+        self._pool = pool
+        self._by_token: dict[bytes, Reservation] = {}
+        # ended, but a thread still uses the memory
+        self._lingering: set[Reservation] = set()
+        self.lease_s = lease_s
+        self.idle = asyncio.Event()
+        """Set while nothing is held."""
+        self.idle.set()
+
+    def __iter__(self) -> Iterator[Reservation]:
+        return iter(list(self._by_token.values()))
+
+    def reserve(
+        self,
+        *,
+        request_id: str,
+        attempt: int,
+        prefill_epoch: str,
+        nbytes: int,
+        max_new_tokens: int,
+        arena: ArenaView | None,
+        now: float,
+    ) -> Reservation:
+        """Promises `nbytes`.
+
+        Raises:
+            ResourceExhaustedError: No room.
+            DuplicateRequestError: The same attempt holds a reservation.
+        """
+        if any((held.request_id, held.attempt) == (request_id, attempt) for held in self._by_token.values()):
+            raise DuplicateRequestError(f"request {request_id!r} already holds a reservation")
+        reservation = Reservation(
+            token=secrets.token_bytes(TOKEN_BYTES),
+            request_id=request_id,
+            attempt=attempt,
+            prefill_epoch=prefill_epoch,
+            extent=self._pool.allocate(nbytes),
+            max_new_tokens=max_new_tokens,
+            arena=arena,
+            expires_at=now + self.lease_s,
+        )
+        self._by_token[reservation.token] = reservation
+        self.idle.clear()
+        return reservation
+
+    def find(self, token: bytes) -> Reservation:
+        """The live reservation with that secret.
+
+        Raises:
+            NotFoundError: It never existed or has ended.
+        """
+        reservation = self._by_token.get(token)
+        if reservation is None:
+            raise NotFoundError("the reservation has ended", reason="NO_RESERVATION")
+        return reservation
+
+    def begin_fill(self, reservation: Reservation) -> None:
+        """Someone starts to deliver the parcel.
+
+        Raises:
+            AlreadyCommittedError: Another delivery is under way or done.
+        """
+        if reservation.stage is not Stage.RESERVED:
+            raise AlreadyCommittedError("the parcel was delivered already")
+        reservation.stage = Stage.FILLING
+
+    def end_fill(self, reservation: Reservation) -> None:
+        """The delivery failed: the memory waits for another one, or goes if the reservation ended meanwhile."""
+        reservation.stage = Stage.RESERVED
+        if reservation in self._lingering:
+            self.release_memory(reservation)
+
+    def activate(self, reservation: Reservation, sequence: Sequence, nbytes: int) -> None:
+        """The parcel is installed; what the bound had too much is given back."""
+        reservation.stage = Stage.ACTIVE
+        reservation.sequence = sequence
+        reservation.extent = self._pool.shrink(reservation.extent, nbytes)
+
+    def end(self, reservation: Reservation) -> None:
+        """Forgets a reservation. Its memory is free at once unless a thread still uses it. Idempotent."""
+        if reservation.ended:
+            return
+        reservation.ended = True
+        del self._by_token[reservation.token]
+        self._lingering.add(reservation)
+        if reservation.stage is not Stage.FILLING and not reservation.joined:
+            self.release_memory(reservation)
+
+    def release_memory(self, reservation: Reservation) -> None:
+        """Frees the memory of an ended reservation that no thread uses any more."""
+        assert reservation.ended
+        self._lingering.remove(reservation)
+        self._pool.free(reservation.extent)
+        if not self._by_token and not self._lingering:
+            self.idle.set()
+
+    def renew(self, reservation: Reservation, now: float) -> None:
+        """Extends the lease."""
+        reservation.expires_at = now + self.lease_s
+
+    def expired(self, now: float) -> list[Reservation]:
+        """Those whose lease ran out."""
+        return [held for held in self if held.leased and held.expires_at < now]
+
+    def bytes_in(self, stage: Stage) -> int:
+        """Bytes of all reservations in a stage, ended ones that linger included."""
+        held = (*self._by_token.values(), *self._lingering)
+        return sum(reservation.extent.nbytes for reservation in held if reservation.stage is stage)
+
+    def check_integrity(self) -> None:
+        """Asserts the conservation law."""
+        self._pool.check_integrity()
+        assert sum(self.bytes_in(stage) for stage in Stage) == self._pool.used_bytes, "an extent has no owner"
+        assert self.idle.is_set() == (not self._by_token and not self._lingering)

@@ -1,0 +1,196 @@
+"""The life of one sequence: reserve -> install -> join the batch -> tokens out -> memory back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from vlcache.v1 import inference_pb2 as public
+
+from decode_worker.kv_pool import KVPool
+from decode_worker.reservations import Reservation, Reservations
+from decode_worker.scheduler import DecodeScheduler, NewToken, StepOutcome
+from decode_worker.sequence import Sequence
+from decode_worker.token_outbox import Subscription, TokenOutbox
+from shared.errors import (
+    AbortedError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidRequestError,
+    ServiceError,
+    UnavailableError,
+)
+from shared.kv.manifest import Manifest
+from shared.model.identity import ModelIdentity
+from shared.model.text_stream import TextStream
+from shared.telemetry.metrics import DecodeMetrics
+from shared.threads import run_to_end
+
+
+class DecodeRunner:
+    """Owner of the sequences in flight. Lives on the event loop; the step thread reports through `deliver`."""
+
+    def __init__(
+        self,
+        *,
+        pool: KVPool,
+        reservations: Reservations,
+        identity: ModelIdentity,
+        tokenizer: Any,
+        eos_token_ids: frozenset[int],
+        metrics: DecodeMetrics,
+    ) -> None:
+        self._pool = pool
+        self._reservations = reservations
+        self._identity = identity
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._metrics = metrics
+        self._joined: dict[Sequence, Reservation] = {}
+        self._scheduler: DecodeScheduler
+        # copies parcels into the pool, so that neither the event loop nor a step waits for memory
+        self._install_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="install")
+
+    def connect(self, scheduler: DecodeScheduler) -> None:
+        """Names the scheduler that delivers here; each of the two needs the other."""
+        self._scheduler = scheduler
+
+    def check_parcel(self, reservation: Reservation, manifest: Manifest) -> None:
+        """Compares a parcel with what was reserved, before anything is allocated or read.
+
+        Raises:
+            FailedPreconditionError: Another model, or another transfer.
+            InvalidRequestError: It is larger than the reservation.
+        """
+        manifest.check_compatible(compatibility=self._identity.compatibility, layout=self._identity.layout)
+        transfer = manifest.transfer
+        expected = (reservation.request_id, reservation.attempt, reservation.prefill_epoch)
+        if (transfer.request_id, transfer.attempt, transfer.prefill_epoch) != expected:
+            raise FailedPreconditionError("the parcel belongs to another transfer", reason="TRANSFER_ID")
+        if manifest.sampling.max_new_tokens > reservation.max_new_tokens:
+            raise InvalidRequestError("more new tokens than were reserved", reason="OVER_RESERVATION")
+        if self._bytes_needed(manifest) > reservation.extent.nbytes:
+            raise InvalidRequestError("the parcel is larger than its reservation", reason="OVER_RESERVATION")
+
+    async def install(self, reservation: Reservation, manifest: Manifest, body: memoryview) -> None:
+        """Copies, verifies and activates a parcel whose fill has begun: whole or not at all.
+
+        Raises:
+            DataLossError: The digest does not match.
+            AbortedError: The reservation ended meanwhile.
+        """
+        started = time.monotonic()
+        work = partial(self._copy, reservation, manifest, body)
+        kv = await run_to_end(self._install_thread, work)
+        if reservation.ended:
+            raise AbortedError("the request was released during its transfer", reason="RELEASED")
+        sequence = Sequence.from_manifest(manifest, kv, self._eos_token_ids)
+        reservation.text = TextStream(self._tokenizer, manifest.sampling.stop)
+        reservation.text.push(manifest.first_token)  # the prefill worker has sent that text
+        self._reservations.activate(reservation, sequence, self._bytes_needed(manifest))
+        self._metrics.observe_stage("install", time.monotonic() - started)
+        self._join_when_ready(reservation)
+
+    def attach(self, reservation: Reservation, outbox: TokenOutbox, handle: int) -> None:
+        """Sends the sequence's tokens to an outbox from now on.
+
+        Raises:
+            FailedPreconditionError: Someone else reads them.
+        """
+        if reservation.subscription is not None:
+            raise FailedPreconditionError("the sequence is attached already", reason="ATTACHED")
+        reservation.subscription = Subscription(outbox, handle)
+        self._join_when_ready(reservation)
+
+    def cancel(self, outbox: TokenOutbox, handle: int) -> None:
+        """Ends the sequence behind a handle, if it is still there."""
+        for reservation in self._reservations:
+            if reservation.subscription == Subscription(outbox, handle):
+                self.end(reservation)
+
+    def detach(self, outbox: TokenOutbox) -> None:
+        """The reader is gone: ends everything it read."""
+        for reservation in self._reservations:
+            if reservation.subscription is not None and reservation.subscription.outbox is outbox:
+                self.end(reservation)
+
+    def end(self, reservation: Reservation, error: ServiceError | None = None) -> None:
+        """Ends a request at whatever stage; a reader hears `error`."""
+        if error is not None and reservation.subscription is not None and not reservation.ended:
+            reservation.subscription.fail(error)
+        if reservation.joined and reservation.sequence is not None:
+            self._scheduler.leave(reservation.sequence)
+        self._reservations.end(reservation)
+
+    def expire(self, now: float) -> None:
+        """Ends what nobody renewed."""
+        for reservation in self._reservations.expired(now):
+            self._metrics.labelled(self._metrics.lease_expired, side="decode").inc()
+            self.end(reservation, AbortedError("the lease ended without renewal", reason="LEASE_EXPIRED"))
+
+    def deliver(self, outcome: StepOutcome) -> None:
+        """Takes the outcome of one step; runs on the event loop."""
+        for new_token in outcome.tokens:
+            reservation = self._joined[new_token.sequence]
+            if not reservation.ended:
+                self._send(reservation, new_token)
+        for sequence in outcome.failed:
+            self.end(self._joined[sequence], InternalError("the decode step failed; the worker's log has the details"))
+        for sequence in (*outcome.left, *outcome.failed):
+            self._forget(self._joined.pop(sequence))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Lets what is in flight finish for `timeout_s`, then ends it."""
+        try:
+            await asyncio.wait_for(self._reservations.idle.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            for reservation in self._reservations:
+                self.end(reservation, UnavailableError("the worker is shutting down", reason="DRAINING"))
+            await self._reservations.idle.wait()
+
+    def close(self) -> None:
+        """Ends the threads of a drained worker."""
+        self._scheduler.close()
+        self._install_thread.shutdown()
+
+    def check_integrity(self) -> None:
+        """Asserts that every extent has an owner."""
+        self._reservations.check_integrity()
+
+    def _copy(self, reservation: Reservation, manifest: Manifest, body: memoryview) -> Any:
+        growth = manifest.sampling.max_new_tokens - 1
+        kv = self._pool.install(reservation.extent, manifest, body, growth)
+        # after the copy: a slot that was reused meanwhile shows
+        manifest.check_digest(body)
+        return kv
+
+    def _bytes_needed(self, manifest: Manifest) -> int:
+        # the KV of the last token is never needed
+        return self._pool.sequence_bytes(manifest.num_kept, manifest.sampling.max_new_tokens - 1)
+
+    def _join_when_ready(self, reservation: Reservation) -> None:
+        if reservation.sequence is None or reservation.subscription is None:
+            return
+        reservation.joined = True
+        self._joined[reservation.sequence] = reservation
+        self._scheduler.join(reservation.sequence)
+
+    def _send(self, reservation: Reservation, new: NewToken) -> None:
+        assert reservation.text is not None
+        assert reservation.subscription is not None
+        text, reason = reservation.text.push(new.token), new.finish_reason
+        if reservation.text.stopped:
+            reason = public.FINISH_REASON_STOP
+        if reason:
+            text += reservation.text.finish()
+        reservation.subscription.send(tokens=[new.token], text=text, finish_reason=reason)
+        if reason:
+            self.end(reservation)
+
+    def _forget(self, reservation: Reservation) -> None:
+        """The step thread no longer touches the sequence."""
+        self._reservations.end(reservation)
+        self._reservations.release_memory(reservation)

@@ -1,0 +1,136 @@
+"""Continuous batching: one thread steps the running batch; sequences join and leave between steps."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from decode_worker.engine import DecodeEngine
+from decode_worker.sequence import FinishReason, Sequence
+from shared.telemetry.metrics import DecodeMetrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A token of a step. The reason is a copy: by the time it is read, the sequence may be steps ahead."""
+
+    sequence: Sequence
+    token: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What one turn of the loop did; the step thread no longer touches the sequences in `left` and `failed`."""
+
+    tokens: list[NewToken] = field(default_factory=list)
+    left: list[Sequence] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)
+
+
+class DecodeScheduler:
+    """Owner of the running batch.
+
+    `join` and `leave` may be called from any thread and never wait for a step. `deliver` is called from the step
+    thread after every turn and must not block. A step waits for nothing: transfers, text and streams are elsewhere.
+    """
+
+    def __init__(
+        self,
+        engine: DecodeEngine,
+        deliver: Callable[[StepOutcome], None],
+        *,
+        max_batch: int,
+        metrics: DecodeMetrics,
+    ) -> None:
+        self._engine = engine
+        self._deliver = deliver
+        self._max_batch = max_batch
+        self._metrics = metrics
+        self._changed = threading.Condition()
+        self._joining: deque[Sequence] = deque()
+        self._leaving: set[Sequence] = set()
+        self._stopping = False
+        # first come, first served: a sequence is stepped until it ends, so none starves
+        self._running: list[Sequence] = []
+        self._thread = threading.Thread(target=self._loop, name="step", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Sequences in the batch."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a place in the batch."""
+        return len(self._joining)
+
+    def join(self, sequence: Sequence) -> None:
+        """Adds a sequence before the next step."""
+        with self._changed:
+            self._joining.append(sequence)
+            self._changed.notify()
+
+    def leave(self, sequence: Sequence) -> None:
+        """Takes a sequence out before the next step; it appears in `left` of that turn."""
+        with self._changed:
+            self._leaving.add(sequence)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Ends the thread after the current step."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while (left := self._admit()) is not None:
+            self._deliver(self._turn(left))
+
+    def _admit(self) -> list[Sequence] | None:
+        """Waits for work; returns the sequences that left, or None when the scheduler is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._joining or self._leaving or self._running)
+            if self._stopping:
+                return None
+            left = self._remove(self._leaving)
+            self._leaving = set()
+            while self._joining and len(self._running) < self._max_batch:
+                self._running.append(self._joining.popleft())
+            return left
+
+    def _remove(self, leaving: Iterable[Sequence]) -> list[Sequence]:
+        left = [sequence for sequence in (*self._running, *self._joining) if sequence in leaving]
+        self._running = [sequence for sequence in self._running if sequence not in leaving]
+        self._joining = deque(sequence for sequence in self._joining if sequence not in leaving)
+        return left
+
+    def _turn(self, left: list[Sequence]) -> StepOutcome:
+        batch = self._running
+        if not batch:
+            return StepOutcome(left=left)
+        started = time.monotonic()
+        try:
+            tokens = self._engine.step(batch)
+        except Exception:
+            # a bug, but not one that may hang the clients of this worker
+            log.exception("a step of %d sequences failed", len(batch))
+            self._running = []
+            return StepOutcome(left=left, failed=batch)
+        self._metrics.step_seconds.observe(time.monotonic() - started)
+        self._metrics.batch_size.observe(len(batch))
+        new_tokens = []
+        for sequence, token in zip(batch, tokens, strict=True):
+            sequence.accept(token)
+            new_tokens.append(NewToken(sequence, token, sequence.finish_reason))
+        finished = [sequence for sequence in batch if sequence.finish_reason]
+        self._running = [sequence for sequence in batch if not sequence.finish_reason]
+        return StepOutcome(tokens=new_tokens, left=left + finished)

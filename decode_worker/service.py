@@ -1,0 +1,152 @@
+"""The control plane's gRPC face of a decode worker: protobuf in, protobuf out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+from vlcache.v1 import inference_pb2 as public
+from vlcache.worker.v1 import decode_pb2 as pb
+from vlcache.worker.v1 import decode_pb2_grpc, worker_pb2
+
+from decode_worker.arena_directory import ArenaDirectory
+from decode_worker.kv_pool import KVPool
+from decode_worker.reservations import Reservations, Stage
+from decode_worker.runner import DecodeRunner
+from decode_worker.scheduler import DecodeScheduler
+from decode_worker.token_outbox import Subscription, TokenOutbox
+from shared.errors import (
+    FailedPreconditionError,
+    InvalidRequestError,
+    NotFoundError,
+    ServiceError,
+    UnavailableError,
+)
+from shared.model.identity import ModelIdentity
+from shared.version import VERSION
+
+SERVICE_NAME = "vlcache.worker.v1.DecodeService"
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
+    """Implements `DecodeService`."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        epoch: str,
+        identity: ModelIdentity,
+        pool: KVPool,
+        reservations: Reservations,
+        runner: DecodeRunner,
+        scheduler: DecodeScheduler,
+        arenas: ArenaDirectory | None,
+    ) -> None:
+        self._name = name
+        self._epoch = epoch
+        self._identity = identity
+        self._pool = pool
+        self._reservations = reservations
+        self._runner = runner
+        self._scheduler = scheduler
+        self._arenas = arenas
+        self._draining = False
+
+    def start_draining(self) -> None:
+        """From now on reservations are refused."""
+        self._draining = True
+
+    async def GetWorkerInfo(  # noqa: N802
+        self, request: worker_pb2.GetWorkerInfoRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.WorkerInfo:
+        """See the proto file."""
+        held = {stage.value: self._reservations.bytes_in(stage) for stage in Stage}
+        return worker_pb2.WorkerInfo(
+            name=self._name,
+            role="decode",
+            epoch=self._epoch,
+            state="draining" if self._draining else "ready",
+            model=self._identity.to_proto(),
+            requests_running=self._scheduler.running,
+            requests_waiting=self._scheduler.waiting,
+            kv=public.KVBytes(capacity=self._pool.capacity, **held),
+            version=VERSION,
+        )
+
+    async def Reserve(  # noqa: N802
+        self, request: pb.ReserveRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ReserveResponse:
+        """See the proto file."""
+        self._check_reserve(request)
+        arena = await self._arenas.find(request.arena_socket, request.prefill_epoch) if self._arenas else None
+        tokens = request.kept_tokens_bound + request.max_new_tokens - 1
+        reservation = self._reservations.reserve(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            prefill_epoch=request.prefill_epoch,
+            nbytes=self._identity.layout.full_bytes(tokens),
+            max_new_tokens=request.max_new_tokens,
+            arena=arena,
+            now=time.monotonic(),
+        )
+        return pb.ReserveResponse(
+            token=reservation.token,
+            transport="memory" if arena else "grpc",
+            reserved_bytes=reservation.extent.nbytes,
+            lease_s=self._reservations.lease_s,
+        )
+
+    async def Renew(  # noqa: N802
+        self, request: pb.RenewRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RenewResponse:
+        """See the proto file."""
+        self._reservations.renew(self._reservations.find(request.token), time.monotonic())
+        return pb.RenewResponse(lease_s=self._reservations.lease_s)
+
+    async def Release(  # noqa: N802
+        self, request: pb.ReleaseRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ReleaseResponse:
+        """See the proto file."""
+        with contextlib.suppress(NotFoundError):
+            self._runner.end(self._reservations.find(request.token))
+        return pb.ReleaseResponse()
+
+    async def StreamTokens(  # noqa: N802
+        self, commands: AsyncIterator[pb.TokenStreamRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.TokenStreamResponse]:
+        """See the proto file. When the stream ends, so do the sequences that were read over it."""
+        outbox = TokenOutbox()
+        reader = asyncio.create_task(self._follow(commands, outbox))
+        try:
+            async for message in outbox.messages():
+                yield message
+        finally:
+            reader.cancel()
+            self._runner.detach(outbox)
+
+    async def _follow(self, commands: AsyncIterator[pb.TokenStreamRequest], outbox: TokenOutbox) -> None:
+        async for command in commands:
+            if command.WhichOneof("command") == "attach":
+                self._attach(command.attach, outbox)
+            else:
+                self._runner.cancel(outbox, command.cancel.handle)
+
+    def _attach(self, attach: pb.Attach, outbox: TokenOutbox) -> None:
+        try:
+            self._runner.attach(self._reservations.find(attach.token), outbox, attach.handle)
+        except ServiceError as error:
+            Subscription(outbox, attach.handle).fail(error)
+
+    def _check_reserve(self, request: pb.ReserveRequest) -> None:
+        if self._draining:
+            raise UnavailableError("the worker is draining", reason="DRAINING")
+        if request.epoch != self._epoch:
+            raise FailedPreconditionError("the worker was restarted", reason="EPOCH")
+        if request.compatibility != self._identity.compatibility:
+            raise FailedPreconditionError("the workers serve different models", reason="INCOMPATIBLE")
+        if not request.request_id or request.kept_tokens_bound < 1 or request.max_new_tokens < 1:
+            raise InvalidRequestError("a reservation needs an id and positive token counts")

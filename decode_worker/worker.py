@@ -1,0 +1,130 @@
+"""Builds a decode worker from its configuration: what depends on what, in one place."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import grpc
+import torch
+from vlcache.worker.v1 import decode_pb2_grpc
+
+from decode_worker.arena_directory import ArenaDirectory
+from decode_worker.config import DecodeConfig
+from decode_worker.engine import DecodeEngine
+from decode_worker.kv_pool import KVPool
+from decode_worker.kv_receiver import KVReceiver
+from decode_worker.reservations import Reservations, Stage
+from decode_worker.runner import DecodeRunner
+from decode_worker.scheduler import DecodeScheduler, StepOutcome
+from decode_worker.service import DecodeServicer
+from shared.model.identity import ModelIdentity
+from shared.model.loading import load_decode_model, load_spec, load_tokenizer, pick_dtype, resolve_checkpoint
+from shared.model.spec import VLMSpec
+from shared.rpc.lifecycle import new_epoch
+from shared.rpc.options import MIB
+from shared.telemetry.metrics import DecodeMetrics
+
+EXPIRY_PERIOD_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """Everything that comes from the checkpoint: the language model and the tokenizer, no vision."""
+
+    engine: DecodeEngine
+    tokenizer: Any
+    spec: VLMSpec
+    identity: ModelIdentity
+
+
+def load_model(config: DecodeConfig) -> LoadedModel:
+    """Loads the checkpoint. Takes seconds; nothing is served before.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        UnsupportedModelError: Its architecture cannot be served.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    path = resolve_checkpoint(config.model)
+    dtype = pick_dtype(config.dtype, device)
+    spec = load_spec(path, dtype)
+    return LoadedModel(
+        engine=DecodeEngine(load_decode_model(path, dtype=dtype, device=device)),
+        tokenizer=load_tokenizer(path),
+        spec=spec,
+        identity=ModelIdentity.of(config.model_name, path, spec),
+    )
+
+
+class DecodeWorker:
+    """A ready worker; must be built on the event loop that it serves on."""
+
+    def __init__(self, config: DecodeConfig, model: LoadedModel) -> None:
+        self.metrics = DecodeMetrics(worker=config.name, model=model.identity.name)
+        pool = KVPool(config.kv_memory_mib * MIB, model.identity.layout)
+        self._reservations = Reservations(pool, lease_s=config.lease_s)
+        self.runner = DecodeRunner(
+            pool=pool,
+            reservations=self._reservations,
+            identity=model.identity,
+            tokenizer=model.tokenizer,
+            eos_token_ids=model.spec.eos_token_ids,
+            metrics=self.metrics,
+        )
+        loop = asyncio.get_running_loop()
+
+        def deliver(outcome: StepOutcome) -> None:
+            loop.call_soon_threadsafe(self.runner.deliver, outcome)
+
+        scheduler = DecodeScheduler(model.engine, deliver, max_batch=config.max_batch, metrics=self.metrics)
+        self.runner.connect(scheduler)
+        self._arenas = ArenaDirectory() if config.transport == "auto" else None
+        self._receiver = KVReceiver(self.runner, self._reservations)
+        self.servicer = DecodeServicer(
+            name=config.name,
+            epoch=new_epoch(),
+            identity=model.identity,
+            pool=pool,
+            reservations=self._reservations,
+            runner=self.runner,
+            scheduler=scheduler,
+            arenas=self._arenas,
+        )
+        self._expiry = loop.create_task(self._expire_leases())
+        for stage in Stage:
+            self.metrics.watch_resident(stage.value, partial(self._reservations.bytes_in, stage))
+        self.metrics.cache_usage.set_function(lambda: pool.used_bytes / pool.capacity)
+        self.metrics.requests_running.set_function(lambda: scheduler.running)
+        self.metrics.requests_waiting.set_function(lambda: scheduler.waiting)
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the worker's services to a server."""
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.servicer, server)
+        self._receiver.register(server)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuses new reservations and lets the others finish for `timeout_s`."""
+        self.servicer.start_draining()
+        await self.runner.drain(timeout_s)
+
+    async def close(self) -> None:
+        """Gives everything back; the worker was drained."""
+        self._expiry.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._expiry
+        self.runner.close()
+        if self._arenas:
+            self._arenas.close()
+        self.runner.check_integrity()
+
+    async def _expire_leases(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRY_PERIOD_S)
+            self.runner.expire(time.monotonic())
