@@ -1,0 +1,1 @@
+"""shapes-vlm: a small LLaVA trained from scratch on drawn scenes, so that answers can be right or wrong."""

@@ -1,0 +1,1 @@
+"""Trains shapes-vlm from scratch on CPU: `python -m models.shapes_vlm.training --out DIR --seed S`."""
