@@ -70,16 +70,17 @@ class PromptBuilder:
         )
 
     def template_tokens(self) -> int:
-        """Tokens that the chat template adds to an empty message, and to each image, at most."""
-        message = pb.Message(role="user", parts=[pb.Part(text="")])
-        return len(self._processor.tokenizer(self._render([message]), add_special_tokens=False)["input_ids"])
+        """Upper bound of what the chat template adds to a message: its bytes, whatever they merge with."""
+        return len(self._render([_empty_message(0)]).encode())
 
     def image_tokens(self) -> int:
-        """Tokens of one image together with what the template puts around it."""
-        message = pb.Message(role="user", parts=[pb.Part(image=pb.Image()), pb.Part(text="")])
-        size = (self._spec.image_side, self._spec.image_side)
-        with_image = self._process(self._render([message]), [Image.new("RGB", size)])
-        return with_image["input_ids"].shape[1] - self.template_tokens()
+        """Upper bound of the tokens of one image together with what the template puts around it."""
+        side = self._spec.image_side
+        inputs = self._process(self._render([_empty_message(1)]), [Image.new("RGB", (side, side))])
+        # the marker of the last image is the longest one: it may carry the image's number
+        last = len(self._render([_empty_message(self._max_images)]).encode())
+        marker = last - len(self._render([_empty_message(self._max_images - 1)]).encode())
+        return self._shape(inputs["input_ids"][0]).num_visual + marker
 
     def _check_messages(self, messages: Sequence[pb.Message]) -> None:
         texts = [part.text for message in messages for part in message.parts if part.HasField("text")]
@@ -134,3 +135,8 @@ class PromptBuilder:
 
 def _content(part: pb.Part) -> dict[str, str]:
     return {"type": "image"} if part.HasField("image") else {"type": "text", "text": part.text}
+
+
+def _empty_message(num_images: int) -> pb.Message:
+    images = [pb.Part(image=pb.Image()) for _ in range(num_images)]
+    return pb.Message(role="user", parts=[*images, pb.Part(text="")])
