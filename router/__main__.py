@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 
 import uvloop
 
 from router.config import RouterConfig
 from router.router import Router
 from shared.config import parse_config
+from shared.rpc.lifecycle import stop_signal
 from shared.telemetry.announce import announce
 from shared.telemetry.logs import configure_logging
 
@@ -25,13 +25,12 @@ def main() -> None:
 
 
 async def _serve(config: RouterConfig) -> None:
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    # armed before anyone can know that this process runs
+    stopped = asyncio.create_task(stop_signal())
     router = Router(config)
     await router.start()
     announce(name=config.name, role="router", address=router.address, metrics_address=router.metrics_address)
-    await stopped.wait()
+    await stopped
     log.info("draining")
     if not await router.stop():
         log.warning("requests were cancelled after %g s", config.drain_s)

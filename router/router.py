@@ -84,7 +84,7 @@ class Router:
             )
             stack.push_async_callback(self.table.close)
             stack.push_async_callback(self._background.settle, SETTLE_S)
-            stack.push_async_callback(self._server.drain, 0)
+            stack.push_async_callback(self._server.stop, 0)
             await stack.enter_async_context(_running(self.table.run()))
             await stack.enter_async_context(watch_event_loop(self.metrics.event_loop_delay))
             self._health = asyncio.create_task(follow_workers(self.table, self.accounting, self._server.set_ready))
