@@ -92,7 +92,7 @@ class FakeWorker:
         self.address = self.server.address
 
     async def stop(self) -> None:
-        await self.server.drain(0)
+        await self.server.stop(0)
 
     async def restart(self) -> None:
         """Dies and comes back under the same address with another epoch."""
@@ -290,6 +290,14 @@ class Bench:
                 return
             await asyncio.wait_for(change.wait(), TIMEOUT_S)
 
+    async def becomes_waiting(self, count: int) -> None:
+        """Waits until `count` requests wait for memory; each failed round of the head is a chance to look."""
+        rounds = 0
+        while self.metric("num_requests_waiting") != count:
+            rounds += 1
+            await self.decode[0].reserves.reaches(len(self.decode[0].reserves) + 1)
+            assert rounds < 100
+
     async def idle(self) -> None:
         """Waits until no request is in flight and every clean-up has ended; then everything must be zero."""
         await asyncio.wait_for(self.router.generations.idle(), TIMEOUT_S)
@@ -299,9 +307,9 @@ class Bench:
     def worker(self, name: str) -> Any:
         return next(worker for worker in self.router.table.workers() if worker.info.name == name)
 
-    def metric(self, name: str, **labels: str) -> float | None:
+    def metric(self, sample: str, /, **labels: str) -> float | None:
         fixed = {"role": "router", "worker": "router", "model": ""}
-        return self.router.metrics.registry.get_sample_value(f"vlcache_{name}", fixed | labels)
+        return self.router.metrics.registry.get_sample_value(f"vlcache_{sample}", fixed | labels)
 
 
 @contextlib.asynccontextmanager

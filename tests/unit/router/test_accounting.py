@@ -1,0 +1,120 @@
+"""Metrics say what happened, in seconds and bytes."""
+
+from __future__ import annotations
+
+import pytest
+from vlcache.v1 import inference_pb2 as pb
+
+from router.accounting import Accounting
+from shared import errors
+from shared.telemetry.metrics import RouterMetrics
+from tests.unit.router.fakes import FULL_BYTES, KEPT_BYTES, SENT_BYTES, bench, run
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def accounting(clock: Clock) -> Accounting:
+    return Accounting(RouterMetrics(worker="router"), clock=clock)
+
+
+def value(accounting: Accounting, name: str, **labels: str) -> float | None:
+    fixed = {"role": "router", "worker": "router", "model": ""}
+    return accounting.metrics.registry.get_sample_value(f"vlcache_{name}", fixed | labels)
+
+
+def test_latencies_of_one_request(accounting: Accounting, clock: Clock) -> None:
+    account = accounting.open()
+    assert value(accounting, "num_requests_running") == 1
+    for wait_s in (0.5, 0.2, 0.1, 0.3):
+        clock.now_s += wait_s
+        account.tokens(1)
+    clock.now_s += 5
+    account.finished()
+    assert value(accounting, "time_to_first_token_seconds_sum") == pytest.approx(0.5)
+    assert value(accounting, "time_to_second_token_seconds_sum") == pytest.approx(0.7)
+    assert value(accounting, "inter_token_latency_seconds_count") == 3
+    assert value(accounting, "inter_token_latency_seconds_sum") == pytest.approx(0.6)
+    assert value(accounting, "request_time_per_output_token_seconds_sum") == pytest.approx(0.2)
+    # E2E ends at the last token, not when the books are closed
+    assert value(accounting, "e2e_request_latency_seconds_sum") == pytest.approx(1.1)
+    assert value(accounting, "generation_tokens_total") == 4
+    assert value(accounting, "num_requests_running") == 0
+
+
+def test_tokens_that_come_together_share_their_gap(accounting: Accounting, clock: Clock) -> None:
+    account = accounting.open()
+    account.tokens(1)
+    clock.now_s += 0.6
+    account.tokens(3)
+    account.tokens(0)
+    assert value(accounting, "inter_token_latency_seconds_count") == 3
+    assert value(accounting, "inter_token_latency_seconds_sum") == pytest.approx(0.6)
+
+
+def test_a_single_token_has_no_time_per_token(accounting: Accounting) -> None:
+    account = accounting.open()
+    account.tokens(1)
+    account.finished()
+    assert value(accounting, "request_time_per_output_token_seconds_count") == 0
+
+
+def test_a_request_ends_once(accounting: Accounting) -> None:
+    account = accounting.open()
+    account.failed(errors.DataLossError("x"))
+    account.left("decode", None)
+    account.finished()
+    assert value(accounting, "requests_total", outcome="failed", code="DATA_LOSS") == 1
+    assert value(accounting, "requests_total", outcome="finished", code="OK") is None
+    assert value(accounting, "num_requests_running") == 0
+
+
+def test_bugs_count_as_internal_and_deadlines_as_failures(accounting: Accounting) -> None:
+    accounting.open().failed(KeyError("bug"))
+    accounting.open().left("prefill", errors.DeadlineExceededError("late"))
+    assert value(accounting, "requests_total", outcome="failed", code="INTERNAL") == 1
+    assert value(accounting, "requests_total", outcome="failed", code="DEADLINE_EXCEEDED") == 1
+    assert value(accounting, "cancellations_total", stage="prefill") is None
+
+
+def test_waiting_is_measured(accounting: Accounting, clock: Clock) -> None:
+    with accounting.waiting():
+        assert value(accounting, "num_requests_waiting") == 1
+        clock.now_s += 2
+    assert value(accounting, "num_requests_waiting") == 0
+    assert value(accounting, "reservation_wait_seconds_sum") == pytest.approx(2)
+
+
+def test_a_real_answer_fills_every_metric_of_it() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            for _ in range(2):
+                await b.answer()
+            assert b.metric("requests_total", outcome="finished", code="OK") == 2
+            assert b.metric("time_to_first_token_seconds_count") == 2
+            assert b.metric("time_to_second_token_seconds_count") == 2
+            assert b.metric("kv_bytes_full_total") == 2 * FULL_BYTES
+            assert b.metric("kv_bytes_kept_total") == 2 * KEPT_BYTES
+            assert b.metric("kv_bytes_saved_total") == 2 * (FULL_BYTES - KEPT_BYTES)
+            assert b.metric("kv_bytes_sent_total") == 2 * SENT_BYTES
+            assert b.metric("kv_retention_ratio_sum") == pytest.approx(0.2)
+            assert b.metric("prompt_tokens_total") == 100
+            assert b.metric("visual_tokens_sum") == 80
+            assert b.metric("generation_tokens_total") == 6
+            totals = (await b.stub.GetServerInfo(pb.GetServerInfoRequest())).totals
+            assert (totals.requests, totals.kv_full_bytes) == (2, 2 * FULL_BYTES)
+
+    run(main)

@@ -1,0 +1,187 @@
+"""The worker table: who is seen, who is gone, and what health says about it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from vlcache.v1 import inference_pb2 as pb
+
+from router.background import Background
+from router.worker_client import WorkerClient
+from router.workers import WorkerTable
+from tests.unit.router.fakes import Bench, FakeDecode, FakePrefill, bench, kinds, run
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def health_becomes(b: Bench, wanted: int) -> None:
+    """Asks until the answer is `wanted`; `run` limits the time."""
+    stub = health_pb2_grpc.HealthStub(b.channel)
+    while (await stub.Check(health_pb2.HealthCheckRequest())).status != wanted:
+        pass
+
+
+def test_health_follows_the_workers() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            await health_becomes(b, SERVING)
+            b.decode[0].info.state = "draining"
+            await health_becomes(b, NOT_SERVING)
+            b.decode[0].info.state = "ready"
+            await health_becomes(b, SERVING)
+            await b.prefill[0].stop()
+            await health_becomes(b, NOT_SERVING)
+            # the same worker comes back under the same address
+            await b.prefill[0].start(int(b.prefill[0].address.rpartition(":")[2]))
+            await health_becomes(b, SERVING)
+
+    run(main)
+
+
+def test_states_are_shown_to_operators() -> None:
+    async def main() -> None:
+        prefill = [FakePrefill("prefill-0"), FakePrefill("prefill-1")]
+        async with bench(prefill) as b:
+            prefill[1].info.state = "draining"
+            await b.becomes(lambda: b.worker("prefill-1").state == "draining")
+            info = await b.stub.GetServerInfo(pb.GetServerInfoRequest())
+            states = {worker.name: worker.state for worker in info.workers}
+            assert states == {"prefill-0": "ready", "prefill-1": "draining", "decode-0": "ready"}
+            assert b.metric("worker_state", name="prefill-1", state="draining") == 1
+            assert b.metric("worker_state", name="prefill-1", state="ready") == 0
+            # a draining worker gets no new request
+            for _ in range(3):
+                assert (await b.answer())[-1].finished.placement.prefill_worker == "prefill-0"
+
+    run(main)
+
+
+def test_an_address_nobody_answers_at_is_unreachable() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            await b.decode[0].stop()
+            await b.becomes(lambda: b.worker("decode-0").state == "unreachable")
+            info = await b.stub.GetServerInfo(pb.GetServerInfoRequest())
+            assert {worker.name: worker.state for worker in info.workers}["decode-0"] == "unreachable"
+            assert list((await b.stub.ListModels(pb.ListModelsRequest())).models) == []
+            await b.decode[0].start(int(b.decode[0].address.rpartition(":")[2]))
+            await b.becomes(lambda: b.worker("decode-0").state == "ready")
+            assert kinds(await b.answer())[-1] == "finished"
+
+    run(main)
+
+
+def test_a_restart_with_another_name_drops_the_old_gauge() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            await b.becomes(lambda: b.metric("worker_state", name="decode-0", state="ready") == 1)
+            b.decode[0].info.epoch = "2"
+            b.decode[0].info.name = "decode-renamed"
+            await b.becomes(lambda: b.metric("worker_state", name="decode-renamed", state="ready") == 1)
+            assert b.metric("worker_state", name="decode-0", state="ready") is None
+
+    run(main)
+
+
+def test_an_address_may_change_its_role() -> None:
+    async def main() -> None:
+        async with bench(decode=[FakeDecode("decode-0"), FakeDecode("decode-1")]) as b:
+            port = int(b.decode[1].address.rpartition(":")[2])
+            await b.decode[1].stop()
+            newcomer = FakePrefill("prefill-late")
+            await newcomer.start(port)
+            await b.becomes(lambda: any(w.info.name == "prefill-late" for w in b.router.table.workers()))
+            assert {pair.prefill.info.name for pair in b.router.table.pairs("toy")} == {"prefill-0", "prefill-late"}
+            await newcomer.stop()
+            await b.decode[1].start(port)
+
+    run(main)
+
+
+class ChangingRegistry:
+    """A registry whose list is set by the test."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.listed: Sequence[str] = addresses
+
+    async def addresses(self) -> Sequence[str]:
+        return self.listed
+
+
+@contextlib.asynccontextmanager
+async def table_of(registry: ChangingRegistry):
+    background = Background()
+    table = WorkerTable(
+        registry,
+        connect=lambda address: WorkerClient(address, poll_timeout_s=5, control_timeout_s=5),
+        background=background,
+        poll_interval_s=0.02,
+    )
+    polling = asyncio.create_task(table.run())
+    try:
+        yield table
+    finally:
+        polling.cancel()
+        await asyncio.gather(polling, return_exceptions=True)
+        await background.settle(5)
+        await table.close()
+
+
+async def until(table: WorkerTable, met) -> None:
+    while True:
+        change = table.next_change()
+        if met():
+            return
+        await asyncio.wait_for(change.wait(), 10)
+
+
+def test_an_address_that_leaves_the_registry_is_forgotten_once_it_is_silent() -> None:
+    async def main() -> None:
+        one, other = FakePrefill("one"), FakePrefill("other")
+        await one.start()
+        await other.start()
+        registry = ChangingRegistry(one.address, other.address)
+        async with table_of(registry) as table:
+            await until(table, lambda: len(list(table.workers())) == 2)
+            registry.listed = [other.address]
+            seen = len(one.polls)
+            # it still answers, so a registry that lost its memory does no harm
+            await one.polls.reaches(seen + 3)
+            assert {worker.info.name for worker in table.workers()} == {"one", "other"}
+            await one.stop()
+            await until(table, lambda: {worker.info.name for worker in table.workers()} == {"other"})
+        await other.stop()
+
+    run(main)
+
+
+def test_something_else_at_an_address_is_no_worker() -> None:
+    async def main() -> None:
+        server = grpc.aio.server()
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        registry = ChangingRegistry(f"127.0.0.1:{port}")
+        async with table_of(registry) as table:
+            for _ in range(3):
+                await asyncio.wait_for(table.next_change().wait(), 10)
+            assert table.unseen() == [f"127.0.0.1:{port}"]
+        await server.stop(0)
+
+    run(main)
+
+
+def test_integrity_notices_load_that_nobody_carries_any_more() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            charge = b.worker("decode-0").charge(1)
+            with pytest.raises(AssertionError, match="decode-0"):
+                b.router.generations.check_integrity()
+            charge.end()
+
+    run(main)
