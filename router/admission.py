@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from vlcache.worker.v1 import decode_pb2, prefill_pb2
@@ -22,6 +23,9 @@ from router.workers import WorkerTable
 from shared.errors import FailedPreconditionError, ResourceExhaustedError, ServiceError, UnavailableError
 
 log = logging.getLogger(__name__)
+
+# attempt numbers are 32 bits wide
+ATTEMPTS = 1 << 32
 
 
 @dataclass(eq=False, kw_only=True)
@@ -68,11 +72,11 @@ class Admission:
         self._background = background
         self._accounting = accounting
         self._queue_timeout_s = queue_timeout_s
+        # One count for all requests: whoever asks again under the same id cannot meet the remains of the last try.
+        self._attempts = itertools.count(1)
         self._rooms: defaultdict[str, WaitingRoom] = defaultdict(lambda: WaitingRoom(max_waiting))
 
-    async def reserve(
-        self, request: AcceptedRequest, *, attempts: Iterator[int], avoid: Collection[Worker], deadline: Deadline
-    ) -> Lease:
+    async def reserve(self, request: AcceptedRequest, *, avoid: Collection[Worker], deadline: Deadline) -> Lease:
         """Waits for a pair with decode memory; no prefill worker of `avoid` is taken.
 
         Raises:
@@ -81,7 +85,7 @@ class Admission:
             DeadlineExceededError: The client's deadline came first.
         """
         room = self._rooms[request.model.name]
-        ask = _Ask(request, attempts, avoid, deadline)
+        ask = _Ask(request, avoid, deadline)
         # whoever comes later must not overtake those who wait
         if not len(room) and (lease := await self._try(ask)):
             return lease
@@ -117,7 +121,7 @@ class Admission:
         return [pair for pair in self._table.pairs(ask.request.model.name) if pair.prefill not in ask.avoid]
 
     async def _reserve(self, pair: Pair, ask: _Ask) -> Lease:
-        attempt = next(ask.attempts)
+        attempt = next(self._attempts) % ATTEMPTS
         prefill_charge = pair.prefill.charge(ask.request.prompt_tokens_bound)
         decode_charge = pair.decode.charge(_decode_bytes(pair, ask.request))
         try:
@@ -167,7 +171,6 @@ class _Ask:
     """What stays the same over all tries of one reservation."""
 
     request: AcceptedRequest
-    attempts: Iterator[int]
     avoid: Collection[Worker]
     deadline: Deadline
 

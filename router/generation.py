@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from vlcache.v1 import inference_pb2 as pb
@@ -62,7 +61,6 @@ class Generation:
         self._on_close = on_close
         self._inbox: Inbox = asyncio.Queue()
         self._timers: list[asyncio.TimerHandle] = []
-        self._numbers = itertools.count(1)
         self._lost: set[Worker] = set()
         self._attempts = 0
         self._attempt: Attempt | None = None
@@ -79,8 +77,9 @@ class Generation:
         """
         try:
             self._watch_deadline()
-            yield self._started()
             await self._begin_attempt()
+            # not before memory is promised: until its first event a client may safely ask again
+            yield self._started()
             while not self._complete:
                 for response in await self._step():
                     yield response
@@ -120,9 +119,7 @@ class Generation:
     async def _begin_attempt(self) -> None:
         self._attempts += 1
         self._stage = QUEUE
-        lease = await self._admission.reserve(
-            self.request, attempts=self._numbers, avoid=self._lost, deadline=self._deadline
-        )
+        lease = await self._admission.reserve(self.request, avoid=self._lost, deadline=self._deadline)
         self._attempt = Attempt(lease, self._inbox, self._background)
         self._stage = PREFILL
         self._attempt.start_prefill(self.request.message, self._deadline)
