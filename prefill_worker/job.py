@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from google.protobuf import json_format
 from vlcache.v1 import inference_pb2 as public
 from vlcache.worker.v1 import prefill_pb2 as pb
 
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.registry import build_policy
 from prefill_worker.kv_sender import Ticket
+from shared.errors import InvalidRequestError
 from shared.kv.manifest import TransferId
 from shared.request.params import Budget, Sampling
 
@@ -41,19 +40,26 @@ class PrefillJob:
         """
         request = message.request
         compression = request.compression
-        parameters: Mapping[str, object] = json_format.MessageToDict(compression.parameters)
         return cls(
             transfer=TransferId(request_id=request.request_id, attempt=message.attempt, prefill_epoch=epoch),
             messages=tuple(request.messages),
             sampling=Sampling.from_proto(request.sampling, default_max_new_tokens=default_max_new_tokens),
             budget=Budget.from_proto(compression, default_retention=default_retention),
-            policy=build_policy(compression.policy, parameters),
+            policy=build_policy(compression.policy, _parameters(compression)),
             ticket=Ticket.from_proto(message.ticket),
         )
 
     def retention(self, prompt_tokens: int) -> Fraction:
         """The kept share for a prompt of that length; 1 bypasses the policy."""
         return self.budget.share_of(prompt_tokens)
+
+
+def _parameters(compression: public.CompressionParams) -> dict[str, object]:
+    """Not through JSON, which knows no NaN: whatever a stranger sends must reach the policy's own checks."""
+    try:
+        return dict(compression.parameters.items())
+    except ValueError as error:
+        raise InvalidRequestError("a policy parameter has no value", reason="POLICY_PARAMETER") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,9 @@ def round_to_total(wanted: Sequence[float], total: int, cap: int) -> list[int]:
     kept = [min(cap, int(tokens + 1e-9)) for tokens in wanted]
     remainders = [round((tokens - whole) * REMAINDER_SCALE) for tokens, whole in zip(wanted, kept, strict=True)]
     order = sorted(range(len(kept)), key=lambda layer: (-remainders[layer], layer))
+    if sum(kept) > total:
+        # the tolerance rounded one up too many; the largest layer misses it least
+        kept[max(range(len(kept)), key=lambda layer: (kept[layer], layer))] -= 1
     missing = total - sum(kept)
     while missing > 0:
         open_layers = [layer for layer in order if kept[layer] < cap][:missing]

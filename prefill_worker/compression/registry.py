@@ -42,9 +42,9 @@ def build_policy(name: str, parameters: Mapping[str, object]) -> Policy:
 
 def _converted(policy: str, key: str, value: object, wanted: type) -> object:
     """JSON knows only floats: whole ones become the integers that were meant; a bool is never a number."""
-    if wanted in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if wanted is float or float(value).is_integer():
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if wanted is float or (wanted is int and float(value).is_integer()):
             return wanted(value)
-    elif isinstance(value, wanted):
+    elif wanted in (str, bool) and isinstance(value, wanted):
         return value
     raise InvalidRequestError(f"{policy}: {key} must be a {wanted.__name__}, not {value!r}", reason="POLICY_PARAMETER")
