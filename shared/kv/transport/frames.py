@@ -102,6 +102,8 @@ def _expect_varint(view: memoryview, at: int, tag: int) -> tuple[int, int]:
     while True:
         at += 1
         value |= (view[at] & 0x7F) << shift
+        if value >> 64:
+            raise ValueError("varint")
         if view[at] < 0x80:
             return value, at + 1
         shift += 7

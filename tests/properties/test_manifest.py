@@ -1,0 +1,204 @@
+"""Manifests come back as they were sent, and whatever else arrives is refused, never believed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import given
+from hypothesis import strategies as st
+from vlcache.worker.v1 import kv_pb2 as pb
+
+from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError
+from shared.kv.layout import KVLayout
+from shared.kv.manifest import MAX_LOGICAL_LENGTH, Manifest, TransferId, body_digest
+from shared.request.params import Sampling
+from tests.properties.layouts import ragged
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+shares = st.floats(0, 1)
+samplings = st.builds(
+    Sampling,
+    max_new_tokens=st.integers(1, 2**31 - 1),
+    temperature=st.floats(0, 100),
+    top_p=st.floats(0, 1, exclude_min=True),
+    top_k=st.integers(0, 2**31 - 1),
+    seed=st.integers(0, 2**64 - 1),
+    stop=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=9), max_size=4).map(tuple),
+    ignore_eos=st.booleans(),
+)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    layout, num_kept = draw(ragged())
+    return Manifest(
+        transfer=TransferId(request_id=draw(text), attempt=draw(st.integers(0, 2**32 - 1)), prefill_epoch=draw(text)),
+        model=draw(text),
+        compatibility=draw(text),
+        layout=layout,
+        num_kept=num_kept,
+        logical_length=draw(st.integers(max(num_kept), MAX_LOGICAL_LENGTH)),
+        next_position=draw(st.integers(1, 2 * MAX_LOGICAL_LENGTH)),
+        policy=draw(text),
+        requested_retention=draw(shares),
+        realised_retention=draw(shares),
+        layer_attention_mass=tuple(draw(st.lists(st.floats(0, 1, width=32), max_size=5))),
+        body_bytes=layout.body_bytes(num_kept),
+        digest=draw(st.binary(max_size=16)),
+        first_token=draw(st.integers(0, 2**32 - 1)),
+        sampling=draw(samplings),
+    )
+
+
+@given(manifests())
+def test_a_manifest_round_trips_over_the_wire(manifest: Manifest) -> None:
+    wire = manifest.to_proto().SerializeToString()
+    assert Manifest.from_proto(pb.KVManifest.FromString(wire)) == manifest
+
+
+EXAMPLE = pb.KVManifest(
+    format_version=1,
+    transfer=pb.TransferId(request_id="r", attempt=1, prefill_epoch="e"),
+    layout=KVLayout(num_layers=2, num_kv_heads=2, head_dim=4, dtype="float32").to_proto(),
+    num_kept=[3, 1, 2, 2],
+    logical_length=5,
+    next_position=5,
+    body_bytes=2 * 8 * 4 * 4,
+    sampling=Sampling(max_new_tokens=1).to_proto(),
+)
+
+
+def changed(**fields: Any) -> pb.KVManifest:
+    """The example with some fields replaced; None clears one."""
+    message = pb.KVManifest()
+    message.CopyFrom(EXAMPLE)
+    for name, value in fields.items():
+        message.ClearField(name)
+        if isinstance(value, list):
+            getattr(message, name).extend(value)
+        elif value is not None:
+            target = getattr(message, name)
+            if hasattr(target, "CopyFrom"):
+                target.CopyFrom(value)
+            else:
+                setattr(message, name, value)
+    return message
+
+
+def test_the_example_is_valid() -> None:
+    assert Manifest.from_proto(changed()).num_kept == (3, 1, 2, 2)
+
+
+INCONSISTENT = {
+    "too few counts": {"num_kept": [3, 1, 2], "body_bytes": 2 * 6 * 16},
+    "too many counts": {"num_kept": [3, 1, 2, 1, 1]},
+    "no counts": {"num_kept": None, "body_bytes": 0},
+    "an empty head": {"num_kept": [4, 0, 2, 2]},
+    "more kept than there were": {"num_kept": [6, 1, 1, 0]},
+    "one more than there were": {"num_kept": [6, 1, 1, 1], "body_bytes": 2 * 9 * 16},
+    "body too small": {"body_bytes": 2 * 8 * 16 - 1},
+    "body too large": {"body_bytes": 2 * 8 * 16 + 1},
+    "an enormous body": {"body_bytes": 2**64 - 1},
+    "no length": {"logical_length": 0},
+    "an enormous length": {"logical_length": MAX_LOGICAL_LENGTH + 1},
+    "no next position": {"next_position": 0},
+    "a negative position": {"next_position": -1},
+    "an enormous position": {"next_position": 2 * MAX_LOGICAL_LENGTH + 1},
+    "no sampling": {"sampling": None},
+}
+
+
+@pytest.mark.parametrize("fields", INCONSISTENT.values(), ids=INCONSISTENT.keys())
+def test_parts_that_disagree_are_an_invalid_request(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError):
+        Manifest.from_proto(changed(**fields))
+
+
+FOREIGN = {
+    "no version": {"format_version": 0},
+    "a later version": {"format_version": 2},
+    "no layout": {"layout": None},
+    "an impossible layout": {"layout": pb.KVManifest().layout.__class__(num_layers=2, dtype="float32")},
+}
+
+
+@pytest.mark.parametrize("fields", FOREIGN.values(), ids=FOREIGN.keys())
+def test_another_format_is_a_failed_precondition(fields: dict[str, Any]) -> None:
+    with pytest.raises(FailedPreconditionError):
+        Manifest.from_proto(changed(**fields))
+
+
+def read(wire: bytes) -> None:
+    """Reads like a receiver does; only refusals may be raised."""
+    try:
+        Manifest.from_proto(pb.KVManifest.FromString(wire))
+    except (DecodeError, InvalidRequestError, FailedPreconditionError):
+        return
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_refused(wire: bytes) -> None:
+    read(wire)
+
+
+@given(st.data())
+def test_a_damaged_manifest_is_refused_or_consistent(data: st.DataObject) -> None:
+    wire = bytearray(EXAMPLE.SerializeToString())
+    for _ in range(data.draw(st.integers(1, 4))):
+        wire[data.draw(st.integers(0, len(wire) - 1))] = data.draw(st.integers(0, 255))
+    read(bytes(wire[: data.draw(st.integers(0, len(wire)))]))
+
+
+def test_every_truncation_is_refused_or_consistent() -> None:
+    wire = EXAMPLE.SerializeToString()
+    for length in range(len(wire)):
+        read(wire[:length])
+
+
+@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 2**32 - 1), max_size=8), st.integers(0, 2**32 - 1))
+def test_sizes_are_believed_only_when_they_add_up(body_bytes: int, num_kept: list[int], length: int) -> None:
+    message = changed(body_bytes=body_bytes, num_kept=num_kept, logical_length=length)
+    try:
+        manifest = Manifest.from_proto(message)
+    except InvalidRequestError:
+        return
+    assert manifest.body_bytes == manifest.layout.body_bytes(manifest.num_kept) == 2 * sum(num_kept) * 16
+    assert max(num_kept) <= length
+
+
+def test_a_parcel_of_another_model_is_refused() -> None:
+    manifest = Manifest.from_proto(changed(compatibility="abc"))
+    manifest.check_compatible(compatibility="abc", layout=manifest.layout)
+    other = KVLayout(num_layers=2, num_kv_heads=2, head_dim=4, dtype="bfloat16")
+    for compatibility, layout in (("abd", manifest.layout), ("", manifest.layout), ("abc", other)):
+        with pytest.raises(FailedPreconditionError) as caught:
+            manifest.check_compatible(compatibility=compatibility, layout=layout)
+        assert caught.value.reason == "INCOMPATIBLE_PARCEL"
+
+
+@given(st.binary(min_size=1, max_size=64), st.data())
+def test_any_changed_byte_breaks_the_digest(body: bytes, data: st.DataObject) -> None:
+    manifest = Manifest.from_proto(changed(digest=body_digest(memoryview(body))))
+    manifest.check_digest(memoryview(body))
+    damaged = bytearray(body)
+    damaged[data.draw(st.integers(0, len(body) - 1))] ^= data.draw(st.integers(1, 255))
+    for other in (damaged, body[:-1], body + b"\0"):
+        with pytest.raises(DataLossError):
+            manifest.check_digest(memoryview(other))
+
+
+def test_an_absent_or_short_digest_matches_nothing() -> None:
+    for digest in (b"", body_digest(memoryview(b"body"))[:8]):
+        with pytest.raises(DataLossError):
+            Manifest.from_proto(changed(digest=digest)).check_digest(memoryview(b"body"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_bad_sampling_inside_a_manifest_is_an_invalid_request(value: float) -> None:
+    sampling = Sampling(max_new_tokens=1).to_proto()
+    sampling.temperature = value
+    with pytest.raises(InvalidRequestError):
+        Manifest.from_proto(changed(sampling=sampling))
