@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -50,7 +51,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     def _guard_stream(self, behaviour: Callable[..., Any], method: str) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             try:
-                async for response in behaviour(request, context):
+                responses = behaviour(request, context)
+                if inspect.isawaitable(responses):
+                    await responses  # grpc's own health Watch writes to the context instead of yielding
+                    return
+                async for response in responses:
                     yield response
             except Exception as error:
                 await self._abort(error, method, context)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from shared import errors
 
 DOMAIN = "vlcache"
+# The text travels twice, percent-encoded and in base64, and gRPC refuses metadata above 8 KiB.
+MAX_MESSAGE_BYTES = 1024
 
 
 # the direct subclasses: one per code; deeper ones only name a reason
@@ -25,7 +28,8 @@ def to_status(error: errors.ServiceError, *, metadata: dict[str, str] | None = N
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
-    return rpc_status.to_status(status_pb2.Status(code=code_number(error), message=error.message, details=details))
+    message = _shortened(error.message)
+    return rpc_status.to_status(status_pb2.Status(code=code_number(error), message=message, details=details))
 
 
 def code_number(error: errors.ServiceError) -> int:
@@ -45,7 +49,10 @@ def from_rpc_error(error: grpc.RpcError) -> errors.ServiceError:
 
 def _details(error: grpc.RpcError) -> tuple[str, float | None]:
     reason, retry_after_s = "", None
-    status = rpc_status.from_call(error)
+    try:
+        status = rpc_status.from_call(error)
+    except (ValueError, DecodeError):  # details that do not belong to the status: not ours
+        status = None
     for detail in status.details if status else ():
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if detail.Unpack(info):
@@ -53,6 +60,13 @@ def _details(error: grpc.RpcError) -> tuple[str, float | None]:
         elif detail.Unpack(retry):
             retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
     return reason, retry_after_s
+
+
+def _shortened(message: str) -> str:
+    raw = message.encode()
+    if len(raw) <= MAX_MESSAGE_BYTES:
+        return message
+    return raw[: MAX_MESSAGE_BYTES - 3].decode(errors="ignore") + "…"
 
 
 def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> any_pb2.Any:

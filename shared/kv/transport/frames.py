@@ -102,13 +102,11 @@ def _expect_varint(view: memoryview, at: int, tag: int) -> tuple[int, int]:
     while True:
         at += 1
         value |= (view[at] & 0x7F) << shift
-        if value >> 64:
+        if shift > 63 or value >> 64:
             raise ValueError("varint")
         if view[at] < 0x80:
             return value, at + 1
         shift += 7
-        if shift > 63:
-            raise ValueError("varint")
 
 
 def _varint(value: int) -> bytes:
