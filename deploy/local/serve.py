@@ -1,0 +1,41 @@
+"""Keeps the service up in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.local.stack import Stack, StackConfig
+from models.shapes_vlm.paths import SAMPLES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(StackConfig):
+    """Start router and workers and keep them up; ctrl-C drains them."""
+
+    port: int = 50051
+    """gRPC port of the router; 0 picks a free one."""
+
+
+async def run_serve(stack: Stack) -> int:
+    """Says where everything is, then waits until it is cancelled."""
+    print(f"vlcache listens at {stack.address}, logs in {stack.log_dir}")
+    for service in stack.services:
+        print(f"  {service.role:<8} {service.name:<10} {service.address:<21} http://{service.metrics_address}/metrics")
+    print(f"try\n  {example(stack.address)}\nctrl-C drains and stops", flush=True)
+    await asyncio.Event().wait()
+    return 0
+
+
+def example(address: str) -> str:
+    """A command that asks about a bundled image, as it works from this folder."""
+    beside_python = os.path.relpath(Path(sys.executable).parent / "vlcache")
+    image = os.path.relpath(SAMPLES / "scene_1.png")
+    command = "vlcache" if shutil.which("vlcache") else beside_python
+    words = [command, "ask", "What does the yellow plate say?", "--image", image, "--address", address]
+    return shlex.join(words)

@@ -1,0 +1,218 @@
+"""Router, prefill workers and decode workers on this machine, started and stopped in the right order."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import vlcache
+
+from deploy.local.processes import Announcement, Child, ChildFailedError
+from models.shapes_vlm.paths import CHECKPOINT
+from shared.rpc.lifecycle import stop_signal
+
+# What a child may take beyond its own drain time before it is killed.
+STOP_MARGIN_S = 10.0
+EXIT_FAILED = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """What is started."""
+
+    host: str = "127.0.0.1"
+    """Address that the router binds; the workers stay on 127.0.0.1."""
+    port: int = 0
+    """gRPC port of the router; 0 picks a free one."""
+    model: str = str(CHECKPOINT)
+    """Checkpoint: a directory, or a Hugging Face hub id."""
+    prefill_workers: int = 1
+    """Processes that compute prompts."""
+    decode_workers: int = 1
+    """Processes that generate tokens."""
+    arena_mib: int = 64
+    """Shared memory of each prefill worker for parcels on their way, MiB."""
+    kv_memory_mib: int = 256
+    """Memory of each decode worker for KV, MiB."""
+    worker_flags: tuple[str, ...] = ()
+    """More flags of every worker."""
+    decode_flags: tuple[str, ...] = ()
+    """More flags of the decode workers."""
+    start_timeout_s: float = 180.0
+    """Seconds that a process may take to listen, and the router to see its workers."""
+    drain_s: float = 30.0
+    """Seconds that running requests get to finish at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_workers", "decode_workers", "start_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modules:
+    """What the three roles run; tests put others in their place."""
+
+    prefill: str = "prefill_worker"
+    decode: str = "decode_worker"
+    router: str = "router"
+
+
+class Stack:
+    """Use as a context manager: leaving it stops whatever was started, the router first, then the workers."""
+
+    def __init__(self, config: StackConfig, modules: Modules) -> None:
+        self._config = config
+        self._modules = modules
+        self._folder = tempfile.TemporaryDirectory(prefix="vlcache-")
+        self._workers: list[Child] = []
+        self._routers: list[Child] = []
+        self.services: list[Announcement] = []
+        """Where everything listens, the router first."""
+        self.clean = True
+        """Whether every child ended with exit code 0 when it was asked to."""
+
+    async def __aenter__(self) -> Stack:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        grace_s = self._config.drain_s + STOP_MARGIN_S
+        for group in (self._routers, self._workers):
+            codes = await asyncio.gather(*(child.stop(grace_s) for child in group))
+            for child, code in zip(group, codes, strict=True):
+                self._note_end(child, code, expected=kind is not None)
+        self._folder.cleanup()
+
+    @property
+    def address(self) -> str:
+        """Where clients reach the router."""
+        return self.services[0].address
+
+    @property
+    def log_dir(self) -> Path:
+        """Where the logs of all children are, while the stack is up."""
+        return Path(self._folder.name)
+
+    async def start(self) -> None:
+        """Starts the workers together, then the router, and waits until a model can be asked.
+
+        Raises:
+            ChildFailedError: A process ended or was not ready in time.
+        """
+        for number in range(self._config.prefill_workers):
+            await self._start_prefill(f"prefill-{number}")
+        for number in range(self._config.decode_workers):
+            await self._start_decode(f"decode-{number}")
+        limit_s = self._config.start_timeout_s
+        workers = await asyncio.gather(*(child.announcement(limit_s) for child in self._workers))
+        await self._start_router([worker.address for worker in workers])
+        router = await self._routers[0].announcement(limit_s)
+        self.services = [router, *workers]
+        await self.while_alive(self._wait_ready())
+
+    def child(self, name: str) -> Child:
+        """The running process of that name."""
+        return next(child for child in (*self._routers, *self._workers) if child.name == name)
+
+    async def while_alive(self, work: Coroutine[Any, Any, int]) -> int:
+        """The result of `work`, which is cancelled when a child ends first.
+
+        Raises:
+            ChildFailedError: A child ended.
+        """
+        working = asyncio.create_task(work)
+        deaths = [asyncio.create_task(child.end()) for child in (*self._routers, *self._workers)]
+        try:
+            await asyncio.wait({working, *deaths}, return_when=asyncio.FIRST_COMPLETED)
+            for death in deaths:
+                if death.done():
+                    death.result()
+            return working.result()
+        finally:
+            for task in (working, *deaths):
+                task.cancel()
+            await asyncio.gather(working, *deaths, return_exceptions=True)
+
+    async def _wait_ready(self) -> int:
+        async with vlcache.AsyncClient(self.address) as client:
+            try:
+                await client.wait_ready(self._config.start_timeout_s)
+            except vlcache.VlcacheError as error:
+                tails = "\n".join(child.log_tail() for child in (*self._routers, *self._workers))
+                raise ChildFailedError(f"the router did not become ready: {error}\n{tails}") from error
+        return 0
+
+    async def _start_prefill(self, name: str) -> None:
+        flags = [*self._worker_flags(name), "--arena-mib", str(self._config.arena_mib)]
+        flags += ["--socket-dir", str(self.log_dir / "arenas")]
+        self._workers.append(await self._child(self._modules.prefill, name, flags))
+
+    async def _start_decode(self, name: str) -> None:
+        flags = [*self._worker_flags(name), "--kv-memory-mib", str(self._config.kv_memory_mib)]
+        flags += self._config.decode_flags
+        self._workers.append(await self._child(self._modules.decode, name, flags))
+
+    async def _start_router(self, workers: list[str]) -> None:
+        flags = ["--name", "router", "--registry", "static://" + ",".join(workers)]
+        flags += ["--listen.host", self._config.host, "--listen.port", str(self._config.port)]
+        self._routers.append(await self._child(self._modules.router, "router", flags))
+
+    def _worker_flags(self, name: str) -> list[str]:
+        return ["--model", self._config.model, "--name", name, "--listen.port", "0", *self._config.worker_flags]
+
+    async def _child(self, module: str, name: str, flags: list[str]) -> Child:
+        return await Child.start(module, name, [*flags, "--drain-s", str(self._config.drain_s)], log_dir=self.log_dir)
+
+    def _note_end(self, child: Child, code: int, *, expected: bool) -> None:
+        if code != 0 and not expected:
+            self.clean = False
+            print(f"{child.name} ended with exit code {code}\n{child.log_tail()}", file=sys.stderr)
+
+
+async def run_stack(
+    config: StackConfig,
+    job: Callable[[Stack], Coroutine[Any, Any, int]],
+    *,
+    interrupted: int,
+    modules: Modules | None = None,
+) -> int:
+    """Starts a stack, runs `job` on it and stops it; returns the exit code.
+
+    It is that of the job, `interrupted` when a signal came first, and 1 when a child ended by itself or did not stop
+    cleanly.
+    """
+    stopped = asyncio.create_task(stop_signal())
+    try:
+        async with Stack(config, modules or Modules()) as stack:
+            code = await _first(stopped, _start_and_run(stack, job), interrupted)
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
+    finally:
+        stopped.cancel()
+        await asyncio.gather(stopped, return_exceptions=True)
+    return code if stack.clean else EXIT_FAILED
+
+
+async def _start_and_run(stack: Stack, job: Callable[[Stack], Coroutine[Any, Any, int]]) -> int:
+    await stack.start()
+    return await stack.while_alive(job(stack))
+
+
+async def _first(stopped: asyncio.Task[None], work: Coroutine[Any, Any, int], interrupted: int) -> int:
+    """The result of `work`, or `interrupted` when `stopped` comes first."""
+    working = asyncio.create_task(work)
+    await asyncio.wait({stopped, working}, return_when=asyncio.FIRST_COMPLETED)
+    if working.done():
+        return working.result()
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    return interrupted
