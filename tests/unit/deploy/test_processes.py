@@ -1,0 +1,127 @@
+"""One child process: heard, stopped, killed, and never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from deploy.local.processes import ROOT, Announcement, Child, ChildFailedError
+
+FAKE = "tests.unit.deploy.fake_worker"
+
+
+def with_child(log_dir: Path, use: Callable[[Child], Awaitable[None]]) -> None:
+    """Starts a fake decode worker, hands it to `use`, and stops it."""
+
+    async def main() -> None:
+        child = await Child.start(FAKE, "decode-0", ["--name", "decode-0"], log_dir=log_dir)
+        try:
+            await use(child)
+        finally:
+            await child.stop(grace_s=10)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"hello", b"{", b"[]", b"3", b"{}", b'{"event": "other"}', b'{"event": "listening", "name": "x"}', b"\xff"],
+)
+def test_other_output_is_no_announcement(line: bytes) -> None:
+    assert Announcement.parse(line) is None
+
+
+def test_a_child_says_where_it_listens_and_ends_with_0(tmp_path: Path) -> None:
+    async def use(child: Child) -> None:
+        said = await child.announcement(60)
+        assert (said.name, said.role, said.metrics_address) == ("decode-0", "decode", "127.0.0.1:1")
+        assert int(said.address.rpartition(":")[2]) > 0
+        assert os.getpgid(child.pid) == child.pid
+        assert await child.stop(grace_s=10) == 0
+        assert "a line that is no announcement" in child.log_tail()
+
+    with_child(tmp_path, use)
+
+
+def test_a_child_that_crashes_shows_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_WORKER", "decode crashes")
+
+    async def use(child: Child) -> None:
+        with pytest.raises(
+            ChildFailedError, match=r"decode-0 ended with exit code 3\n  decode-0 \| no such checkpoint"
+        ):
+            await child.announcement(60)
+        assert await child.stop(grace_s=10) == 3
+
+    with_child(tmp_path, use)
+
+
+def test_a_mute_child_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_WORKER", "decode is mute")
+
+    async def use(child: Child) -> None:
+        with pytest.raises(ChildFailedError, match=r"did not listen within 0\.1 s"):
+            await child.announcement(0.1)
+
+    with_child(tmp_path, use)
+
+
+def test_a_stubborn_child_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_WORKER", "decode does not stop")
+
+    async def use(child: Child) -> None:
+        await child.announcement(60)
+        assert await child.stop(grace_s=0.1) == -signal.SIGKILL
+
+    with_child(tmp_path, use)
+
+
+def test_only_the_last_lines_of_a_log_are_shown(tmp_path: Path) -> None:
+    async def use(child: Child) -> None:
+        await child.announcement(60)
+        child.log.write_text("".join(f"line {number}\n" for number in range(100)))
+        shown = child.log_tail().splitlines()
+        assert (len(shown), shown[-1]) == (20, "  decode-0 | line 99")
+
+    with_child(tmp_path, use)
+
+
+def test_a_child_dies_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    launcher = f"""
+import asyncio
+from pathlib import Path
+from deploy.local.processes import Child
+
+async def main():
+    child = await Child.start({FAKE!r}, "decode-0", ["--name", "decode-0"], log_dir=Path({str(tmp_path)!r}))
+    await child.announcement(60)
+    print(child.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", launcher], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = os.pidfd_open(int(process.stdout.readline()))
+        try:
+            assert select.select([child], [], [], 0)[0] == []
+            process.kill()
+            # readable means ended
+            assert select.select([child], [], [], 30)[0] == [child]
+        finally:
+            os.close(child)
+
+
+def test_a_child_whose_launcher_is_gone_already_does_not_start() -> None:
+    command = [sys.executable, "-m", "deploy.local.child", "1", "this"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "the launcher has ended" in ended.stderr
