@@ -21,10 +21,11 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 async def health_becomes(b: Bench, wanted: int) -> None:
-    """Asks until the answer is `wanted`; `run` limits the time."""
-    stub = health_pb2_grpc.HealthStub(b.channel)
-    while (await stub.Check(health_pb2.HealthCheckRequest())).status != wanted:
+    """Watches until the answer is `wanted`; `run` limits the time."""
+    watch = health_pb2_grpc.HealthStub(b.channel).Watch(health_pb2.HealthCheckRequest())
+    while (await watch.read()).status != wanted:
         pass
+    watch.cancel()
 
 
 def test_health_follows_the_workers() -> None:
