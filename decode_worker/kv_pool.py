@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from shared.errors import ResourceExhaustedError
+from shared.errors import ResourceExhaustedError, TooLargeError
 from shared.kv.extents import Extent, ExtentAllocator
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest
@@ -76,12 +76,12 @@ class KVPool:
         """A piece of memory.
 
         Raises:
-            ResourceExhaustedError: There is no room now, or never will be.
+            ResourceExhaustedError: There is no room now.
+            TooLargeError: There never will be.
         """
         if nbytes > self.capacity:
-            raise ResourceExhaustedError(
+            raise TooLargeError(
                 f"the request may need {nbytes} bytes of KV, this worker has {self.capacity} in all",
-                reason="KV_TOO_LARGE",
             )
         extent = self._extents.allocate(nbytes)
         if extent is None:

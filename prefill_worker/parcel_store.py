@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from shared.errors import ResourceExhaustedError
+from shared.errors import TooLargeError
 from shared.kv.arena import Arena, Slot
 
 
@@ -25,13 +25,12 @@ class ParcelStore:
         """Waits for a slot.
 
         Raises:
-            ResourceExhaustedError: The parcel is larger than the whole arena.
+            TooLargeError: The parcel is larger than the whole arena.
         """
         if nbytes > self._arena.capacity:
-            raise ResourceExhaustedError(
+            raise TooLargeError(
                 f"the parcel may need {nbytes} bytes, this worker's arena has {self._arena.capacity}; "
                 "ask for a smaller retention",
-                reason="PARCEL_TOO_LARGE",
             )
         async with self._turn:
             while (slot := self._arena.allocate(nbytes)) is None:

@@ -20,7 +20,7 @@ from router.waiting import RETRY_AFTER_S, WaitingRoom
 from router.worker import DECODE, PREFILL, READY, Charge, Worker
 from router.worker_client import WorkerClient
 from router.workers import WorkerTable
-from shared.errors import FailedPreconditionError, ResourceExhaustedError, ServiceError, UnavailableError
+from shared.errors import FailedPreconditionError, ResourceExhaustedError, ServiceError, TooLargeError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -99,13 +99,17 @@ class Admission:
         raise ResourceExhaustedError("no decode memory became free in time", retry_after_s=RETRY_AFTER_S)
 
     async def _try(self, ask: _Ask) -> Lease | None:
-        """One round over the decode workers; None when all of them are full."""
+        """One round over the decode workers; None when at least one of them is full only for now."""
         refused: set[Worker] = set()
+        hopeless: TooLargeError | None = None
         for pair in self._placement.order(self._pairs(ask)):
             if pair.decode in refused or not pair.ready:
                 continue
             try:
                 return await self._reserve(pair, ask)
+            except TooLargeError as error:
+                self._accounting.reservation_rejected(error)
+                hopeless = error
             except ResourceExhaustedError as error:
                 self._accounting.reservation_rejected(error)
                 refused.add(pair.decode)
@@ -115,7 +119,7 @@ class Admission:
                 self._table.suspend(pair.decode)
         if refused:
             return None
-        raise self.no_pair(ask.request.model.name)
+        raise hopeless or self.no_pair(ask.request.model.name)
 
     def _pairs(self, ask: _Ask) -> list[Pair]:
         return [pair for pair in self._table.pairs(ask.request.model.name) if pair.prefill not in ask.avoid]

@@ -70,6 +70,13 @@ class ResourceExhaustedError(ServiceError):
     retryable = True
 
 
+class TooLargeError(ResourceExhaustedError):
+    """More than this worker has in all: waiting does not help."""
+
+    default_reason = "TOO_LARGE"
+    retryable = False
+
+
 class UnavailableError(ServiceError):
     """No worker can be reached, or this one is draining."""
 

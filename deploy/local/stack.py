@@ -32,6 +32,8 @@ class StackConfig:
     """gRPC port of the router; 0 picks a free one."""
     model: str = str(CHECKPOINT)
     """Checkpoint: a directory, or a Hugging Face hub id."""
+    model_name: str = "shapes-vlm"
+    """Name under which clients ask for it."""
     prefill_workers: int = 1
     """Processes that compute prompts."""
     decode_workers: int = 1
@@ -166,7 +168,9 @@ class Stack:
         self._routers.append(await self._child(self._modules.router, "router", flags))
 
     def _worker_flags(self, name: str) -> list[str]:
-        return ["--model", self._config.model, "--name", name, "--listen.port", "0", *self._config.worker_flags]
+        config = self._config
+        model = ["--model", config.model, "--model-name", config.model_name]
+        return [*model, "--name", name, "--listen.port", "0", *config.worker_flags]
 
     async def _child(self, module: str, name: str, flags: list[str]) -> Child:
         return await Child.start(module, name, [*flags, "--drain-s", str(self._config.drain_s)], log_dir=self.log_dir)

@@ -37,10 +37,16 @@ def code_number(error: errors.ServiceError) -> int:
     return int(getattr(grpc.StatusCode, error.code).value[0])
 
 
+def error_class(code: str, reason: str) -> type[errors.ServiceError]:
+    """The class of a code's name, or the one below it that stands for `reason`."""
+    cls = ERROR_BY_CODE.get(code, errors.InternalError)
+    return next((sub for sub in cls.__subclasses__() if sub.default_reason == reason), cls)
+
+
 def from_rpc_error(error: grpc.RpcError) -> errors.ServiceError:
     """The error that another service meant; connection failures become `UnavailableError`."""
-    cls = ERROR_BY_CODE.get(error.code().name, errors.InternalError)
     reason, retry_after_s = _details(error)
+    cls = error_class(error.code().name, reason)
     if not reason and cls is errors.UnavailableError:
         # grpc's own text names addresses
         return cls("the worker cannot be reached", reason="WORKER_UNREACHABLE")

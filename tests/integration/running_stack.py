@@ -1,0 +1,96 @@
+"""Three real processes for tests: started once, asked through the client, killed when a test wants it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import urllib.request
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import grpc
+import vlcache
+from vlcache.worker.v1 import decode_pb2_grpc, prefill_pb2_grpc, worker_pb2
+
+from deploy.local.processes import Announcement
+from deploy.local.stack import Modules, Stack, StackConfig
+
+Result = TypeVar("Result")
+
+
+class RunningStack:
+    """A stack whose event loop lives in a thread of its own, so that plain tests can use it."""
+
+    def __init__(self, config: StackConfig) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._config = config
+
+    def __enter__(self) -> RunningStack:
+        self._thread.start()
+        self._stack = self._run(self._start())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._run(self._stack.__aexit__(None, None, None))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @property
+    def address(self) -> str:
+        return self._stack.address
+
+    @property
+    def clean(self) -> bool:
+        return self._stack.clean
+
+    def client(self) -> vlcache.Client:
+        return vlcache.Client(self.address, timeout=vlcache.Timeout(total_s=120))
+
+    def async_client(self) -> vlcache.AsyncClient:
+        return vlcache.AsyncClient(self.address, timeout=vlcache.Timeout(total_s=120))
+
+    def metrics(self, role: str) -> str:
+        service = next(service for service in self._stack.services if service.role == role)
+        with urllib.request.urlopen(f"http://{service.metrics_address}/metrics", timeout=10) as response:
+            return response.read().decode()
+
+    def child(self, name: str) -> Any:
+        return self._stack.child(name)
+
+    def worker_infos(self) -> list[worker_pb2.WorkerInfo]:
+        """What each worker says of itself now; the router shows only its last poll."""
+        return [_ask(service) for service in self._stack.services if service.role != "router"]
+
+    def wait_idle(self, timeout_s: float = 20.0) -> None:
+        """Until no worker holds a byte for any request: what must be true after the last one has ended."""
+        give_up = time.monotonic() + timeout_s
+        while held := [info for info in self.worker_infos() if _held(info)]:
+            assert time.monotonic() < give_up, f"still held: {held}"
+            time.sleep(0.02)
+
+    async def _start(self) -> Stack:
+        stack = await Stack(self._config, Modules()).__aenter__()
+        try:
+            await stack.start()
+        except BaseException:
+            await stack.__aexit__(None, None, None)
+            raise
+        return stack
+
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _ask(service: Announcement) -> worker_pb2.WorkerInfo:
+    stubs = {"prefill": prefill_pb2_grpc.PrefillServiceStub, "decode": decode_pb2_grpc.DecodeServiceStub}
+    with grpc.insecure_channel(service.address) as channel:
+        return stubs[service.role](channel).GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=10)
+
+
+def _held(info: worker_pb2.WorkerInfo) -> int:
+    kv = info.kv
+    requests = info.requests_running + info.requests_waiting
+    return kv.reserved + kv.filling + kv.active + kv.retained + requests + info.outstanding_tokens
