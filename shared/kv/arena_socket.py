@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -16,9 +17,12 @@ from pathlib import Path
 from shared.errors import FailedPreconditionError
 from shared.kv.arena import Arena, ArenaView
 
+log = logging.getLogger(__name__)
+
 MAX_GREETING_BYTES = 4096
 MAX_ARENA_BYTES = 1 << 40
 CONNECT_TIMEOUT_S = 2.0
+ACCEPT_RETRY_S = 0.5
 # sun_path holds 108 bytes with the closing NUL
 MAX_SOCKET_PATH = 107
 
@@ -64,7 +68,12 @@ class ArenaServer:
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            peer, _ = await loop.sock_accept(self._listener)
+            try:
+                peer, _ = await loop.sock_accept(self._listener)
+            except OSError:
+                log.warning("no descriptor left for a peer of the arena; trying again", exc_info=True)
+                await asyncio.sleep(ACCEPT_RETRY_S)
+                continue
             # the greeting is far smaller than a socket buffer, so this cannot block
             with peer, contextlib.suppress(OSError):
                 socket.send_fds(peer, [self._greeting], [self._arena.fd])
@@ -95,7 +104,7 @@ def _read_greeting(greeting: bytes, epoch: str) -> int:
     try:
         fields = json.loads(greeting)
         capacity, owner = int(fields["capacity"]), fields["epoch"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise FailedPreconditionError("unreadable arena greeting", reason="ARENA_GREETING") from error
     if owner != epoch or not 0 < capacity <= MAX_ARENA_BYTES:
         raise FailedPreconditionError("the arena belongs to another worker", reason="ARENA_EPOCH")

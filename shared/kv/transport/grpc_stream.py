@@ -10,6 +10,7 @@ from vlcache.worker.v1 import kv_pb2 as pb
 
 from shared.kv.transport.base import Parcel, SendReport
 from shared.kv.transport.frames import CHUNK_BYTES, encode_chunk, encode_header
+from shared.rpc.first_status import FirstStatus
 from shared.rpc.status import from_rpc_error
 
 PUT_METHOD = "/vlcache.worker.v1.KVTransferService/PutKV"
@@ -28,10 +29,12 @@ class GrpcTransport:
         """See `ParcelTransport.send`."""
         started = time.monotonic()
         counter = _Counter()
+        call = self._put(counter.frames(parcel, token))
+        status = FirstStatus(call)
         try:
-            await self._put(counter.frames(parcel, token))
+            await call
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            raise from_rpc_error(status.of(error)) from error
         return SendReport(transport=self.name, sent_bytes=counter.sent_bytes, seconds=time.monotonic() - started)
 
 

@@ -34,9 +34,11 @@ async def serving(
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
 
     server = await RpcServer.start(name=name, host="127.0.0.1", port=0, register=register, services=[service])
-    async with grpc.aio.insecure_channel(server.address, options=client_options()) as channel:
-        yield Served(server, channel)
-    await server.stop(0)
+    try:
+        async with grpc.aio.insecure_channel(server.address, options=client_options()) as channel:
+            yield Served(server, channel)
+    finally:
+        await server.stop(0)
 
 
 def raising(error: Exception) -> dict[str, grpc.RpcMethodHandler]:
