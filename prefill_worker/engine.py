@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from prefill_worker.compression.policy import LayerStatistics, Policy
 from prefill_worker.observer import PrefillObserver
 from prefill_worker.prompt import Prompt
+from shared.errors import RequestCancelledError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,14 @@ class PrefillEngine:
         Args:
             prompt: One unpadded prompt.
             policy: Says which rows to observe; None observes nothing (retention 1).
-            cancelled: Checked before every layer.
+            cancelled: Checked at the start and before every layer.
 
         Raises:
             RequestCancelledError: `cancelled` was set.
         """
+        if cancelled.is_set():
+            # while it waited in the queue; the vision tower would run before the first layer looks
+            raise RequestCancelledError("cancelled before it began")
         started = time.monotonic()
         rows = policy.rows(prompt.shape) if policy else range(0)
         observer = PrefillObserver(rows, policy.threshold if policy else 1.0, cancelled)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import warnings
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from shared.errors import InvalidRequestError
 
@@ -15,6 +16,17 @@ MAX_BYTES = 25 << 20
 MAX_PIXELS = 40_000_000
 MIN_SIDE = 8
 MAX_ASPECT = 200
+# EXIF orientation to what makes the picture upright. Not Pillow's own `exif_transpose`: that writes the metadata back
+# and fails on odd ones.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def open_image(data: bytes, index: int) -> Image.Image:
@@ -33,8 +45,9 @@ def open_image(data: bytes, index: int) -> Image.Image:
         raise _bad(index, f"has {len(data)} bytes; at most {MAX_BYTES} are allowed")
     try:
         with warnings.catch_warnings():
-            # our own limits are stricter than the one that Pillow warns about
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # our own limits are stricter than the one that Pillow warns about, and a stranger's odd metadata
+            # (EXIF, animation chunks) is nobody's concern here
+            warnings.simplefilter("ignore")
             return _decode(data, index)
     except UnidentifiedImageError as error:
         raise _bad(index, f"is no readable {', '.join(FORMATS)} file") from error
@@ -47,11 +60,14 @@ def _decode(data: bytes, index: int) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(image.size, index)
         image.load()
-        return _to_rgb(image)
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        return _to_rgb(image if turn is None else image.transpose(turn))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Transparency shows white, as viewers do."""
+    """As viewers show it: 16 bits of grey are scaled (Pillow would cut them off), transparency is white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         backdrop = Image.new("RGBA", rgba.size, "white")

@@ -83,7 +83,8 @@ class PromptBuilder:
         return self._shape(inputs["input_ids"][0]).num_visual + marker
 
     def _check_messages(self, messages: Sequence[pb.Message]) -> None:
-        texts = [part.text for message in messages for part in message.parts if part.HasField("text")]
+        # joined: the template puts the parts of a message together, and so would a reserved token that was cut in two
+        texts = ["".join(part.text for part in message.parts) for message in messages]
         images = sum(part.HasField("image") for message in messages for part in message.parts)
         if not any(text.strip() for text in texts):
             raise InvalidRequestError("the prompt has no text", reason="EMPTY_PROMPT")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,13 @@ def config() -> LlavaConfig:
 
 
 def save_checkpoint(path: Path) -> Path:
-    """Weights of unit gain: queries and keys are large enough for attention to prefer some tokens."""
+    """Weights of about unit gain; attention is the sharper the deeper the layer, so that layers differ in sparsity."""
     torch.manual_seed(7)
     model = LlavaForConditionalGeneration(config()).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
-            gain = 2.0 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.3
+            layer = re.search(r"layers\.(\d)\.self_attn\.[qk]_proj", name)
+            gain = 1.0 + int(layer[1]) if layer else 1.3
             torch.nn.init.normal_(parameter, std=1.0 if "embed" in name else gain * parameter.shape[1] ** -0.5)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer().eos_token_id, do_sample=False)
     model.save_pretrained(path)

@@ -54,6 +54,7 @@ def test_short_prompts_keep_the_least_number_of_tokens_or_all(mode: str, tokens:
 DENSITIES = st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=12)
 RETENTIONS = st.floats(0.001, 1.0, exclude_max=True)
 TOKENS = st.integers(1, 4000)
+MODES = st.sampled_from([*BUDGETS])
 MIN_TOKENS = st.integers(1, MIN_KEPT_TOKENS)
 
 
@@ -79,9 +80,7 @@ def test_strict_keeps_its_total_to_the_token(
         assert sum(kept) == max(int(exact), len(densities) * min(tokens, min_tokens))
 
 
-@given(
-    densities=DENSITIES, retention=RETENTIONS, tokens=TOKENS, min_tokens=MIN_TOKENS, mode=st.sampled_from([*BUDGETS])
-)
+@given(densities=DENSITIES, retention=RETENTIONS, tokens=TOKENS, min_tokens=MIN_TOKENS, mode=MODES)
 def test_every_layer_stays_within_its_bounds(
     densities: list[float], retention: float, tokens: int, min_tokens: int, mode: str
 ) -> None:
@@ -91,9 +90,7 @@ def test_every_layer_stays_within_its_bounds(
     assert all(floor <= count <= tokens for count in kept)
 
 
-@given(
-    densities=DENSITIES, retention=RETENTIONS, tokens=TOKENS, min_tokens=MIN_TOKENS, mode=st.sampled_from([*BUDGETS])
-)
+@given(densities=DENSITIES, retention=RETENTIONS, tokens=TOKENS, min_tokens=MIN_TOKENS, mode=MODES)
 def test_a_denser_layer_never_gets_less_than_rounding_explains(
     densities: list[float], retention: float, tokens: int, min_tokens: int, mode: str
 ) -> None:
@@ -105,9 +102,7 @@ def test_a_denser_layer_never_gets_less_than_rounding_explains(
                 assert kept[i] >= kept[j] - (1 if mode == "strict" and j < i else 0)
 
 
-@given(
-    densities=DENSITIES, retention=RETENTIONS, tokens=TOKENS, min_tokens=MIN_TOKENS, mode=st.sampled_from([*BUDGETS])
-)
+@given(densities=DENSITIES, retention=RETENTIONS, tokens=TOKENS, min_tokens=MIN_TOKENS, mode=MODES)
 def test_no_policy_exceeds_what_the_router_reserves(
     densities: list[float], retention: float, tokens: int, min_tokens: int, mode: str
 ) -> None:
@@ -118,7 +113,7 @@ def test_no_policy_exceeds_what_the_router_reserves(
     assert bound <= Budget(retention=retention).kept_tokens_bound(tokens + 100)
 
 
-@given(densities=DENSITIES, count=st.integers(1, 5000), tokens=TOKENS, mode=st.sampled_from([*BUDGETS]))
+@given(densities=DENSITIES, count=st.integers(1, 5000), tokens=TOKENS, mode=MODES)
 def test_a_budget_in_tokens_is_kept_like_a_share(densities: list[float], count: int, tokens: int, mode: str) -> None:
     asked = Budget(max_kept_tokens=count)
     share = asked.share_of(tokens)

@@ -1,5 +1,7 @@
 """Which tokens are kept: against a sort in plain Python."""
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,7 +39,7 @@ def test_sets_nest_in_the_number_kept(scores: list[list[float]], share: float) -
         [set(row) for row in select_top(torch.tensor(scores), kept, share).tolist()]
         for kept in range(1, len(scores[0]) + 1)
     ]
-    for smaller, larger in zip(sets, sets[1:], strict=False):
+    for smaller, larger in itertools.pairwise(sets):
         assert all(inner < outer for inner, outer in zip(smaller, larger, strict=True))
 
 

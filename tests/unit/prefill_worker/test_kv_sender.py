@@ -1,0 +1,161 @@
+"""Leases are kept alive against a scripted decode worker, over real gRPC."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc
+
+from prefill_worker.kv_sender import KVSender, Ticket
+from shared.errors import AbortedError, FailedPreconditionError, InvalidRequestError, NotFoundError, UnavailableError
+from shared.kv.arena import Slot
+from shared.kv.extents import Extent
+from shared.kv.transport.base import Parcel
+from shared.rpc.server import RpcServer
+from shared.telemetry.metrics import PrefillMetrics
+from tests.unit.prefill_worker.manifests import manifest
+
+PERIOD_S = 0.03
+
+
+class Decode(decode_pb2_grpc.DecodeServiceServicer):
+    """Answers the n-th renewal with the n-th entry of its script, and then always with yes."""
+
+    def __init__(self, *script: Exception | None) -> None:
+        self._script = list(script)
+        self.tokens: list[bytes] = []
+        self.renewed = asyncio.Event()
+
+    async def Renew(self, request: Any, context: Any) -> decode_pb2.RenewResponse:  # noqa: N802
+        self.tokens.append(request.token)
+        self.renewed.set()
+        answer = self._script.pop(0) if self._script else None
+        if answer is not None:
+            raise answer
+        return decode_pb2.RenewResponse(lease_s=1)
+
+    async def renewals(self, count: int) -> None:
+        while len(self.tokens) < count:
+            self.renewed.clear()
+            await self.renewed.wait()
+
+
+def ticket(address: str, transport: str = "grpc") -> Ticket:
+    return Ticket(decode_worker="d", address=address, token=b"secret", transport=transport, reserved_bytes=1)
+
+
+@contextlib.asynccontextmanager
+async def serving(decode: Decode) -> AsyncIterator[str]:
+    server = await RpcServer.start(
+        name="d",
+        host="127.0.0.1",
+        port=0,
+        register=lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(decode, server),
+        services=[],
+    )
+    try:
+        yield server.address
+    finally:
+        await server.stop(0)
+
+
+def run(body: Callable[[KVSender, Decode, Ticket], Awaitable[None]], *script: Exception | None) -> None:
+    async def main() -> None:
+        metrics = PrefillMetrics(worker="p", model="m")
+        decode = Decode(*script)
+        async with serving(decode) as address:
+            sender = KVSender(epoch="e", metrics=metrics, renew_period_s=PERIOD_S)
+            try:
+                await asyncio.wait_for(body(sender, decode, ticket(address)), 20)
+            finally:
+                await sender.close()
+        left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        assert not left, f"left running: {left}"
+
+    asyncio.run(main())
+
+
+def test_a_lease_is_renewed_until_the_work_is_done() -> None:
+    async def body(sender: KVSender, decode: Decode, promised: Ticket) -> None:
+        async with sender.keep_alive(promised):
+            await decode.renewals(3)
+        assert set(decode.tokens) == {b"secret"}
+        seen = len(decode.tokens)
+        await asyncio.sleep(3 * PERIOD_S)
+        assert len(decode.tokens) == seen
+
+    run(body)
+
+
+def test_a_lost_reservation_ends_the_work() -> None:
+    async def body(sender: KVSender, decode: Decode, promised: Ticket) -> None:
+        interrupted = False
+        with pytest.raises(AbortedError, match="ended the reservation") as caught:  # noqa: PT012
+            async with sender.keep_alive(promised):
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    interrupted = True
+                    raise
+        assert caught.value.reason == "RESERVATION_LOST"
+        assert interrupted
+        assert len(decode.tokens) == 2
+
+    run(body, None, NotFoundError("gone"))
+
+
+@pytest.mark.parametrize("hiccup", [UnavailableError("busy"), InvalidRequestError("odd"), RuntimeError("a bug")])
+def test_a_hiccup_of_the_decode_worker_is_survived(hiccup: Exception) -> None:
+    async def body(sender: KVSender, decode: Decode, promised: Ticket) -> None:
+        async with sender.keep_alive(promised):
+            await decode.renewals(4)
+
+    run(body, hiccup, hiccup)
+
+
+def test_a_decode_worker_that_cannot_be_reached_does_not_end_the_work() -> None:
+    async def body(sender: KVSender, decode: Decode, promised: Ticket) -> None:
+        async with sender.keep_alive(ticket("127.0.0.1:1")):
+            await asyncio.sleep(4 * PERIOD_S)
+
+    run(body)
+
+
+def test_a_cancellation_from_outside_stays_one() -> None:
+    async def body(sender: KVSender, decode: Decode, promised: Ticket) -> None:
+        async def work() -> None:
+            async with sender.keep_alive(promised):
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(work())
+        await decode.renewals(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(body)
+
+
+def test_an_error_of_the_work_passes_unchanged() -> None:
+    async def body(sender: KVSender, decode: Decode, promised: Ticket) -> None:
+        with pytest.raises(InvalidRequestError, match="mine"):
+            async with sender.keep_alive(promised):
+                raise InvalidRequestError("mine")
+        with pytest.raises(NotFoundError, match="mine"):
+            async with sender.keep_alive(promised):
+                raise NotFoundError("mine")
+
+    run(body)
+
+
+def test_an_unknown_transport_is_refused_and_counted() -> None:
+    async def body(sender: KVSender, decode: Decode, promised: Ticket) -> None:
+        parcel = Parcel(manifest=manifest(), body=memoryview(b""), slot=Slot(Extent(0, 64), 1))
+        with pytest.raises(FailedPreconditionError, match="unknown transport 'pigeon'"):
+            await sender.send(parcel, ticket(promised.address, "pigeon"))
+        failures = sender._metrics.labelled(sender._metrics.transfer_failures, reason="TRANSPORT")
+        assert failures._value.get() == 1
+
+    run(body)
