@@ -26,7 +26,9 @@ def sample(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
     """
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scaled, tokens = torch.sort(logits.double() / sampling.temperature, descending=True, stable=True)
+    # the maximum becomes 0, so that no temperature, however low, overflows
+    distance = logits.double() - logits.max()
+    scaled, tokens = torch.sort(distance / sampling.temperature, descending=True, stable=True)
     if sampling.top_k:
         scaled, tokens = scaled[: sampling.top_k], tokens[: sampling.top_k]
     cumulative = torch.softmax(scaled, dim=0).cumsum(dim=0)

@@ -17,16 +17,18 @@ class TextStream:
 
     Args:
         tokenizer: A transformers tokenizer; special tokens become no text.
-        stop: Strings before whose first occurrence the text ends.
+        stop: The text ends before the one that is complete first (of several that are, the longest).
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         self._tokens: list[int] = []
-        # text of tokens[context:complete] is out; it is decoded again as left context of what follows
+        # tokens[context:] are decoded with every push, and the first `sent` characters of that are out; of them
+        # tokens[context:complete] are only the left context of what follows
         self._context = 0
         self._complete = 0
+        self._sent = 0
         self._held = ""
         self.stopped = False
 
@@ -44,23 +46,27 @@ class TextStream:
         return self._release(self._decode_open(final=True), final=True)
 
     def _decode_open(self, *, final: bool) -> str:
-        before = self._decode(self._tokens[self._context : self._complete])
         text = self._decode(self._tokens[self._context :])
-        open_tokens = len(self._tokens) - self._complete
-        if text.endswith(REPLACEMENT) and open_tokens <= MAX_OPEN_TOKENS and not final:
-            return ""
-        self._context, self._complete = self._complete, len(self._tokens)
-        return text[len(before) :]
+        sent = self._sent
+        if final or not text.endswith(REPLACEMENT):
+            self._context, self._complete = self._complete, len(self._tokens)
+            self._sent = len(self._decode(self._tokens[self._context :]))
+            return text[sent:]
+        if len(self._tokens) - self._complete > MAX_OPEN_TOKENS:
+            # broken bytes for good, but the last of them may begin a character
+            self._sent = max(sent, len(text) - 1)
+        return text[sent : self._sent]
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _release(self, text: str, *, final: bool) -> str:
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        # the one that is complete first: what a later token might have added must not matter
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return self._held[: min(found)]
+            return self._held[: min(found)[1]]
         keep = 0 if final else self._possible_stop()
         released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return released
