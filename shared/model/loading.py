@@ -32,7 +32,7 @@ def resolve_checkpoint(model: str) -> Path:
         FileNotFoundError: A path that does not exist.
     """
     path = Path(model)
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise FileNotFoundError(f"there is no checkpoint at {model!r}")
