@@ -145,7 +145,6 @@ def test_the_first_token_stands_right_after_the_prompt(
     done = run(compute, work, prompt)
     expected = sample(logits_of(engine, prompt), work.sampling, prompt.shape.num_tokens)
     assert done.first.token == expected
-    assert done.first.text == tokenizer().decode([expected], skip_special_tokens=True)
     assert done.first.finish_reason == public.FINISH_REASON_UNSPECIFIED
     assert (done.first.prompt_tokens, done.first.visual_tokens) == (prompt.shape.num_tokens, 16)
     assert done.manifest is not None

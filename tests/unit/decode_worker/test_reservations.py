@@ -1,0 +1,275 @@
+"""What is held for whom, and when its memory is free: the matrix of stages, the leases, and any order of events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from decode_worker.kv_pool import KVPool
+from decode_worker.reservations import TOKEN_BYTES, Reservation, Reservations, Stage
+from decode_worker.token_outbox import Subscription, TokenOutbox
+from shared.errors import AlreadyCommittedError, DuplicateRequestError, NotFoundError, ResourceExhaustedError
+from shared.kv.layout import KVLayout
+
+LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32")
+LEASE_S = 30.0
+SEQUENCE: Any = object()
+
+
+@pytest.fixture
+def pool() -> KVPool:
+    return KVPool(4096, LAYOUT)
+
+
+@pytest.fixture
+def held(pool: KVPool) -> Reservations:
+    return Reservations(pool, lease_s=LEASE_S)
+
+
+def reserve(held: Reservations, request_id: str = "r", attempt: int = 1, nbytes: int = 1000, now: float = 0.0) -> Any:
+    return held.reserve(
+        request_id=request_id,
+        attempt=attempt,
+        prefill_epoch="e",
+        nbytes=nbytes,
+        max_new_tokens=8,
+        arena=None,
+        now=now,
+    )
+
+
+def bring_to(held: Reservations, stage: str) -> Reservation:
+    reservation: Reservation = reserve(held)
+    if stage in ("filling", "active", "joined"):
+        held.begin_fill(reservation)
+    if stage in ("active", "joined"):
+        held.activate(reservation, SEQUENCE, 500)
+    reservation.joined = stage == "joined"
+    return reservation
+
+
+def assert_nothing_is_held(held: Reservations, pool: KVPool) -> None:
+    held.check_integrity()
+    assert pool.used_bytes == 0
+    assert held.idle.is_set()
+    assert list(held) == []
+
+
+@pytest.mark.parametrize("stage", ["reserved", "filling", "active", "joined"])
+def test_an_ended_reservation_is_forgotten_at_once_and_freed_when_safe(
+    held: Reservations, pool: KVPool, stage: str
+) -> None:
+    reservation = bring_to(held, stage)
+    used = pool.used_bytes
+    assert used == (512 if stage in ("active", "joined") else 1024)
+    held.end(reservation)
+    with pytest.raises(NotFoundError):
+        held.find(reservation.token)
+    held.check_integrity()
+    if stage in ("filling", "joined"):
+        assert pool.used_bytes == used, "a thread still uses it"
+        assert not held.idle.is_set()
+        held.end(reservation)  # again: nothing happens
+        assert pool.used_bytes == used
+    if stage == "filling":
+        held.end_fill(reservation)
+    elif stage == "joined":
+        held.release_memory(reservation)
+    held.end(reservation)
+    assert_nothing_is_held(held, pool)
+
+
+@pytest.mark.parametrize("stage", ["reserved", "filling", "active", "joined"])
+def test_bytes_are_counted_by_stage(held: Reservations, pool: KVPool, stage: str) -> None:
+    reservation = bring_to(held, stage)
+    where = {"joined": Stage.ACTIVE}.get(stage) or Stage(stage)
+    assert {each: held.bytes_in(each) for each in Stage} == {
+        each: pool.used_bytes if each is where else 0 for each in Stage
+    }
+    held.end(reservation)
+    assert sum(held.bytes_in(each) for each in Stage) == pool.used_bytes, "lingering bytes are counted"
+
+
+def test_a_token_is_secret_and_found(held: Reservations) -> None:
+    tokens = {reserve(held, request_id=str(number), nbytes=64).token for number in range(20)}
+    assert len(tokens) == 20
+    assert {len(token) for token in tokens} == {TOKEN_BYTES}
+    assert all(held.find(token).token == token for token in tokens)
+    for stranger in (b"", b"x" * TOKEN_BYTES):
+        with pytest.raises(NotFoundError, match="has ended") as caught:
+            held.find(stranger)
+        assert caught.value.reason == "NO_RESERVATION"
+
+
+def test_an_attempt_holds_one_reservation(held: Reservations, pool: KVPool) -> None:
+    first = reserve(held)
+    with pytest.raises(DuplicateRequestError, match="'r' already holds"):
+        reserve(held)
+    assert pool.used_bytes == 1024
+    reserve(held, attempt=2)
+    reserve(held, request_id="s")
+    held.end(first)
+    reserve(held)
+
+
+def test_a_refused_reservation_holds_nothing(held: Reservations, pool: KVPool) -> None:
+    reserve(held, nbytes=4096)
+    with pytest.raises(ResourceExhaustedError):
+        reserve(held, request_id="s")
+    held.check_integrity()
+    assert len(list(held)) == 1
+    assert pool.used_bytes == 4096
+
+
+@pytest.mark.parametrize("stage", ["filling", "active", "joined"])
+def test_a_parcel_is_delivered_once(held: Reservations, stage: str) -> None:
+    reservation = bring_to(held, stage)
+    with pytest.raises(AlreadyCommittedError) as caught:
+        held.begin_fill(reservation)
+    assert caught.value.code == "FAILED_PRECONDITION"
+    assert reservation.stage is (Stage.FILLING if stage == "filling" else Stage.ACTIVE)
+
+
+def test_a_failed_delivery_may_be_repeated(held: Reservations, pool: KVPool) -> None:
+    reservation = bring_to(held, "filling")
+    held.end_fill(reservation)
+    assert reservation.stage is Stage.RESERVED
+    held.begin_fill(reservation)
+    held.activate(reservation, SEQUENCE, 100)
+    assert (reservation.stage, pool.used_bytes) == (Stage.ACTIVE, 128)
+
+
+def subscribe(reservation: Reservation) -> None:
+    reservation.subscription = Subscription(TokenOutbox(), 1)
+
+
+@pytest.mark.parametrize("stage", ["reserved", "filling", "active"])
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_lease_runs_until_it_is_installed_and_read(held: Reservations, stage: str, attached: bool) -> None:
+    reservation = bring_to(held, stage)
+    if attached:
+        subscribe(reservation)
+    for_ever = attached and stage == "active"
+    assert held.expired(LEASE_S) == []
+    assert held.expired(LEASE_S + 0.1) == ([] if for_ever else [reservation])
+
+
+def test_a_renewal_counts_from_now(held: Reservations) -> None:
+    reservation, other = reserve(held), reserve(held, request_id="s")
+    held.renew(reservation, 20.0)
+    assert held.expired(35.0) == [other]
+    assert held.expired(50.0) == [other]
+    assert set(held.expired(50.1)) == {reservation, other}
+
+
+def test_idle_is_set_only_while_nothing_is_held(held: Reservations) -> None:
+    assert held.idle.is_set()
+    first, second = reserve(held), reserve(held, request_id="s")
+    assert not held.idle.is_set()
+    held.end(first)
+    assert not held.idle.is_set()
+    held.begin_fill(second)
+    held.end(second)
+    assert not held.idle.is_set()
+    held.end_fill(second)
+    assert held.idle.is_set()
+
+
+def test_the_law_notices_an_extent_without_an_owner(held: Reservations, pool: KVPool) -> None:
+    pool.allocate(64)
+    with pytest.raises(AssertionError, match="no owner"):
+        held.check_integrity()
+
+
+class Life(RuleBasedStateMachine):
+    """Any order of events that the runner can produce; `using` are reservations whose memory a thread touches."""
+
+    @initialize()
+    def start(self) -> None:
+        self.pool = KVPool(8192, LAYOUT)
+        self.held = Reservations(self.pool, lease_s=LEASE_S)
+        self.now = 0.0
+        self.all: list[Reservation] = []
+        self.using: list[Reservation] = []
+        self.number = 0
+
+    def pick(self, data: st.DataObject, choice: list[Reservation]) -> Reservation:
+        return choice[data.draw(st.integers(0, len(choice) - 1))]
+
+    @rule(nbytes=st.integers(1, 3000))
+    def reserve(self, nbytes: int) -> None:
+        self.number += 1
+        try:
+            self.all.append(reserve(self.held, request_id=str(self.number), nbytes=nbytes, now=self.now))
+        except ResourceExhaustedError:
+            assert self.pool.used_bytes > 0
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data())
+    def begin_fill(self, data: st.DataObject) -> None:
+        reservation = self.pick(data, self.all)
+        if reservation.stage is not Stage.RESERVED:
+            with pytest.raises(AlreadyCommittedError):
+                self.held.begin_fill(reservation)
+        elif not reservation.ended:
+            self.held.begin_fill(reservation)
+            self.using.append(reservation)
+
+    @precondition(lambda self: any(each.stage is Stage.FILLING for each in self.using))
+    @rule(data=st.data(), works=st.booleans(), attached=st.booleans())
+    def finish_fill(self, data: st.DataObject, works: bool, attached: bool) -> None:
+        reservation = self.pick(data, [each for each in self.using if each.stage is Stage.FILLING])
+        self.using.remove(reservation)
+        if works and not reservation.ended:
+            self.held.activate(reservation, SEQUENCE, max(1, reservation.extent.nbytes // 2))
+            if attached:
+                subscribe(reservation)
+                reservation.joined = True
+                self.using.append(reservation)
+        else:
+            self.held.end_fill(reservation)
+
+    @precondition(lambda self: any(each.joined for each in self.using))
+    @rule(data=st.data())
+    def leave_the_batch(self, data: st.DataObject) -> None:
+        reservation = self.pick(data, [each for each in self.using if each.joined])
+        self.using.remove(reservation)
+        self.held.end(reservation)
+        self.held.release_memory(reservation)
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        self.held.end(self.pick(data, self.all))
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data())
+    def renew(self, data: st.DataObject) -> None:
+        self.held.renew(self.pick(data, self.all), self.now)
+
+    @rule(passed=st.floats(0, 40))
+    def expire(self, passed: float) -> None:
+        self.now += passed
+        for reservation in self.held.expired(self.now):
+            assert reservation.expires_at < self.now
+            assert not (reservation.stage is Stage.ACTIVE and reservation.subscription)
+            self.held.end(reservation)
+
+    @invariant()
+    def memory_in_use_is_held_and_nothing_else(self) -> None:
+        if not hasattr(self, "held"):
+            return
+        self.held.check_integrity()
+        alive = [each for each in self.all if not each.ended]
+        lingering = [each for each in self.using if each.ended]
+        assert self.pool.used_bytes == sum(each.extent.nbytes for each in (*alive, *lingering))
+        assert set(self.held) == set(alive)
+        assert self.held.idle.is_set() == (not alive and not lingering)
+
+
+Life.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestLife = Life.TestCase
