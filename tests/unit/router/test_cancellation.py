@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
 from vlcache.v1 import inference_pb2 as pb
 
+from router.service import InferenceServicer
 from shared import errors
 from shared.rpc.status import from_rpc_error
-from tests.unit.router.fakes import Bench, bench, compression, first_token, forever, hang, run, transfer
+from tests.unit.router.fakes import Bench, ask, bench, compression, first_token, forever, hang, run, transfer
 
 
 def full(_) -> None:
@@ -117,6 +120,33 @@ def test_a_client_that_vanishes_counts_as_one_that_cancels() -> None:
             assert call.cancelled()
             await b.decode[0].releases.reaches(1)
             await cancelled(b, "decode")
+
+    run(main)
+
+
+def test_before_the_first_event_was_asked_for() -> None:
+    """A handler that is cancelled at once never starts its generator, whose `finally` then never runs."""
+
+    class Context:
+        def __init__(self) -> None:
+            self.callbacks: list[Callable[[object], None]] = []
+
+        def time_remaining(self) -> None:
+            return None
+
+        def add_done_callback(self, callback: Callable[[object], None]) -> None:
+            self.callbacks.append(callback)
+
+    async def main() -> None:
+        async with bench() as b:
+            servicer = InferenceServicer(b.router.generations, b.router.table, b.router.accounting)
+            context: Any = Context()
+            servicer.Generate(ask(request_id="early"), context)
+            with pytest.raises(errors.DuplicateRequestError):
+                servicer.Generate(ask(request_id="early"), context)
+            for callback in context.callbacks:
+                callback(context)
+            await cancelled(b, "queue")
 
     run(main)
 

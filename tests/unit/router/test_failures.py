@@ -147,6 +147,23 @@ def test_those_who_wait_are_not_overtaken() -> None:
     run(main)
 
 
+def test_a_newcomer_that_would_fit_does_not_pass_those_who_wait() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            b.decode[0].admit = lambda request: full(request) if request.request_id == "big" else None
+            big = asyncio.create_task(b.answer(request_id="big"))
+            await b.becomes_waiting(1)
+            small = asyncio.create_task(b.answer(request_id="small"))
+            await b.becomes_waiting(2)
+            await b.decode[0].reserves.reaches(len(b.decode[0].reserves) + 3)
+            assert {reserve.request_id for reserve in b.decode[0].reserves} == {"big"}
+            b.decode[0].admit = lambda _: None
+            await asyncio.gather(big, small)
+            assert [request.request.request_id for request in b.prefill[0].requests] == ["big", "small"]
+
+    run(main)
+
+
 def test_a_decode_worker_that_cannot_be_reached_is_left_out_until_it_answers() -> None:
     async def main() -> None:
         decode = [FakeDecode("decode-0"), FakeDecode("decode-1")]
@@ -245,6 +262,30 @@ def test_a_prefill_worker_that_is_killed_before_the_first_token_is_replaced() ->
             assert (await asked)[-1].finished.placement.prefill_worker == other.info.name
             assert b.worker(victim.info.name).state == "unreachable"
             await victim.start(int(victim.address.rpartition(":")[2]))
+
+    run(main)
+
+
+def test_a_lost_prefill_worker_that_is_back_meanwhile_does_not_get_the_request_again() -> None:
+    async def main() -> None:
+        prefill = [FakePrefill("prefill-0"), FakePrefill("prefill-1")]
+        async with bench(prefill) as b:
+            for worker in prefill:
+                worker.script = lambda _: [errors.UnavailableError("going down")]
+            b.decode[0].admit = lambda request: full(request) if request.attempt > 1 else None
+            asked = asyncio.create_task(b.answer())
+            lost = (await first_to_log(prefill))[0]
+            for worker in prefill:
+                worker.script = lambda _: [first_token(), compression(), transfer()]
+            # the second try waits for memory until the lost worker looks fine again, and better than the other one
+            await b.decode[0].reserves.reaches(3)
+            other = next(worker for worker in prefill if worker is not lost)
+            other.info.outstanding_tokens = 10_000
+            await b.becomes(
+                lambda: b.worker(lost.info.name).state == "ready" and b.worker(other.info.name).load > 9_000
+            )
+            b.decode[0].admit = lambda _: None
+            assert (await asked)[-1].finished.placement.prefill_worker != lost.info.name
 
     run(main)
 
