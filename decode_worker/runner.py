@@ -63,13 +63,16 @@ class DecodeRunner:
 
         Raises:
             FailedPreconditionError: Another model, or another transfer.
-            InvalidRequestError: It is larger than the reservation.
+            InvalidRequestError: It is larger than the reservation, or nothing is left to generate.
         """
         manifest.check_compatible(compatibility=self._identity.compatibility, layout=self._identity.layout)
         transfer = manifest.transfer
         expected = (reservation.request_id, reservation.attempt, reservation.prefill_epoch)
         if (transfer.request_id, transfer.attempt, transfer.prefill_epoch) != expected:
             raise FailedPreconditionError("the parcel belongs to another transfer", reason="TRANSFER_ID")
+        if manifest.sampling.max_new_tokens < 2:
+            # it would have no room for a step, whose failure its whole batch would share
+            raise InvalidRequestError("the first token was the last one", reason="NOTHING_TO_GENERATE")
         if manifest.sampling.max_new_tokens > reservation.max_new_tokens:
             raise InvalidRequestError("more new tokens than were reserved", reason="OVER_RESERVATION")
         if self._bytes_needed(manifest) > reservation.extent.nbytes:

@@ -130,9 +130,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 
     async def _follow(self, commands: AsyncIterator[pb.TokenStreamRequest], outbox: TokenOutbox) -> None:
         async for command in commands:
-            if command.WhichOneof("command") == "attach":
+            kind = command.WhichOneof("command")
+            if kind == "attach":
                 self._attach(command.attach, outbox)
-            else:
+            elif kind == "cancel":
                 self._runner.cancel(outbox, command.cancel.handle)
 
     def _attach(self, attach: pb.Attach, outbox: TokenOutbox) -> None:

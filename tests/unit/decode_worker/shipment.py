@@ -1,0 +1,48 @@
+"""A prompt that is ready to be shipped, and the tokens that the decode worker must answer with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from decode_worker.engine import DecodeEngine
+from decode_worker.kv_pool import KVPool
+from decode_worker.worker import LoadedModel
+from shared.kv.manifest import Manifest, TransferId
+from shared.request.params import Sampling
+from tests.unit.decode_worker.parcels import body_of, manifest_of
+from tests.unit.decode_worker.sequences import LAYOUT, Prefilled, advance, pooled, sequence, some
+
+MAX_NEW_TOKENS = 8
+
+
+class Shipment:
+    """Keeps different tokens in every layer and head of one prompt."""
+
+    def __init__(self, prompt: Prefilled, loaded: LoadedModel) -> None:
+        self.prompt, self._loaded = prompt, loaded
+        self._kept = some(3, prompt.num_tokens)
+        self.num_kept = [len(indices) for heads in self._kept for indices in heads]
+        self.body = body_of(prompt.rows(self._kept), LAYOUT)
+        self._engine: DecodeEngine = loaded.engine
+        self.expected = self.tokens()
+
+    def manifest(self, request_id: str = "r", attempt: int = 1, **changes: Any) -> Manifest:
+        truth = {
+            "transfer": TransferId(request_id=request_id, attempt=attempt, prefill_epoch="prefill"),
+            "compatibility": self._loaded.identity.compatibility,
+            "logical_length": self.prompt.num_tokens,
+            "next_position": self.prompt.num_tokens,
+            "first_token": self.prompt.first_token,
+            "sampling": Sampling(max_new_tokens=MAX_NEW_TOKENS, ignore_eos=True),
+        }
+        return manifest_of(LAYOUT, self.num_kept, self.body, **(truth | changes))
+
+    def tokens(self, steps: int = MAX_NEW_TOKENS - 1, **sampling: Any) -> list[int]:
+        """What follows the first token, computed without a worker."""
+        pool = KVPool(1 << 20, LAYOUT)
+        each = sequence(self.prompt, pooled(pool, self.prompt, self._kept, steps), steps, **sampling)
+        made = []
+        for _ in range(steps):
+            advance([each], self._engine.step([each]))
+            made.append(each.last_token)
+        return made
