@@ -150,7 +150,12 @@ def main() -> None:
     config = tyro.cli(QualityConfig, description=__doc__)
     rows = measure(config)
     _print_table(config, rows)
-    workload = {"samples": config.samples, "seed": config.seed, "model": os.path.relpath(config.model), "dtype": config.dtype}
+    workload = {
+        "samples": config.samples,
+        "seed": config.seed,
+        "model": os.path.relpath(config.model),
+        "dtype": config.dtype,
+    }
     write_json(config.json, {"benchmark": "quality", "workload": workload, "results": rows})
 
 

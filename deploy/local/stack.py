@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Coroutine
@@ -42,6 +43,8 @@ class StackConfig:
     """Shared memory of each prefill worker for parcels on their way, MiB."""
     kv_memory_mib: int = 256
     """Memory of each decode worker for KV, MiB."""
+    threads: int = 0
+    """torch threads of each worker; 0 shares the cores out, because threads that outnumber them wait for each other."""
     worker_flags: tuple[str, ...] = ()
     """More flags of every worker."""
     decode_flags: tuple[str, ...] = ()
@@ -170,7 +173,8 @@ class Stack:
     def _worker_flags(self, name: str) -> list[str]:
         config = self._config
         model = ["--model", config.model, "--model-name", config.model_name]
-        return [*model, "--name", name, "--listen.port", "0", *config.worker_flags]
+        threads = config.threads or max(1, (os.cpu_count() or 1) // (config.prefill_workers + config.decode_workers))
+        return [*model, "--name", name, "--listen.port", "0", "--threads", str(threads), *config.worker_flags]
 
     async def _child(self, module: str, name: str, flags: list[str]) -> Child:
         return await Child.start(module, name, [*flags, "--drain-s", str(self._config.drain_s)], log_dir=self.log_dir)

@@ -10,7 +10,7 @@ from deploy.local.stack import StackConfig
 from tests.integration.reference import Reference
 from tests.integration.running_stack import RunningStack
 
-EXACT = ("--dtype", "fp32", "--threads", "1")
+EXACT = ("--dtype", "fp32")
 
 
 def stack_config(transport: str, **more: object) -> StackConfig:
