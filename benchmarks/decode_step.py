@@ -8,6 +8,7 @@ noisy machine disturbs all alike; the figures are ratios of medians of one run.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import statistics
 import sys
@@ -211,20 +212,14 @@ def main() -> None:
     """Measures, prints a table, writes JSON."""
     config = tyro.cli(DecodeStepConfig, description=__doc__)
     figures = measure(config)
-    rows = [
-        [name.removesuffix("_ms"), f"{figures[name]:.1f}"]
-        for name in figures
-        if name.endswith("_ms") and name[0] != "p"
-    ]
+    rows = [[name, f"{p['p50']:.1f}", f"{p['p95']:.1f}"] for name, p in figures["percentiles_ms"].items()]
     sys.stdout.write(table(["step", "p50 ms", "p95 ms"], rows) + "\n")
     sys.stdout.write(
         f"\nfull / kept {figures['ratio']:.2f}, roofline {figures['roofline_ratio']:.2f} "
         f"({100 * figures['ratio_over_roofline']:.0f} %); DynamicCache / kept {figures['hf_ratio']:.2f}; "
         f"kept / no KV {figures['kept_over_no_kv']:.2f}\n"
     )
-    workload = {
-        name: getattr(config, name) for name in ("dtype", "kv_heads", "batch", "prompt", "layers", "hidden", "threads")
-    }
+    workload = {name: value for name, value in dataclasses.asdict(config).items() if name != "json"}
     write_json(config.json, {"benchmark": "decode_step", "workload": workload, **figures})
 
 
