@@ -147,6 +147,13 @@ def test_overlapping_stop_strings_do_not_depend_on_the_split() -> None:
         assert "".join(stream(ids, ("abcd", "bc"))[0]) == "xa"
 
 
+def test_a_stop_string_inside_a_longer_one_ends_the_text_also_when_both_come_in_one_token() -> None:
+    """What is complete first counts, as if the word had come letter by letter."""
+    (word,) = tokenizer().encode(" circle", add_special_tokens=False)
+    for ids in ([word], bytes_to_ids(b" circle")):
+        assert "".join(stream(ids, (" circle", "ir"))[0]) == " c"
+
+
 def test_after_a_stop_string_there_is_no_text() -> None:
     made = TextStream(tokenizer(), ("stop",))
     for token in tokenizer().encode("go stop", add_special_tokens=False):

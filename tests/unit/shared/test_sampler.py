@@ -121,6 +121,13 @@ def test_cut_off_tokens_are_never_drawn_and_the_rest_is_renormalised() -> None:
     assert ((counts[kept] - expected) ** 2 / expected).sum() < 14  # 2 degrees of freedom, p < 0.001
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.2501, 2), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_the_smallest_set_that_reaches_top_p_is_kept(top_p: float, kept: int) -> None:
+    """Four equal tokens of exactly 1/4 each: reaching the share is enough."""
+    sampling = Sampling(max_new_tokens=1, temperature=1.0, top_p=top_p)
+    assert {sample(torch.zeros(4), sampling, at) for at in range(100)} == set(range(kept))
+
+
 def test_a_draw_depends_on_seed_and_position_and_nothing_else() -> None:
     sampling = Sampling(max_new_tokens=1, temperature=1.0, seed=3)
     forward = [sample(LOGITS, sampling, at) for at in range(100)]

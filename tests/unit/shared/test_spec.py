@@ -84,7 +84,9 @@ def test_a_sliding_window_is_refused_unless_it_is_switched_off() -> None:
     with pytest.raises(UnsupportedModelError, match="sliding-window"):
         read(LlavaConfig(text_config=Qwen2Config(sliding_window=4096, use_sliding_window=True)))
     assert read(LlavaConfig(text_config=MistralConfig(sliding_window=None))).num_query_heads == 32
-    assert read(LlavaConfig(text_config=Qwen2Config(use_sliding_window=False))).model_type == "llava"
+    switched_off = Qwen2Config(use_sliding_window=False)
+    switched_off.sliding_window = 4096
+    assert read(LlavaConfig(text_config=switched_off)).model_type == "llava"
 
 
 def test_a_precision_that_kv_cannot_have_is_an_error() -> None:

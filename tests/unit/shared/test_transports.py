@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import grpc
 import pytest
@@ -16,7 +16,6 @@ from shared.kv.transport.base import ParcelTransport
 from shared.kv.transport.frames import CHUNK_BYTES
 from shared.kv.transport.grpc_stream import GrpcTransport
 from shared.kv.transport.memory import MemoryTransport
-from shared.rpc.first_status import FirstStatus
 from tests.unit.shared.parcels import parcel_in
 from tests.unit.shared.receiver import SERVICE, Receiver
 from tests.unit.shared.scripted import run, serving
@@ -133,7 +132,7 @@ def test_a_refusal_is_not_lost_when_a_write_fails_at_the_same_moment(arena: Aren
 
     async def main() -> None:
         parcel, seen = parcel_in(arena, 4 * CHUNK_BYTES), set()
-        for attempt in range(200):
+        for attempt in range(50):
             receiver = Receiver(error=errors.NotFoundError("no reservation"), fail_after=attempt % 5)
             async with serving(receiver.handlers(), service=SERVICE) as (_, channel):
                 try:
@@ -148,8 +147,8 @@ def test_a_refusal_is_not_lost_when_a_write_fails_at_the_same_moment(arena: Aren
 class TwoStatuses:
     """A call of grpcio in that moment: it gets one status, then another that replaces it."""
 
-    def __init__(self) -> None:
-        self._code = grpc.StatusCode.OK
+    def __init__(self, first: grpc.StatusCode, second: grpc.StatusCode) -> None:
+        self._code, self._second = first, second
         self._callbacks: list[Callable[[TwoStatuses], None]] = []
 
     def add_done_callback(self, callback: Callable[[TwoStatuses], None]) -> None:
@@ -162,31 +161,45 @@ class TwoStatuses:
         return f"details of {self._code.name}"
 
     async def trailing_metadata(self) -> grpc.aio.Metadata:
-        return grpc.aio.Metadata(("key", self._code.name))
+        return grpc.aio.Metadata()
 
-    def end(self, first: grpc.StatusCode, second: grpc.StatusCode) -> grpc.aio.AioRpcError:
-        self._code = first
+    def __await__(self) -> Generator[None, None, None]:
         for callback in self._callbacks:
             callback(self)
-        self._code = second
-        return grpc.aio.AioRpcError(second, grpc.aio.Metadata(), grpc.aio.Metadata(), f"details of {second.name}")
+        self._code = self._second
+        yield
+        details = f"details of {self._code.name}"
+        raise grpc.aio.AioRpcError(self._code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+
+
+class TwoStatusesChannel:
+    """A channel whose calls fail with one status and then another."""
+
+    def __init__(self, first: str, second: str) -> None:
+        self._statuses = grpc.StatusCode[first], grpc.StatusCode[second]
+
+    def stream_unary(self, path: str, response_deserializer: object) -> Callable[[object], TwoStatuses]:
+        return lambda frames: TwoStatuses(*self._statuses)
 
 
 @pytest.mark.parametrize(
     ("first", "second", "true"),
     [
-        ("DATA_LOSS", "INTERNAL", "DATA_LOSS"),
-        ("INTERNAL", "DATA_LOSS", "DATA_LOSS"),
-        ("INTERNAL", "INTERNAL", "INTERNAL"),
-        ("NOT_FOUND", "NOT_FOUND", "NOT_FOUND"),
+        ("DATA_LOSS", "INTERNAL", errors.DataLossError),
+        ("INTERNAL", "DATA_LOSS", errors.DataLossError),
+        ("INTERNAL", "INTERNAL", errors.InternalError),
+        ("NOT_FOUND", "NOT_FOUND", errors.NotFoundError),
+        ("OK", "INTERNAL", errors.InternalError),
     ],
 )
-def test_the_true_status_of_a_call_is_kept(first: str, second: str, true: str) -> None:
-    call = TwoStatuses()
-    status = FirstStatus(call)
-    error = status.of(call.end(grpc.StatusCode[first], grpc.StatusCode[second]))
-    assert error.code() is grpc.StatusCode[true]
-    assert error.details() == f"details of {true}"
+def test_the_true_status_of_a_call_is_kept(arena: Arena, first: str, second: str, true: type[Exception]) -> None:
+    async def main() -> None:
+        with pytest.raises(true) as caught:
+            await GrpcTransport(TwoStatusesChannel(first, second)).send(parcel_in(arena, 256), TOKEN)
+        assert type(caught.value) is true
+        assert caught.value.message == f"details of {caught.value.code}"
+
+    run(main)
 
 
 @pytest.mark.parametrize("transport", MAKERS)
