@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import array
 import asyncio
-import contextlib
-import fcntl
 import gc
 import json
 import mmap
@@ -14,8 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,11 +18,10 @@ import pytest
 
 from shared.errors import FailedPreconditionError
 from shared.kv import arena_socket
-from shared.kv.arena import SEALS, Arena
+from shared.kv.arena import Arena
 from shared.kv.arena_socket import ArenaServer, fetch_arena
 from tests.unit.shared.descriptors import no_descriptor_leaks
 from tests.unit.shared.scripted import run
-from tests.unit.shared.test_arena import memfd
 
 EPOCH, CAPACITY = "epoch-1", 3 * mmap.PAGESIZE
 
@@ -55,13 +49,6 @@ class Owner:
 
 
 @pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """Short, as the path of a socket must be, and private."""
-    with tempfile.TemporaryDirectory(prefix="vlcache-") as directory:
-        yield Path(directory)
-
-
-@pytest.fixture
 def arena() -> Iterator[Arena]:
     made = Arena(CAPACITY)
     yield made
@@ -69,8 +56,8 @@ def arena() -> Iterator[Arena]:
 
 
 @pytest.fixture
-def owner(tmp_path: Path) -> Iterator[Owner]:
-    made = Owner(tmp_path / "private")
+def owner(socket_dir: Path) -> Iterator[Owner]:
+    made = Owner(socket_dir / "private")
     yield made
     with made.process:
         made.process.kill()
@@ -147,139 +134,40 @@ def test_an_arena_of_another_boot_is_refused(owner: Owner) -> None:
     assert caught.value.reason == "ARENA_EPOCH"
 
 
-@contextlib.contextmanager
-def impostor(path: Path, greeting: bytes, *fds: int) -> Iterator[str]:
-    """Answers one connection with a greeting and descriptors of its own."""
-
-    def answer() -> None:
-        peer, _ = listener.accept()
-        with peer:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-            if greeting:
-                peer.sendmsg([greeting], rights)
-
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-        thread = threading.Thread(target=answer)
-        thread.start()
-        yield str(path)
-        thread.join(20)
-
-
-def hello(**fields: object) -> bytes:
-    return json.dumps({"epoch": EPOCH, "capacity": CAPACITY, **fields}).encode()
-
-
-GREETINGS = {
-    "another epoch": hello(epoch="other"),
-    "no epoch": hello(epoch=None),
-    "no bytes": hello(capacity=0),
-    "fewer bytes": hello(capacity=CAPACITY - 1),
-    "more bytes": hello(capacity=CAPACITY + 1),
-    "a negative capacity": hello(capacity=-CAPACITY),
-    "an enormous capacity": hello(capacity=1 << 41),
-    "an infinite capacity": b'{"epoch": "epoch-1", "capacity": 1e999}',
-    "no number": hello(capacity="many"),
-    "a list": b"[1, 2]",
-    "no JSON": b"\xff\xfe",
-    "half of it": hello()[:10],
-    "deep nesting": b"[" * 4000,
-}
-
-
-@pytest.mark.parametrize("greeting", GREETINGS.values(), ids=GREETINGS.keys())
-def test_a_greeting_that_does_not_fit_is_refused(tmp_path: Path, greeting: bytes) -> None:
-    with no_descriptor_leaks():
-        fd = memfd(CAPACITY, SEALS)
-        with impostor(tmp_path / "s", greeting, fd) as path, pytest.raises(FailedPreconditionError):
-            fetch_arena(path, EPOCH)
-        os.close(fd)
-
-
-def test_the_impostor_itself_would_be_believed_with_a_fitting_greeting(tmp_path: Path) -> None:
-    fd = memfd(CAPACITY, SEALS)
-    with impostor(tmp_path / "s", hello(), fd) as path:
-        assert fetch_arena(path, EPOCH).capacity == CAPACITY
-    os.close(fd)
-
-
-@pytest.mark.parametrize("seals", [0, fcntl.F_SEAL_GROW], ids=["none", "grow"])
-def test_an_unsealed_memory_file_is_refused(tmp_path: Path, seals: int) -> None:
-    with no_descriptor_leaks():
-        fd = memfd(CAPACITY, seals)
-        with impostor(tmp_path / "s", hello(), fd) as path, pytest.raises(FailedPreconditionError):
-            fetch_arena(path, EPOCH)
-        os.close(fd)
-
-
-def test_a_plain_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(bytes(CAPACITY))
-    with no_descriptor_leaks():
-        fd = os.open(tmp_path / "file", os.O_RDONLY)
-        with impostor(tmp_path / "s", hello(), fd) as path, pytest.raises(FailedPreconditionError):
-            fetch_arena(path, EPOCH)
-        os.close(fd)
-
-
-@pytest.mark.parametrize("greeting", [b"", hello()])
-def test_a_greeting_without_a_descriptor_is_refused(tmp_path: Path, greeting: bytes) -> None:
-    with no_descriptor_leaks(), impostor(tmp_path / "s", greeting) as path, pytest.raises(FailedPreconditionError):
-        fetch_arena(path, EPOCH)
-
-
-def test_more_descriptors_than_asked_for_are_not_kept(tmp_path: Path) -> None:
-    with no_descriptor_leaks():
-        fd = memfd(CAPACITY, SEALS)
-        with impostor(tmp_path / "s", hello(), fd, fd, fd) as path:
-            reader = fetch_arena(path, EPOCH)
-        del reader
-        os.close(fd)
-
-
-def test_a_peer_that_says_nothing_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena_socket, "CONNECT_TIMEOUT_S", 0.1)
-    with no_descriptor_leaks(), socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "s"))
-        listener.listen()
-        with pytest.raises(OSError):
-            fetch_arena(str(tmp_path / "s"), EPOCH)
-
-
 @pytest.mark.parametrize("mode", [0o750, 0o705, 0o777])
-def test_a_directory_that_others_may_enter_is_refused(tmp_path: Path, arena: Arena, mode: int) -> None:
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open").chmod(mode)
+def test_a_directory_that_others_may_enter_is_refused(socket_dir: Path, arena: Arena, mode: int) -> None:
+    (socket_dir / "open").mkdir()
+    (socket_dir / "open").chmod(mode)
 
     async def main() -> None:
         with pytest.raises(ValueError, match="must be private"):
-            ArenaServer.start(tmp_path / "open", "owner", arena, EPOCH)
+            ArenaServer.start(socket_dir / "open", "owner", arena, EPOCH)
 
     run(main)
 
 
-def test_a_created_directory_is_private(tmp_path: Path, arena: Arena) -> None:
+def test_a_created_directory_is_private(socket_dir: Path, arena: Arena) -> None:
     async def main() -> None:
-        server = ArenaServer.start(tmp_path / "a" / "b", "owner", arena, EPOCH)
-        assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o700
+        server = ArenaServer.start(socket_dir / "a" / "b", "owner", arena, EPOCH)
+        assert (socket_dir / "a" / "b").stat().st_mode & 0o777 == 0o700
         await server.stop()
-        assert list((tmp_path / "a" / "b").iterdir()) == []
+        assert list((socket_dir / "a" / "b").iterdir()) == []
 
     run(main)
 
 
-def test_a_path_that_no_socket_can_have_is_refused(tmp_path: Path, arena: Arena) -> None:
+def test_a_path_that_no_socket_can_have_is_refused(socket_dir: Path, arena: Arena) -> None:
     async def main() -> None:
-        room = arena_socket.MAX_SOCKET_PATH - len(os.fsencode(tmp_path)) - len("/.sock")
+        room = arena_socket.MAX_SOCKET_PATH - len(os.fsencode(socket_dir)) - len("/.sock")
         with no_descriptor_leaks(), pytest.raises(ValueError, match="longer than 107"):
-            ArenaServer.start(tmp_path, "x" * (room + 1), arena, EPOCH)
-        await ArenaServer.start(tmp_path, "x" * room, arena, EPOCH).stop()
+            ArenaServer.start(socket_dir, "x" * (room + 1), arena, EPOCH)
+        await ArenaServer.start(socket_dir, "x" * room, arena, EPOCH).stop()
 
     run(main)
 
 
 def test_a_server_outlives_peers_that_leave_and_moments_without_descriptors(
-    tmp_path: Path, arena: Arena, monkeypatch: pytest.MonkeyPatch
+    socket_dir: Path, arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arena_socket, "ACCEPT_RETRY_S", 0.01)
 
@@ -293,7 +181,7 @@ def test_a_server_outlives_peers_that_leave_and_moments_without_descriptors(
             return await accept(listener)
 
         monkeypatch.setattr(loop, "sock_accept", flaky)
-        server = ArenaServer.start(tmp_path / "private", "owner", arena, EPOCH)
+        server = ArenaServer.start(socket_dir / "private", "owner", arena, EPOCH)
         for _ in range(3):
             with socket.socket(socket.AF_UNIX) as peer:
                 peer.connect(str(server.path))
