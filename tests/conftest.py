@@ -1,0 +1,43 @@
+"""What holds for every test: hypothesis knows no deadline, and nothing may be left in shared memory."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+SHARED_MEMORY = Path("/dev/shm")
+
+settings.register_profile("vlcache", deadline=None)
+settings.load_profile("vlcache")
+
+
+def shared_memory_entries() -> set[str]:
+    return {entry.name for entry in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.is_dir() else set()
+
+
+def owned_by_others(name: str) -> bool:
+    """Whether a living process maps the entry or has it open: other programs of this machine come and go."""
+    path = str(SHARED_MEMORY / name)
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if path in (process / "maps").read_text():
+                return True
+            if any(path == str(fd.readlink()) for fd in (process / "fd").iterdir()):
+                return True
+    return False
+
+
+@pytest.fixture(autouse=True)
+def no_shared_memory_is_left() -> Iterator[None]:
+    before = shared_memory_entries()
+    yield
+    left = shared_memory_entries() - before
+    if left:
+        time.sleep(0.2)  # another program may be between creating its entry and mapping it
+        left = {name for name in left & shared_memory_entries() if not owned_by_others(name)}
+    assert not left, f"left in /dev/shm: {sorted(left)}"
