@@ -12,11 +12,11 @@ class TrainingConfig:
     """Folder for the state that training resumes from, the log, and the exported checkpoint."""
     seed: int = 0
     """Seed of the weights and of all scenes and questions."""
-    steps: int = 5600
+    steps: int = 4100
     """Optimiser steps in total, all stages together."""
     dense_steps: int = 700
     """The first steps train the vision tower and the projector alone."""
-    full_from: float = 0.72
+    full_from: float = 0.75
     """Share of the steps after which batches with all 576 patches begin to grow in number."""
     learning_rate: float = 1.2e-3
     """Peak; one linear warm-up, one cosine decay."""

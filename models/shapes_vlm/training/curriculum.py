@@ -12,8 +12,8 @@ from models.shapes_vlm.training.batches import Conversation
 KEPT_PATCHES = 112
 """Kept of 576 in the fast batches: at most 88 patches are in use."""
 
-ONE_IMAGE = {"read": 0.2, "shape": 0.15, "colour": 0.2, "count": 0.3, "below": 0.15}
-MORE_IMAGES = {"which": 0.55, "read_in_image": 0.45}
+ONE_IMAGE = {"read": 0.15, "shape": 0.1, "colour": 0.2, "count": 0.32, "below": 0.23}
+MORE_IMAGES = {"which": 0.6, "read_in_image": 0.4}
 """Shares of the short tasks. With more than two images their questions are the same, with higher numbers."""
 NUM_SHORT = 12
 IMAGE_COUNTS = {2: 0.6, 3: 0.2, 4: 0.2}

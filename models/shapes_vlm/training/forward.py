@@ -6,6 +6,7 @@ bmm with the GQA group folded into the query length: the bf16 backward of the fu
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from transformers import LlavaForConditionalGeneration
 
 from models.shapes_vlm.training.batches import PrefixBatch, QuestionBatch
 from models.shapes_vlm.training.pointwise import PLAIN, Pointwise
+
+CONTEXT_LAYERS = 3
+"""After so many layers the visual tokens are asked what they know of each other."""
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -72,6 +76,18 @@ def _vision_attention(attention: Any, x: Tensor) -> Tensor:
     return out
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextOutput:
+    """What a pass of the language model gives."""
+
+    logits: Tensor
+    """[n, vocabulary] of all answer tokens, group after group."""
+    index: list[Tensor]
+    """Per group, where those tokens are: [n_g, 3] (row, conversation, token)."""
+    context: Tensor
+    """[B * N, K, width] the visual tokens after the first CONTEXT_LAYERS layers."""
+
+
 class TextPass:
     """One forward pass of the language model over a prefix batch and its groups of questions."""
 
@@ -95,10 +111,12 @@ class TextPass:
         lengths = [self._prefix_length, *(group.token_ids.shape[2] for group in groups)]
         self._biases = [_causal_bias(length, self._group_size, dtype) for length in lengths]
 
-    def logits_and_targets(self, features: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits of all answer tokens [n, vocabulary] and, per group, the index of those tokens [n_g, 3]."""
+    def run(self, features: Tensor) -> TextOutput:
+        """From the projected features of the kept patches [B * N, K, width] to the answers' logits."""
         x = self._embed(features)
-        for layer in self._text.layers:
+        context = x
+        for number, layer in enumerate(self._text.layers):
+            context = x if number == CONTEXT_LAYERS else context
             x = x + self._attention(layer.self_attn, self._rms(x, layer.input_layernorm))
             hidden = self._rms(x, layer.post_attention_layernorm)
             gate_up = F.linear(hidden, torch.cat((layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)))
@@ -108,7 +126,9 @@ class TextPass:
             part.view(*group.token_ids.shape, -1)[tuple(index.T)]
             for part, group, index in zip(x.split(self._sizes)[1:], self._groups, answers, strict=True)
         ]
-        return self._model.lm_head(self._rms(torch.cat(parts), self._text.norm)), answers
+        visual = context[: self._sizes[0]].view(self._rows, self._prefix_length, -1)[:, self._prefix.is_image]
+        logits = self._model.lm_head(self._rms(torch.cat(parts), self._text.norm))
+        return TextOutput(logits=logits, index=answers, context=visual.reshape(features.shape))
 
     def _rms(self, x: Tensor, norm: Any) -> Tensor:
         return self._pointwise.rms_norm(x, norm.weight, norm.variance_epsilon)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.shapes_vlm.architecture import build_config, build_model
@@ -15,7 +15,15 @@ from models.shapes_vlm.scenes import Scene, draw_full_scene
 from models.shapes_vlm.training.batches import Conversation, Encoder, PrefixBatch
 from models.shapes_vlm.training.config import TrainingConfig
 from models.shapes_vlm.training.curriculum import KEPT_PATCHES, Step, difficulty, draw_step
-from models.shapes_vlm.training.dense import DenseHeads, kept_labels
+from models.shapes_vlm.training.dense import (
+    CONTEXT_TARGETS,
+    PATCH_TARGETS,
+    DenseHeads,
+    context_labels,
+    kept_labels,
+    patch_labels,
+    with_some_background,
+)
 from models.shapes_vlm.training.forward import TextPass, visual_features
 from models.shapes_vlm.training.pointwise import fused
 from models.shapes_vlm.training.progress import Progress, right_answers
@@ -27,7 +35,7 @@ WARM_UP_STEPS = 100
 FINAL_SHARE = 0.02
 """The decay ends at this share of the peak."""
 DENSE_WEIGHT = 0.3
-DENSE_UNTIL = 0.4
+DENSE_UNTIL = 0.85
 """Share of the question stage over which the weight of the dense loss falls to 0."""
 LOG_EVERY = 20
 _TRAINING_STREAM = 0x5EED
@@ -55,8 +63,11 @@ class Trainer:
         self._processor = build_processor()
         architecture = build_config(self._processor.tokenizer)
         self._model = build_model(architecture, seed=config.seed)
-        self._heads = DenseHeads(architecture.text_config.hidden_size)
-        self._weights = MasterWeights({**dict(self._model.named_parameters()), **dict(self._heads.named_parameters())})
+        width = architecture.text_config.hidden_size
+        self._patch_heads = DenseHeads(width, PATCH_TARGETS)
+        self._context_heads = DenseHeads(width, CONTEXT_TARGETS)
+        trained = nn.ModuleDict({"model": self._model, "patch": self._patch_heads, "context": self._context_heads})
+        self._weights = MasterWeights(dict(trained.named_parameters()))
         self._encoder = Encoder(self._processor.tokenizer, architecture.image_token_id)
         self._pointwise = fused()
         self._first_step = load_state(config.out, self._weights)
@@ -91,11 +102,19 @@ class Trainer:
         rng, _ = self._rngs(step)
         rows = [[draw_full_scene(rng)] for _ in range(3 * self._config.rows)]
         prefix = self._encoder.prefix(rng, rows, KEPT_PATCHES)
-        return self._dense(visual_features(self._model, prefix.patches, prefix.kept, self._pointwise), rows, prefix)
+        features = visual_features(self._model, prefix.patches, prefix.kept, self._pointwise)
+        return self._patch_loss(features, rows, prefix)
 
-    def _dense(self, features: Tensor, rows: Sequence[Sequence[Scene]], prefix: PrefixBatch) -> Tensor:
-        labels = kept_labels([scene for row in rows for scene in row], prefix.kept)
-        loss, accuracies = self._heads.loss(features, labels)
+    def _patch_loss(self, features: Tensor, rows: Sequence[Sequence[Scene]], prefix: PrefixBatch) -> Tensor:
+        labels = kept_labels([patch_labels(scene) for row in rows for scene in row], prefix.kept)
+        chosen = with_some_background(labels[:, :, 0] > 0)
+        return self._observed(*self._patch_heads.loss(features, labels, chosen))
+
+    def _context_loss(self, context: Tensor, rows: Sequence[Sequence[Scene]], prefix: PrefixBatch) -> Tensor:
+        labels = kept_labels([context_labels(s, image) for row in rows for image, s in enumerate(row)], prefix.kept)
+        return self._observed(*self._context_heads.loss(context, labels, labels[:, :, 1] > 0))
+
+    def _observed(self, loss: Tensor, accuracies: dict[str, float]) -> Tensor:
         for name, value in accuracies.items():
             self._progress.observe(f"~{name}", value)
         return loss
@@ -107,22 +126,23 @@ class Trainer:
         material = draw_step(rng, shared, hard, self._config.rows)
         prefix = self._encoder.prefix(rng, material.scenes, material.num_kept)
         features = visual_features(self._model, prefix.patches, prefix.kept, self._pointwise)
-        loss = self._answer_loss(features, prefix, material)
+        loss, context = self._answer_loss(features, prefix, material)
         dense_weight = DENSE_WEIGHT * max(0.0, 1 - progress / DENSE_UNTIL)
         if dense_weight > 0:
-            loss = loss + dense_weight * self._dense(features, material.scenes, prefix)
+            loss = loss + dense_weight * self._patch_loss(features, material.scenes, prefix)
+            loss = loss + dense_weight * self._context_loss(context, material.scenes, prefix)
         return loss
 
-    def _answer_loss(self, features: Tensor, prefix: PrefixBatch, material: Step) -> Tensor:
+    def _answer_loss(self, features: Tensor, prefix: PrefixBatch, material: Step) -> tuple[Tensor, Tensor]:
         rows = [group for group in (material.short, material.long) if group[0]]
         groups = [self._encoder.questions(group, num_images=len(material.scenes[0])) for group in rows]
-        logits, index = TextPass(self._model, prefix, groups, self._pointwise).logits_and_targets(features)
-        logits = logits.float()
+        output = TextPass(self._model, prefix, groups, self._pointwise).run(features)
+        logits, index = output.logits.float(), output.index
         targets = [group.targets[tuple(i.T)] for group, i in zip(groups, index, strict=True)]
         weights = torch.cat([group.weights[tuple(i.T)] for group, i in zip(groups, index, strict=True)])
         self._observe_accuracy(logits.detach(), targets, index, rows, material.num_kept)
         losses = F.cross_entropy(logits, torch.cat(targets), reduction="none")
-        return (losses * weights).sum() / weights.sum()
+        return (losses * weights).sum() / weights.sum(), output.context
 
     def _observe_accuracy(
         self,
