@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 import grpc
@@ -10,11 +12,12 @@ from vlcache.worker.v1 import kv_pb2 as pb
 from decode_worker.receive_buffers import ReceiveBuffers
 from decode_worker.reservations import Reservation, Reservations
 from decode_worker.runner import DecodeRunner
-from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError
+from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError, ServiceError
 from shared.kv.manifest import Manifest
 from shared.kv.transport.frames import decode_chunk, decode_header
 
 SERVICE_NAME = "vlcache.worker.v1.KVTransferService"
+DISCARD_TIMEOUT_S = 5.0
 
 
 class KVReceiver:
@@ -41,6 +44,13 @@ class KVReceiver:
 
     async def put(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutKVResponse:
         """`PutKV`: a header, then the body in order."""
+        try:
+            return pb.PutKVResponse(received_bytes=await self._take(frames))
+        except ServiceError:
+            await _discard(frames)
+            raise
+
+    async def _take(self, frames: AsyncIterator[bytes]) -> int:
         first = await anext(aiter(frames), b"")
         header = decode_header(first)
         reservation, manifest = self._begin(header.token, header.manifest)
@@ -51,7 +61,7 @@ class KVReceiver:
         except BaseException:
             self._reservations.end_fill(reservation)
             raise
-        return pb.PutKVResponse(received_bytes=received)
+        return received
 
     async def install(self, request: pb.InstallKVRequest, context: grpc.aio.ServicerContext) -> pb.InstallKVResponse:
         """`InstallKV`: the body lies in the sender's arena."""
@@ -84,6 +94,20 @@ async def _receive(frames: AsyncIterator[bytes], buffer: memoryview) -> int:
     if received != len(buffer):
         raise DataLossError(f"the parcel ended after {received} of {len(buffer)} bytes", reason="PARCEL_TRUNCATED")
     return received
+
+
+async def _discard(frames: AsyncIterator[bytes]) -> None:
+    """Lets the sender of a refused parcel finish.
+
+    An aio client that still writes when its call ends reports INTERNAL instead of our status (grpc/grpc#36066).
+    """
+
+    async def read() -> None:
+        async for _ in frames:
+            pass
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(read(), DISCARD_TIMEOUT_S)
 
 
 def _slot_view(reservation: Reservation, manifest: Manifest, slot: pb.ArenaSlot) -> memoryview:

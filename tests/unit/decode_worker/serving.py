@@ -139,6 +139,11 @@ def frames(
     return [encode_header(token, manifest.to_proto()), *(encode_chunk(at, view[at : at + chunk]) for at in cuts)]
 
 
+def flipped(frame: bytes) -> bytes:
+    """With one bit changed on the way."""
+    return frame[:-1] + bytes((frame[-1] ^ 1,))
+
+
 async def failure(call: Awaitable[Any]) -> ServiceError:
     """The error that a call ends with."""
     try:

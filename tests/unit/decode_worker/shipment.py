@@ -11,6 +11,7 @@ from shared.kv.manifest import Manifest, TransferId
 from shared.request.params import Sampling
 from tests.unit.decode_worker.parcels import body_of, manifest_of
 from tests.unit.decode_worker.sequences import LAYOUT, Prefilled, advance, pooled, sequence, some
+from tests.unit.decode_worker.serving import Served
 
 MAX_NEW_TOKENS = 8
 
@@ -46,3 +47,11 @@ class Shipment:
             advance([each], self._engine.step([each]))
             made.append(each.last_token)
         return made
+
+
+async def answers(served: Served, token: bytes, shipment: Shipment) -> None:
+    """Asserts that an installed sequence says what it must and then leaves nothing behind."""
+    stream = served.stream()
+    await stream.attach(7, token)
+    assert await stream.tokens(7) == shipment.expected
+    await served.nothing_is_held()

@@ -21,7 +21,7 @@ from shared.kv.arena_socket import ArenaServer
 from shared.kv.transport.base import Parcel
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.serving import EPOCH, Served, failure, frames, run
-from tests.unit.decode_worker.shipment import Shipment
+from tests.unit.decode_worker.shipment import Shipment, answers
 
 
 class Sender:
@@ -72,13 +72,6 @@ def run_with_arena(
             await body(served, sender)
 
     run(loaded, with_sender, **settings)
-
-
-async def answers(served: Served, token: bytes, shipment: Shipment) -> None:
-    stream = served.stream()
-    await stream.attach(7, token)
-    assert await stream.tokens(7) == shipment.expected
-    await served.nothing_is_held()
 
 
 def test_a_parcel_is_read_in_place(loaded: LoadedModel, shipment: Shipment) -> None:

@@ -1,0 +1,103 @@
+"""Reservations under any order of events that the runner can produce."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from decode_worker.kv_pool import KVPool
+from decode_worker.reservations import Reservation, Reservations, Stage
+from shared.errors import AlreadyCommittedError, ResourceExhaustedError
+from tests.unit.decode_worker.test_reservations import LAYOUT, LEASE_S, SEQUENCE, reserve, subscribe
+
+
+class Life(RuleBasedStateMachine):
+    """`using` are the reservations whose memory a thread touches."""
+
+    @initialize()
+    def start(self) -> None:
+        self.pool = KVPool(8192, LAYOUT)
+        self.held = Reservations(self.pool, lease_s=LEASE_S)
+        self.now = 0.0
+        self.all: list[Reservation] = []
+        self.using: list[Reservation] = []
+        self.number = 0
+
+    def pick(self, data: st.DataObject, choice: list[Reservation]) -> Reservation:
+        return choice[data.draw(st.integers(0, len(choice) - 1))]
+
+    @rule(nbytes=st.integers(1, 3000))
+    def reserve(self, nbytes: int) -> None:
+        self.number += 1
+        try:
+            self.all.append(reserve(self.held, request_id=str(self.number), nbytes=nbytes, now=self.now))
+        except ResourceExhaustedError:
+            assert self.pool.used_bytes > 0
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data())
+    def begin_fill(self, data: st.DataObject) -> None:
+        reservation = self.pick(data, self.all)
+        if reservation.stage is not Stage.RESERVED:
+            with pytest.raises(AlreadyCommittedError):
+                self.held.begin_fill(reservation)
+        elif not reservation.ended:
+            self.held.begin_fill(reservation)
+            self.using.append(reservation)
+
+    @precondition(lambda self: any(each.stage is Stage.FILLING for each in self.using))
+    @rule(data=st.data(), works=st.booleans(), attached=st.booleans())
+    def finish_fill(self, data: st.DataObject, works: bool, attached: bool) -> None:
+        reservation = self.pick(data, [each for each in self.using if each.stage is Stage.FILLING])
+        self.using.remove(reservation)
+        if works and not reservation.ended:
+            self.held.activate(reservation, SEQUENCE, max(1, reservation.extent.nbytes // 2))
+            if attached:
+                subscribe(reservation)
+                reservation.joined = True
+                self.using.append(reservation)
+        else:
+            self.held.end_fill(reservation)
+
+    @precondition(lambda self: any(each.joined for each in self.using))
+    @rule(data=st.data())
+    def leave_the_batch(self, data: st.DataObject) -> None:
+        reservation = self.pick(data, [each for each in self.using if each.joined])
+        self.using.remove(reservation)
+        self.held.end(reservation)
+        self.held.release_memory(reservation)
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        self.held.end(self.pick(data, self.all))
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data())
+    def renew(self, data: st.DataObject) -> None:
+        self.held.renew(self.pick(data, self.all), self.now)
+
+    @rule(passed=st.floats(0, 40))
+    def expire(self, passed: float) -> None:
+        self.now += passed
+        for reservation in self.held.expired(self.now):
+            assert reservation.expires_at < self.now
+            assert not (reservation.stage is Stage.ACTIVE and reservation.subscription)
+            self.held.end(reservation)
+
+    @invariant()
+    def memory_in_use_is_held_and_nothing_else(self) -> None:
+        if not hasattr(self, "held"):
+            return
+        self.held.check_integrity()
+        alive = [each for each in self.all if not each.ended]
+        lingering = [each for each in self.using if each.ended]
+        assert self.pool.used_bytes == sum(each.extent.nbytes for each in (*alive, *lingering))
+        assert set(self.held) == set(alive)
+        assert self.held.idle.is_set() == (not alive and not lingering)
+
+
+Life.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestLife = Life.TestCase
