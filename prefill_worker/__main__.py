@@ -34,8 +34,9 @@ async def serve(config: PrefillConfig) -> None:
         )
         await stack.enter_async_context(watch_event_loop(worker.metrics.event_loop_delay))
         await server.set_ready(True)
+        stopped = stop_signal()
         announce(name=config.name, role="prefill", address=server.address, metrics_address=metrics.address)
-        await stop_signal()
+        await stopped
         await server.set_ready(False)
         await worker.drain(config.drain_s)
         await server.stop()

@@ -9,15 +9,8 @@ import grpc
 from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, worker_pb2
 
 from shared.errors import AbortedError, DeadlineExceededError, RequestCancelledError, ServiceError, UnavailableError
-from shared.rpc.options import MAX_REQUEST_BYTES, Option, client_options
+from shared.rpc.options import MAX_REQUEST_BYTES, client_options
 from shared.rpc.status import from_rpc_error
-
-# gRPC's own backoff grows to two minutes; a worker that is back should be seen at the next poll.
-RECONNECT_OPTIONS: list[Option] = [
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-]
 
 
 class WorkerClient:
@@ -27,8 +20,7 @@ class WorkerClient:
         self.address = address
         self._poll_timeout_s = poll_timeout_s
         self._control_timeout_s = control_timeout_s
-        options = [*client_options(MAX_REQUEST_BYTES), *RECONNECT_OPTIONS]
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._channel = grpc.aio.insecure_channel(address, options=client_options(MAX_REQUEST_BYTES))
         self._prefill = prefill_pb2_grpc.PrefillServiceStub(self._channel)
         self._decode = decode_pb2_grpc.DecodeServiceStub(self._channel)
         # the service that answered last comes first

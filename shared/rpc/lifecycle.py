@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import signal
+from collections.abc import Coroutine
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def new_epoch() -> str:
@@ -12,11 +16,18 @@ def new_epoch() -> str:
     return secrets.token_hex(8)
 
 
-async def stop_signal() -> None:
-    """Returns at the first SIGTERM or SIGINT; a second one then kills as usual."""
+def stop_signal() -> Coroutine[Any, Any, None]:
+    """Catches SIGTERM and SIGINT from this call on; the result, when awaited, returns at the first of them.
+
+    So a process arms it before it says that it listens. A second signal then kills as usual.
+    """
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, stopped.set)
+    for number in SIGNALS:
+        loop.add_signal_handler(number, stopped.set)
+    return _wait(stopped)
+
+
+async def _wait(stopped: asyncio.Event) -> None:
     await stopped.wait()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.remove_signal_handler(name)
+    for number in SIGNALS:
+        asyncio.get_running_loop().remove_signal_handler(number)

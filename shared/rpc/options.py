@@ -36,10 +36,17 @@ SERVER_KEEPALIVE_OPTIONS: list[Option] = [
     ("grpc.http2.max_ping_strikes", 0),
 ]
 
+# gRPC's own backoff grows to two minutes; a worker that is back should be seen at once.
+RECONNECT_OPTIONS: list[Option] = [
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
 
 def client_options(max_bytes: int = MAX_CONTROL_BYTES) -> list[Option]:
     """Options of a channel between services."""
-    return [*message_limits(max_bytes), *KEEPALIVE_OPTIONS]
+    return [*message_limits(max_bytes), *KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS]
 
 
 def server_options(max_bytes: int = MAX_CONTROL_BYTES) -> list[Option]:
