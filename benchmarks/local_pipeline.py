@@ -27,7 +27,7 @@ from shared.kv.manifest import TransferId
 from shared.request.params import Budget, Sampling
 from shared.telemetry.metrics import PrefillMetrics
 
-NO_TICKET = Ticket(decode_worker="", address="", token=b"", transport="", reserved_bytes=0)
+NO_TICKET = Ticket(decode_worker="", address="", token=b"", transport="", lease_s=30.0)
 TRANSFER = TransferId(request_id="local", attempt=0, prefill_epoch="local")
 
 

@@ -63,7 +63,7 @@ class DecodeRunner:
 
         Raises:
             FailedPreconditionError: Another model, or another transfer.
-            InvalidRequestError: It is larger than the reservation, or nothing is left to generate.
+            InvalidRequestError: It is larger than the reservation, or no step could be made of it.
         """
         manifest.check_compatible(compatibility=self._identity.compatibility, layout=self._identity.layout)
         transfer = manifest.transfer
@@ -73,6 +73,8 @@ class DecodeRunner:
         if manifest.sampling.max_new_tokens < 2:
             # it would have no room for a step, whose failure its whole batch would share
             raise InvalidRequestError("the first token was the last one", reason="NOTHING_TO_GENERATE")
+        if manifest.first_token >= self._identity.vocabulary:
+            raise InvalidRequestError("the first token is not in the vocabulary", reason="FIRST_TOKEN")
         if manifest.sampling.max_new_tokens > reservation.max_new_tokens:
             raise InvalidRequestError("more new tokens than were reserved", reason="OVER_RESERVATION")
         if self._bytes_needed(manifest) > reservation.extent.nbytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import grpc
 from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc
 from vlcache.worker.v1 import prefill_pb2 as pb
 
-from shared.errors import AbortedError, FailedPreconditionError, ServiceError
+from shared.errors import AbortedError, FailedPreconditionError, InvalidRequestError, ServiceError
 from shared.kv.transport.base import Parcel, ParcelTransport, SendReport
 from shared.kv.transport.grpc_stream import GrpcTransport
 from shared.kv.transport.memory import MemoryTransport
@@ -22,38 +23,44 @@ from shared.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
 
-RENEW_PERIOD_S = 5.0
+# A lease of 30 s is renewed every 5 s: several renewals may be lost before it ends.
+RENEWALS_PER_LEASE = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ticket:
-    """A decode worker's promise to take a parcel of at most `reserved_bytes`, growth included."""
+    """A decode worker's promise to take a parcel; it ends `lease_s` after the last renewal."""
 
     decode_worker: str
     address: str
     token: bytes
     transport: str
-    reserved_bytes: int
+    lease_s: float
 
     @classmethod
     def from_proto(cls, message: pb.Ticket) -> Ticket:
-        """Reads a message."""
+        """Reads a message.
+
+        Raises:
+            InvalidRequestError: The lease has no length.
+        """
+        if not 0 < message.lease_s < math.inf:
+            raise InvalidRequestError("a ticket needs a lease of some seconds", reason="LEASE")
         return cls(
             decode_worker=message.decode_worker,
             address=message.decode_address,
             token=message.token,
             transport=message.transport,
-            reserved_bytes=message.reserved_bytes,
+            lease_s=message.lease_s,
         )
 
 
 class KVSender:
     """Lives on the event loop of the prefill worker; `epoch` names its arena."""
 
-    def __init__(self, *, epoch: str, metrics: PrefillMetrics, renew_period_s: float = RENEW_PERIOD_S) -> None:
+    def __init__(self, *, epoch: str, metrics: PrefillMetrics) -> None:
         self._epoch = epoch
         self._metrics = metrics
-        self._renew_period_s = renew_period_s
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def send(self, parcel: Parcel, ticket: Ticket) -> SendReport:
@@ -100,10 +107,11 @@ class KVSender:
 
     async def _renew(self, ticket: Ticket, body: asyncio.Task[object]) -> None:
         stub = decode_pb2_grpc.DecodeServiceStub(self._channel(ticket.address))
+        period_s = ticket.lease_s / RENEWALS_PER_LEASE
         while True:
-            await asyncio.sleep(self._renew_period_s)
+            await asyncio.sleep(period_s)
             try:
-                await stub.Renew(decode_pb2.RenewRequest(token=ticket.token), timeout=self._renew_period_s)
+                await stub.Renew(decode_pb2.RenewRequest(token=ticket.token), timeout=period_s)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.NOT_FOUND:
                     body.cancel()

@@ -204,7 +204,7 @@ def _ticket(decode: Worker, response: decode_pb2.ReserveResponse) -> prefill_pb2
         decode_address=decode.client.address,
         token=response.token,
         transport=response.transport,
-        reserved_bytes=response.reserved_bytes,
+        lease_s=response.lease_s,
     )
 
 

@@ -54,7 +54,6 @@ class Attempt:
             request=message,
             attempt=self.lease.attempt,
             ticket=self.lease.ticket,
-            timeout_s=timeout_s,
             epoch=self.lease.pair.prefill.info.epoch,
         )
         self._pump = self._background.spawn(self._read_prefill(request, timeout_s))

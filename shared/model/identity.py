@@ -20,6 +20,7 @@ class ModelIdentity:
     compatibility: str
     layout: KVLayout
     context_tokens: int
+    vocabulary: int
 
     @classmethod
     def of(cls, name: str, path: Path, spec: VLMSpec) -> ModelIdentity:
@@ -29,6 +30,7 @@ class ModelIdentity:
             compatibility=compatibility_hash(path, spec.layout),
             layout=spec.layout,
             context_tokens=spec.context_tokens,
+            vocabulary=spec.vocabulary,
         )
 
     def to_proto(self) -> worker_pb2.ServedModel:

@@ -28,6 +28,7 @@ class VLMSpec:
     image_token_id: int
     num_query_heads: int
     context_tokens: int
+    vocabulary: int
     image_side: int
     """Pixels per side of the vision tower's input."""
     eos_token_ids: frozenset[int]
@@ -55,6 +56,7 @@ class VLMSpec:
             image_token_id=config.image_token_id,
             num_query_heads=text.num_attention_heads,
             context_tokens=text.max_position_embeddings,
+            vocabulary=text.vocab_size,
             image_side=config.vision_config.image_size,
             eos_token_ids=eos_token_ids,
             layout=KVLayout(

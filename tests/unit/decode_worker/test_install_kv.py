@@ -187,9 +187,9 @@ def test_the_prefill_worker_s_own_sender_delivers(loaded: LoadedModel, shipment:
         promise = await served.reserve(arena_socket=where)
         assert promise.transport == transport
         metrics = PrefillMetrics(worker="p", model="tiny")
-        kv_sender = KVSender(epoch=EPOCH, metrics=metrics, renew_period_s=0.01)
+        kv_sender = KVSender(epoch=EPOCH, metrics=metrics)
         ticket = Ticket(
-            decode_worker="d", address=served.address, token=promise.token, transport=transport, reserved_bytes=1
+            decode_worker="d", address=served.address, token=promise.token, transport=transport, lease_s=0.06
         )
         parcel = Parcel(manifest=shipment.manifest(), body=sender.view(sender.slot), slot=sender.slot)
         async with kv_sender.keep_alive(ticket):

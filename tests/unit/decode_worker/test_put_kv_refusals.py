@@ -128,6 +128,11 @@ FOREIGN: dict[str, tuple[Any, str, str]] = {
         "INVALID_ARGUMENT",
         "NOTHING_TO_GENERATE",
     ),
+    "a first token that does not exist": (
+        lambda made: dataclasses.replace(made, first_token=1 << 31),
+        "INVALID_ARGUMENT",
+        "FIRST_TOKEN",
+    ),
     "sizes that disagree": (
         lambda made: dataclasses.replace(made, body_bytes=64),
         "INVALID_ARGUMENT",

@@ -119,7 +119,7 @@ def job(request_id: str = "r", attempt: int = 1) -> PrefillJob:
         sampling=Sampling(max_new_tokens=8),
         budget=Budget(retention=0.5),
         policy=VLCache(),
-        ticket=Ticket(decode_worker="d", address="x:1", token=b"t", transport="grpc", reserved_bytes=1),
+        ticket=Ticket(decode_worker="d", address="x:1", token=b"t", transport="grpc", lease_s=30.0),
     )
 
 

@@ -20,19 +20,25 @@ from tests.unit.prefill_worker.prompts import encoded, picture
 NOISE = picture(0, (24, 24))
 
 
-def png_header(width: int, height: int, bit_depth: int = 1, colour: int = 0, rows: bytes = b"") -> bytes:
-    """A PNG that claims a size; `rows` is its compressed content."""
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    head = struct.pack(">IIBBBBB", width, height, bit_depth, colour, 0, 0, 0)
+def png_header(width: int, height: int, rows: bytes = b"") -> bytes:
+    """A one-bit PNG that claims a size; `rows` is its compressed content."""
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def bomb() -> bytes:
     """81 million pixels in about 10 KB: one black row, again and again."""
     return png_header(9000, 9000, rows=zlib.compress(bytes(9000 * (1 + 9000 // 8)), 9))
+
+
+def text_bomb() -> bytes:
+    """A good picture with 64 MiB of text in 64 KiB."""
+    good = encoded(NOISE)
+    return good[:33] + chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(64 << 20), 9)) + good[33:]
 
 
 SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"></svg>'
@@ -53,6 +59,7 @@ BAD = {
     "a strip": (encoded(Image.new("L", (20_000, 8))), "20000 x 8 .* 200 times the other"),
     "a line": (encoded(Image.new("L", (20_000, 1))), "20000 x 1 .* at least 8"),
     "a bomb": (bomb(), "9000 x 9000 pixels; at most 40 million"),
+    "a text bomb": (text_bomb(), "truncated or corrupt"),
     "a 400-megapixel claim": (png_header(20_000, 20_000), "20000 x 20000|truncated or corrupt"),
     "a no-size claim": (png_header(0, 0), "pixels|truncated or corrupt|no readable"),
 }

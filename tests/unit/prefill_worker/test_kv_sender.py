@@ -43,7 +43,7 @@ class Decode(decode_pb2_grpc.DecodeServiceServicer):
 
 
 def ticket(address: str, transport: str = "grpc") -> Ticket:
-    return Ticket(decode_worker="d", address=address, token=b"secret", transport=transport, reserved_bytes=1)
+    return Ticket(decode_worker="d", address=address, token=b"secret", transport=transport, lease_s=6 * PERIOD_S)
 
 
 @contextlib.asynccontextmanager
@@ -66,7 +66,7 @@ def run(body: Callable[[KVSender, Decode, Ticket], Awaitable[None]], *script: Ex
         metrics = PrefillMetrics(worker="p", model="m")
         decode = Decode(*script)
         async with serving(decode) as address:
-            sender = KVSender(epoch="e", metrics=metrics, renew_period_s=PERIOD_S)
+            sender = KVSender(epoch="e", metrics=metrics)
             try:
                 await asyncio.wait_for(body(sender, decode, ticket(address)), 20)
             finally:
@@ -95,7 +95,7 @@ def test_a_lost_reservation_ends_the_work() -> None:
         with pytest.raises(AbortedError, match="ended the reservation") as caught:  # noqa: PT012
             async with sender.keep_alive(promised):
                 try:
-                    await asyncio.Event().wait()
+                    await asyncio.wait_for(asyncio.Event().wait(), 10)
                 except asyncio.CancelledError:
                     interrupted = True
                     raise

@@ -1,9 +1,12 @@
 """From messages to tensors: what a prompt becomes, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from vlcache.v1 import inference_pb2 as pb
 
 from prefill_worker.compression.policy import PromptShape
@@ -31,6 +34,17 @@ def test_a_prompt_is_the_template_filled_in(builder: PromptBuilder) -> None:
     assert prompt.next_position == len(ids)
     assert prompt.shape == PromptShape(num_tokens=len(ids), num_visual=0, last_visual=None)
     assert prompt.pixels == ()
+
+
+def test_a_tokenizer_that_adds_its_own_tokens_adds_none(builder: PromptBuilder) -> None:
+    """The template writes the special tokens; a second <s> would change every answer."""
+    made = processor()
+    made.tokenizer = copy.deepcopy(made.tokenizer)
+    adds_bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer().bos_token_id)])
+    made.tokenizer.backend_tokenizer.post_processor = adds_bos
+    assert made.tokenizer("x")["input_ids"][0] == tokenizer().bos_token_id
+    prompt = build(PromptBuilder(made, builder._spec, max_images=1), user("Hi"))
+    assert prompt.inputs["input_ids"].tolist() == build(builder, user("Hi")).inputs["input_ids"].tolist()
 
 
 def test_an_image_becomes_its_visual_tokens(builder: PromptBuilder) -> None:

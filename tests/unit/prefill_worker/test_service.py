@@ -52,7 +52,9 @@ class Stack:
     def request(self, *parts: str | bytes, **changes: Any) -> pb.PrefillRequest:
         sampling = public.SamplingParams(max_new_tokens=8, ignore_eos=True)
         message = public.GenerateRequest(request_id="r", messages=[user(*parts)], sampling=sampling)
-        ticket = pb.Ticket(decode_worker="d", decode_address=self._sink_address, token=b"t" * 16, transport="grpc")
+        ticket = pb.Ticket(
+            decode_worker="d", decode_address=self._sink_address, token=b"t" * 16, transport="grpc", lease_s=30
+        )
         return pb.PrefillRequest(
             **({"request": message, "attempt": 1, "ticket": ticket, "epoch": self.info.epoch} | changes)
         )
@@ -123,8 +125,13 @@ def test_what_a_worker_says_about_itself(loaded: LoadedModel, tmp_path: Path) ->
         (("hi", b"GIF89a"), {}, grpc.StatusCode.INVALID_ARGUMENT),
         (("x" * 40_000,), {}, grpc.StatusCode.OUT_OF_RANGE),
         (("hi " * 600,), {}, grpc.StatusCode.OUT_OF_RANGE),
-        (("hi",), {"ticket": pb.Ticket(decode_address="127.0.0.1:1", transport="grpc")}, grpc.StatusCode.UNAVAILABLE),
-        (("hi",), {"ticket": pb.Ticket(transport="pigeon")}, grpc.StatusCode.FAILED_PRECONDITION),
+        (
+            ("hi",),
+            {"ticket": pb.Ticket(decode_address="127.0.0.1:1", transport="grpc", lease_s=30)},
+            grpc.StatusCode.UNAVAILABLE,
+        ),
+        (("hi",), {"ticket": pb.Ticket(transport="pigeon", lease_s=30)}, grpc.StatusCode.FAILED_PRECONDITION),
+        (("hi",), {"ticket": pb.Ticket(transport="grpc")}, grpc.StatusCode.INVALID_ARGUMENT),
     ],
 )
 def test_a_bad_request_gets_its_status(

@@ -143,6 +143,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer):
         ]
         self.requests = Log()
         self.cancelled = Log()
+        self.time_left_s = 0.0
 
     def register(self, server: grpc.aio.Server) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)
@@ -150,6 +151,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer):
     async def Prefill(self, request: Any, context: Any) -> AsyncIterator[prefill_pb2.PrefillEvent]:  # noqa: N802
         self.check_epoch(request.epoch)
         self.requests.append(request)
+        self.time_left_s = context.time_remaining()
         try:
             for step in self.script(request):
                 if isinstance(step, ServiceError):

@@ -66,11 +66,10 @@ def test_workers_get_a_complete_request_and_a_matching_ticket() -> None:
             assert sent.request.compression.policy == "vl_cache"
             assert sent.request.compression.retention == 0.1
             assert sent.request.sampling.HasField("seed")
-            assert not sent.HasField("timeout_s")
             ticket = sent.ticket
             assert (ticket.decode_worker, ticket.decode_address) == ("decode-0", b.decode[0].address)
             assert (ticket.token, ticket.transport) == (b"token-1", "memory")
-            assert ticket.reserved_bytes == (reserve.kept_tokens_bound + 16) * TOKEN_BYTES
+            assert ticket.lease_s == 30
 
     run(main)
 
@@ -79,7 +78,7 @@ def test_time_left_travels_with_the_prompt() -> None:
     async def main() -> None:
         async with bench() as b:
             await b.answer(timeout=10.0)
-            assert 0 < b.prefill[0].requests[0].timeout_s < 10.0
+            assert 0 < b.prefill[0].time_left_s < 10.0
 
     run(main)
 
@@ -206,7 +205,7 @@ def test_load_is_counted_while_a_request_runs_and_gone_after_it() -> None:
             call = b.ask()
             await b.prefill[0].requests.reaches(1)
             assert b.worker("prefill-0").load == len(b"what is it?") + 20
-            assert b.worker("decode-0").load == b.prefill[0].requests[0].ticket.reserved_bytes
+            assert b.worker("decode-0").load == (b.decode[0].reserves[0].kept_tokens_bound + 16) * TOKEN_BYTES
             b.router.generations.check_integrity()
             goes_on.set()
             assert kinds([event async for event in call])[-1] == "finished"

@@ -35,6 +35,7 @@ def test_the_facts_of_a_checkpoint(tiny_checkpoint: Path) -> None:
         model_type="llava",
         image_token_id=3,
         num_query_heads=QUERY_HEADS,
+        vocabulary=AutoConfig.from_pretrained(tiny_checkpoint).text_config.vocab_size,
         context_tokens=256,
         image_side=SIDE,
         eos_token_ids=frozenset({EOS, OTHER_EOS}),

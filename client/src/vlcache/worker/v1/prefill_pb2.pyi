@@ -8,32 +8,30 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request", "attempt", "ticket", "timeout_s", "epoch")
+    __slots__ = ("request", "attempt", "ticket", "epoch")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
-    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     request: _inference_pb2.GenerateRequest
     attempt: int
     ticket: Ticket
-    timeout_s: float
     epoch: str
-    def __init__(self, request: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., timeout_s: _Optional[float] = ..., epoch: _Optional[str] = ...) -> None: ...
+    def __init__(self, request: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., epoch: _Optional[str] = ...) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("decode_worker", "decode_address", "token", "transport", "reserved_bytes")
+    __slots__ = ("decode_worker", "decode_address", "token", "transport", "lease_s")
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
-    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
     decode_worker: str
     decode_address: str
     token: bytes
     transport: str
-    reserved_bytes: int
-    def __init__(self, decode_worker: _Optional[str] = ..., decode_address: _Optional[str] = ..., token: _Optional[bytes] = ..., transport: _Optional[str] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...
+    lease_s: float
+    def __init__(self, decode_worker: _Optional[str] = ..., decode_address: _Optional[str] = ..., token: _Optional[bytes] = ..., transport: _Optional[str] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("first_token", "compression", "transfer")
