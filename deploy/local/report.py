@@ -78,7 +78,7 @@ class Result:
         """What is printed below the streamed answer."""
         text_tokens = self.prompt_tokens - self.visual_tokens
         rows = (
-            ("verdict", "right" if self.right else f"WRONG, expected: {self.expected}"),
+            ("expected", f"{self.expected}  [{'right' if self.right else 'WRONG'}]"),
             ("prompt", f"{self.prompt_tokens} tokens ({self.visual_tokens} visual + {text_tokens} text)"),
             ("KV", self._kv()),
             ("time", f"TTFT {format_ms(self.ttft_s)}, TTST {format_ms(self.ttst_s)}, mean ITL {format_ms(self.itl_s)}"),

@@ -47,8 +47,8 @@ def test_the_demo_asks_everything_and_ends_with_its_figures(samples: Path, capsy
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert "answer   ABC" in out
-    assert "verdict  right" in out
-    assert "verdict  WRONG, expected: no" in out
+    assert "expected ABC  [right]" in out
+    assert "expected no  [WRONG]" in out
     assert "prompt   50 tokens (40 visual + 10 text)" in out
     assert "1000 B full, 100 B kept (10.0 % by vl_cache), 120 B sent via memory" in out
     assert lines[-2].startswith("1 of 2 right | KV 2.0 KiB full, 240 B sent, 8.3 times less | mean TTFT ")
