@@ -10,18 +10,18 @@ from decode_worker.worker import LoadedModel
 from shared.kv.manifest import Manifest, TransferId
 from shared.request.params import Sampling
 from tests.unit.decode_worker.parcels import body_of, manifest_of
-from tests.unit.decode_worker.sequences import LAYOUT, Prefilled, advance, pooled, sequence, some
+from tests.unit.decode_worker.sequences import LAYOUT, Kept, Prefilled, advance, pooled, sequence, some
 from tests.unit.decode_worker.serving import Served
 
 MAX_NEW_TOKENS = 8
 
 
 class Shipment:
-    """Keeps different tokens in every layer and head of one prompt."""
+    """Keeps different tokens in every layer and head of one prompt, unless `kept` says otherwise."""
 
-    def __init__(self, prompt: Prefilled, loaded: LoadedModel) -> None:
+    def __init__(self, prompt: Prefilled, loaded: LoadedModel, kept: Kept | None = None) -> None:
         self.prompt, self._loaded = prompt, loaded
-        self._kept = some(3, prompt.num_tokens)
+        self._kept = kept or some(3, prompt.num_tokens)
         self.num_kept = [len(indices) for heads in self._kept for indices in heads]
         self.body = body_of(prompt.rows(self._kept), LAYOUT)
         self._engine: DecodeEngine = loaded.engine

@@ -9,6 +9,7 @@ from vlcache.worker.v1 import decode_pb2 as pb
 
 from decode_worker.reservations import Stage
 from decode_worker.worker import LoadedModel
+from tests.unit.decode_worker.sequences import everything
 from tests.unit.decode_worker.serving import Served, failure, flipped, frames, run, until
 from tests.unit.decode_worker.shipment import MAX_NEW_TOKENS, Shipment, answers
 
@@ -24,6 +25,19 @@ def test_a_parcel_in_chunks_of_any_size_is_installed(loaded: LoadedModel, shipme
         exact = loaded.identity.layout.body_bytes([kept + growth for kept in shipment.num_kept])
         assert served.held_bytes() == {"active": -(-exact // 64) * 64}, "what the bound had too much is free"
         await answers(served, promise.token, shipment)
+
+    run(loaded, body)
+
+
+def test_a_reservation_holds_what_its_bound_promises_to_the_last_token(loaded: LoadedModel, shipment: Shipment) -> None:
+    whole = Shipment(shipment.prompt, loaded, everything(shipment.prompt.num_tokens))
+
+    async def body(served: Served) -> None:
+        promise = await served.reserve(kept_tokens_bound=whole.prompt.num_tokens)
+        exact = loaded.identity.layout.full_bytes(whole.prompt.num_tokens + MAX_NEW_TOKENS - 1)
+        assert promise.reserved_bytes == -(-exact // 64) * 64
+        await served.put(frames(promise.token, whole.manifest(), whole.body))
+        await answers(served, promise.token, whole)
 
     run(loaded, body)
 
