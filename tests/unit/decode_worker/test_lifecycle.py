@@ -207,14 +207,17 @@ def test_attaching_to_nothing_is_answered_on_the_stream(loaded: LoadedModel, shi
     run(loaded, body)
 
 
-def test_one_stream_s_end_does_not_end_another_s_sequences(loaded: LoadedModel, shipment: Shipment) -> None:
+@pytest.mark.parametrize("how", ["stream break", "cancel"])
+def test_one_stream_s_end_does_not_end_another_s_sequences(loaded: LoadedModel, shipment: Shipment, how: str) -> None:
+    """Handles are each stream's own."""
+
     async def body(served: Served) -> None:
         breaking, staying = served.stream(), served.stream()
         gone, kept = await served.reserve(request_id="gone"), await served.reserve(request_id="kept")
         await breaking.attach(HANDLE, gone.token)
         await staying.attach(HANDLE, kept.token)
         await until(lambda: all(held.subscription for held in served.held))
-        await breaking.close()
+        await end(how, served, Request(gone.token, breaking))
         await until(lambda: [held.request_id for held in served.held] == ["kept"])
         await served.put(frames(kept.token, shipment.manifest("kept"), shipment.body))
         assert await staying.tokens(HANDLE) == shipment.expected

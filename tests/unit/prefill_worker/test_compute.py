@@ -121,7 +121,10 @@ def test_what_was_kept_is_reported(compute: PrefillCompute, prompt: Prompt) -> N
     )
 
 
-def test_retention_one_ships_everything(compute: PrefillCompute, prompt: Prompt) -> None:
+def test_retention_one_observes_nothing_and_ships_everything(
+    compute: PrefillCompute, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefill_worker.observer.post_vision_statistics", lambda *_: pytest.fail("observed"))
     done = run(compute, job(retention=1.0), prompt)
     made: Manifest | None = done.manifest
     assert made is not None
