@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import grpc
 from vlcache.worker.v1 import kv_pb2 as pb
@@ -12,7 +12,7 @@ from vlcache.worker.v1 import kv_pb2 as pb
 from decode_worker.receive_buffers import ReceiveBuffers
 from decode_worker.reservations import Reservation, Reservations
 from decode_worker.runner import DecodeRunner
-from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError, ServiceError
+from shared.errors import AbortedError, DataLossError, FailedPreconditionError, InvalidRequestError, ServiceError
 from shared.kv.manifest import Manifest
 from shared.kv.transport.frames import decode_chunk, decode_header
 
@@ -54,31 +54,41 @@ class KVReceiver:
         first = await anext(aiter(frames), b"")
         header = decode_header(first)
         reservation, manifest = self._begin(header.token, header.manifest)
-        try:
-            with self._buffers.borrow(manifest.body_bytes) as buffer:
-                received = await _receive(frames, buffer)
-                await self._runner.install(reservation, manifest, buffer)
-        except BaseException:
-            self._reservations.end_fill(reservation)
-            raise
+        with self._filling(reservation), self._buffers.borrow(manifest.body_bytes) as buffer:
+            received = await _receive(frames, buffer)
+            await self._runner.install(reservation, manifest, buffer)
         return received
 
     async def install(self, request: pb.InstallKVRequest, context: grpc.aio.ServicerContext) -> pb.InstallKVResponse:
         """`InstallKV`: the body lies in the sender's arena."""
         reservation, manifest = self._begin(request.token, request.manifest)
-        try:
+        with self._filling(reservation):
             await self._runner.install(reservation, manifest, _slot_view(reservation, manifest, request.slot))
-        except BaseException:
-            self._reservations.end_fill(reservation)
-            raise
         return pb.InstallKVResponse()
 
     def _begin(self, token: bytes, message: pb.KVManifest) -> tuple[Reservation, Manifest]:
         manifest = Manifest.from_proto(message)
         reservation = self._reservations.find(token)
         self._runner.check_parcel(reservation, manifest)
-        self._reservations.begin_fill(reservation)
+        delivery = asyncio.current_task()
+        assert delivery is not None
+        self._reservations.begin_fill(reservation, delivery.cancel)
         return reservation, manifest
+
+    @contextlib.contextmanager
+    def _filling(self, reservation: Reservation) -> Iterator[None]:
+        """A delivery that fails leaves the reservation to another one, or to its end.
+
+        Raises:
+            AbortedError: The reservation ended meanwhile, and with it the delivery.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._reservations.end_fill(reservation)
+            if isinstance(error, asyncio.CancelledError) and reservation.ended:
+                raise AbortedError("the request was released during its transfer", reason="RELEASED") from None
+            raise
 
 
 async def _receive(frames: AsyncIterator[bytes], buffer: memoryview) -> int:

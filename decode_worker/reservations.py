@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from decode_worker.kv_pool import KVPool
@@ -46,6 +46,7 @@ class Reservation:
     sequence: Sequence | None = None
     text: TextStream | None = None
     subscription: Subscription | None = None
+    stop_fill: Callable[[], object] = lambda: None
     joined: bool = False
     ended: bool = False
 
@@ -118,8 +119,11 @@ class Reservations:
             raise NotFoundError("the reservation has ended", reason="NO_RESERVATION")
         return reservation
 
-    def begin_fill(self, reservation: Reservation) -> None:
+    def begin_fill(self, reservation: Reservation, stop: Callable[[], object] = lambda: None) -> None:
         """Someone starts to deliver the parcel.
+
+        Args:
+            stop: Called if the reservation ends meanwhile: a sender that stalls must not keep the memory.
 
         Raises:
             AlreadyCommittedError: Another delivery is under way or done.
@@ -127,6 +131,7 @@ class Reservations:
         if reservation.stage is not Stage.RESERVED:
             raise AlreadyCommittedError("the parcel was delivered already")
         reservation.stage = Stage.FILLING
+        reservation.stop_fill = stop
 
     def end_fill(self, reservation: Reservation) -> None:
         """The delivery failed: the memory waits for another one, or goes if the reservation ended meanwhile."""
@@ -147,7 +152,9 @@ class Reservations:
         reservation.ended = True
         del self._by_token[reservation.token]
         self._lingering.add(reservation)
-        if reservation.stage is not Stage.FILLING and not reservation.joined:
+        if reservation.stage is Stage.FILLING:
+            reservation.stop_fill()
+        elif not reservation.joined:
             self.release_memory(reservation)
 
     def release_memory(self, reservation: Reservation) -> None:

@@ -103,11 +103,14 @@ class DecodeRunner:
         """Sends the sequence's tokens to an outbox from now on.
 
         Raises:
-            FailedPreconditionError: Someone else reads them.
+            FailedPreconditionError: Someone else reads them, or the handle is taken.
         """
+        subscription = Subscription(outbox, handle)
         if reservation.subscription is not None:
             raise FailedPreconditionError("the sequence is attached already", reason="ATTACHED")
-        reservation.subscription = Subscription(outbox, handle)
+        if any(held.subscription == subscription for held in self._reservations):
+            raise FailedPreconditionError("the handle is in use", reason="HANDLE")
+        reservation.subscription = subscription
         self._join_when_ready(reservation)
 
     def cancel(self, outbox: TokenOutbox, handle: int) -> None:

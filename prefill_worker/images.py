@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -14,6 +15,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_BYTES = 25 << 20
 # A 10 KB PNG can claim 81 megapixels and cost 400 MB; Pillow only warns, and late.
 MAX_PIXELS = 40_000_000
+# All images of a request together; what 16 of the largest would take is gigabytes.
+MAX_REQUEST_PIXELS = 2 * MAX_PIXELS
 MIN_SIDE = 8
 MAX_ASPECT = 200
 # EXIF orientation to what makes the picture upright. Not Pillow's own `exif_transpose`: that writes the metadata back
@@ -29,12 +32,26 @@ UPRIGHT = {
 }
 
 
-def open_image(data: bytes, index: int) -> Image.Image:
+def open_images(encoded: Iterable[bytes]) -> list[Image.Image]:
+    """Decodes all images of a request to RGB.
+
+    Raises:
+        InvalidRequestError: One of them is bad (see `open_image`), or together they have too many pixels.
+    """
+    images: list[Image.Image] = []
+    for index, data in enumerate(encoded):
+        taken = sum(image.width * image.height for image in images)
+        images.append(open_image(data, index, pixels_left=MAX_REQUEST_PIXELS - taken))
+    return images
+
+
+def open_image(data: bytes, index: int, *, pixels_left: int = MAX_REQUEST_PIXELS) -> Image.Image:
     """Decodes one image to RGB; of an animation, the first frame.
 
     Args:
         data: The encoded file.
         index: Which image of the request this is, for the message.
+        pixels_left: What the images before it left of the request's limit.
 
     Raises:
         InvalidRequestError: Not an image, a forbidden format, or a size outside the limits.
@@ -48,7 +65,7 @@ def open_image(data: bytes, index: int) -> Image.Image:
             # our own limits are stricter than the one that Pillow warns about, and a stranger's odd metadata
             # (EXIF, animation chunks) is nobody's concern here
             warnings.simplefilter("ignore")
-            return _decode(data, index)
+            return _decode(data, index, pixels_left)
     except UnidentifiedImageError as error:
         raise _bad(index, f"is no readable {', '.join(FORMATS)} file") from error
     # Pillow's plugins raise all of these for broken files
@@ -56,9 +73,9 @@ def open_image(data: bytes, index: int) -> Image.Image:
         raise _bad(index, "is truncated or corrupt") from error
 
 
-def _decode(data: bytes, index: int) -> Image.Image:
+def _decode(data: bytes, index: int, pixels_left: int) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        _check_size(image.size, index)
+        _check_size(image.size, index, pixels_left)
         image.load()
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
         return _to_rgb(image if turn is None else image.transpose(turn))
@@ -75,10 +92,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _check_size(size: tuple[int, int], index: int) -> None:
+def _check_size(size: tuple[int, int], index: int, pixels_left: int) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
         raise _bad(index, f"has {width} x {height} pixels; at most {MAX_PIXELS // 1_000_000} million are allowed")
+    if width * height > pixels_left:
+        limit = MAX_REQUEST_PIXELS // 1_000_000
+        raise _bad(index, f"is too much: the images of a request may have {limit} million pixels together")
     if min(size) < MIN_SIDE:
         raise _bad(index, f"has {width} x {height} pixels; each side needs at least {MIN_SIDE}")
     if max(size) > MAX_ASPECT * min(size):

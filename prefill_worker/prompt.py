@@ -12,7 +12,7 @@ from PIL import Image
 from vlcache.v1 import inference_pb2 as pb
 
 from prefill_worker.compression.policy import PromptShape
-from prefill_worker.images import open_image
+from prefill_worker.images import open_images
 from shared.errors import ContextTooLongError, InvalidRequestError
 from shared.model.spec import VLMSpec
 
@@ -57,7 +57,7 @@ class PromptBuilder:
         """
         self._check_messages(messages)
         encoded = [part.image.data for message in messages for part in message.parts if part.HasField("image")]
-        images = [open_image(data, index) for index, data in enumerate(encoded)]
+        images = open_images(encoded)
         inputs = self._process(self._render(messages), images)
         num_tokens = inputs["input_ids"].shape[1]
         self._check_context(num_tokens, max_new_tokens)

@@ -91,6 +91,24 @@ def test_a_sender_that_dies_half_way_may_come_again(loaded: LoadedModel, shipmen
     run(loaded, body)
 
 
+def test_a_sender_that_stalls_does_not_keep_the_memory_of_an_ended_request(
+    loaded: LoadedModel, shipment: Shipment
+) -> None:
+    async def body(served: Served) -> None:
+        promise = await served.reserve()
+        stalled = served.open_put()
+        for frame in frames(promise.token, shipment.manifest(), shipment.body)[:2]:
+            await stalled.write(frame)
+        await until(lambda: "filling" in served.held_bytes())
+        served.worker.runner.end(served.held.find(promise.token))
+        await until(lambda: served.held_bytes() == {})
+        await stalled.done_writing()
+        error = await failure(stalled)
+        assert (error.code, error.reason) == ("ABORTED", "RELEASED")
+
+    run(loaded, body)
+
+
 def test_a_refused_sender_hears_why_though_it_still_writes(
     loaded: LoadedModel, shipment: Shipment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

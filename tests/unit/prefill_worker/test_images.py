@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from prefill_worker import images
-from prefill_worker.images import open_image
+from prefill_worker.images import open_image, open_images
 from shared.errors import InvalidRequestError
 from tests.unit.prefill_worker.prompts import encoded, picture
 
@@ -203,6 +203,15 @@ def mended(data: bytes) -> bytes:
         out += data[at : at + 4] + body + struct.pack(">I", zlib.crc32(body))
         at += 12 + size
     return bytes(out)
+
+
+def test_the_images_of_a_request_share_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = encoded(NOISE, "PNG")
+    pixels = NOISE.width * NOISE.height
+    monkeypatch.setattr(images, "MAX_REQUEST_PIXELS", 3 * pixels)
+    assert len(open_images([file] * 3)) == 3
+    with pytest.raises(InvalidRequestError, match="image 4 is too much"):
+        open_images([file] * 4)
 
 
 @given(seed=st.sampled_from(SEEDS), edits=EDITS, mend=st.booleans())

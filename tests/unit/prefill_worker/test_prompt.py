@@ -140,7 +140,7 @@ def test_an_absurdly_long_text_is_refused_before_it_is_tokenised(
 def test_too_many_images_are_refused_before_one_is_opened(
     builder: PromptBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefill_worker.prompt.open_image", lambda *_: pytest.fail("it was opened"))
+    monkeypatch.setattr("prefill_worker.prompt.open_images", lambda *_: pytest.fail("it was opened"))
     with pytest.raises(InvalidRequestError, match="at most"):
         build(builder, user("hi", *[PICTURE] * (MAX_IMAGES + 1)))
 
