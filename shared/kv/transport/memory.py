@@ -28,7 +28,6 @@ class MemoryTransport:
             arena=self._epoch,
             offset=parcel.slot.extent.offset,
             nbytes=len(parcel.body),
-            generation=parcel.slot.generation,
         )
         request = pb.InstallKVRequest(token=token, manifest=parcel.manifest.to_proto(), slot=slot)
         try:

@@ -97,16 +97,14 @@ class InstallKVRequest(_message.Message):
     def __init__(self, token: _Optional[bytes] = ..., manifest: _Optional[_Union[KVManifest, _Mapping]] = ..., slot: _Optional[_Union[ArenaSlot, _Mapping]] = ...) -> None: ...
 
 class ArenaSlot(_message.Message):
-    __slots__ = ("arena", "offset", "nbytes", "generation")
+    __slots__ = ("arena", "offset", "nbytes")
     ARENA_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
-    GENERATION_FIELD_NUMBER: _ClassVar[int]
     arena: str
     offset: int
     nbytes: int
-    generation: int
-    def __init__(self, arena: _Optional[str] = ..., offset: _Optional[int] = ..., nbytes: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+    def __init__(self, arena: _Optional[str] = ..., offset: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class InstallKVResponse(_message.Message):
     __slots__ = ()
