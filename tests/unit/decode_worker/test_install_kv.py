@@ -45,7 +45,6 @@ class Sender:
             "arena": EPOCH,
             "offset": self.slot.extent.offset,
             "nbytes": len(self.shipment.body),
-            "generation": self.slot.generation,
         }
         slot = kv_pb2.ArenaSlot(**(place | changes))
         return kv_pb2.InstallKVRequest(token=token, manifest=self.shipment.manifest().to_proto(), slot=slot)
