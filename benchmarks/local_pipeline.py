@@ -51,9 +51,9 @@ class _Decoding:
 class LocalPipeline:
     """Answers questions with one model; decodes many at once."""
 
-    def __init__(self, model: str, *, dtype: str, kv_memory_bytes: int) -> None:
-        prefill = load_prefill(PrefillConfig(model=model, dtype=dtype))  # type: ignore[arg-type]
-        decode = load_decode(DecodeConfig(model=model, dtype=dtype))  # type: ignore[arg-type]
+    def __init__(self, model: str, *, dtype: str, threads: int, kv_memory_bytes: int) -> None:
+        prefill = load_prefill(PrefillConfig(model=model, dtype=dtype, threads=threads))  # type: ignore[arg-type]
+        decode = load_decode(DecodeConfig(model=model, dtype=dtype, threads=threads))  # type: ignore[arg-type]
         self._tokenizer = prefill.processor.tokenizer
         self._spec = prefill.spec
         self._builder = PromptBuilder(prefill.processor, prefill.spec, max_images=16)

@@ -46,6 +46,8 @@ class QualityConfig:
     """Checkpoint directory or hub id; questions are about the bundled model's kind of images."""
     dtype: str = "auto"
     """auto, fp32 or bf16."""
+    threads: int = 1
+    """torch threads; more than there are idle cores is far slower than one."""
     max_new_tokens: int = 160
     """Longest answer, in tokens."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE|-")] = None
@@ -80,7 +82,7 @@ def messages_for(sample: Sample) -> list[public.Message]:
 
 def measure(config: QualityConfig) -> list[dict[str, Any]]:
     """One row per policy, retention and task, and one with the task `all`."""
-    pipeline = LocalPipeline(config.model, dtype=config.dtype, kv_memory_bytes=KV_MEMORY_BYTES)
+    pipeline = LocalPipeline(config.model, dtype=config.dtype, threads=config.threads, kv_memory_bytes=KV_MEMORY_BYTES)
     settings = [(name, retention) for name in config.policies for retention in config.retentions]
     scored: dict[tuple[str, float], list[Scored]] = {setting: [] for setting in settings}
     with tqdm(total=config.samples * len(settings), unit="answer", file=sys.stderr) as progress:
