@@ -16,7 +16,7 @@ class TrainingConfig:
     """Optimiser steps in total, all stages together."""
     dense_steps: int = 700
     """The first steps train the vision tower and the projector alone."""
-    full_from: float = 0.75
+    full_from: float = 0.65
     """Share of the steps after which batches with all 576 patches begin to grow in number."""
     learning_rate: float = 1.2e-3
     """Peak; one linear warm-up, one cosine decay."""

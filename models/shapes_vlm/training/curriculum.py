@@ -13,10 +13,10 @@ KEPT_PATCHES = 112
 """Kept of 576 in the fast batches: at most 88 patches are in use."""
 
 ONE_IMAGE = {"read": 0.15, "shape": 0.1, "colour": 0.2, "count": 0.32, "below": 0.23}
-MORE_IMAGES = {"which": 0.6, "read_in_image": 0.4}
+MORE_IMAGES = {"which": 0.75, "read_in_image": 0.25}
 """Shares of the short tasks. With more than two images their questions are the same, with higher numbers."""
 NUM_SHORT = 12
-IMAGE_COUNTS = {2: 0.6, 3: 0.2, 4: 0.2}
+IMAGE_COUNTS = {2: 0.7, 3: 0.15, 4: 0.15}
 """Shares among the batches with more than one image."""
 INSTRUCTED_SHARE, TURNS_SHARE = 0.3, 0.25
 """Shares of the batches with a long instruction, and with a second question in the same conversation."""
@@ -43,7 +43,7 @@ def difficulty(progress: float, full_from: float) -> Difficulty:
     return Difficulty(
         max_shapes=round(3 + growth * (MAX_SHAPES - 3)),
         max_plates=round(1 + growth * (MAX_PLATES - 1)),
-        several_images=0.3 if progress > 0.12 else 0.0,
+        several_images=0.4 if progress > 0.12 else 0.0,
         all_patches=max(full, 0.08 if growth == 1.0 else 0.0),
     )
 

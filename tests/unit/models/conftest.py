@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoProcessor
 
 from models.shapes_vlm.evaluate import Answerer
@@ -16,4 +17,6 @@ def processor() -> Any:
 
 @pytest.fixture(scope="session")
 def answerer() -> Answerer:
+    # With one thread, other work on the machine costs its share and not a multiple of it.
+    torch.set_num_threads(1)
     return Answerer(CHECKPOINT)
