@@ -2,21 +2,22 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from models.shapes_vlm.architecture import generation_config
 from models.shapes_vlm.training.weights import MasterWeights
 
-STATE_FILE = "state.pt"
+STATE_FILE = "state.safetensors"
 
 
 def save_state(out: Path, step: int, weights: MasterWeights) -> None:
     """Atomic: a run killed while saving still resumes from the state before."""
-    state = {"step": step, **weights.state_dict()}
-    torch.save(state, out / "state.tmp")
+    tensors = {name: tensor.contiguous() for name, tensor in weights.tensors().items()}
+    save_file(tensors, out / "state.tmp", metadata={"step": str(step)})
     os.replace(out / "state.tmp", out / STATE_FILE)
 
 
@@ -25,9 +26,9 @@ def load_state(out: Path, weights: MasterWeights) -> int:
     path = out / STATE_FILE
     if not path.exists():
         return 0
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    weights.load_state_dict(state)
-    return int(state["step"])
+    with safe_open(path, framework="pt") as file:
+        weights.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # not a dict
+        return int(file.metadata()["step"])
 
 
 def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:

@@ -6,7 +6,6 @@ at 0.08 s per step. Embeddings, the output head, biases and norms stay with Adam
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,14 +50,25 @@ class MasterWeights:
         self._publish()
         return norm
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"masters": [m.data for m in self._masters], "optimisers": [o.state_dict() for o in self._optimisers]}
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, by name."""
+        named = {f"master.{index}": master.data for index, master in enumerate(self._masters)}
+        for number, optimiser in enumerate(self._optimisers):
+            for index, entry in optimiser.state_dict()["state"].items():
+                named |= {f"optimiser.{number}.{index}.{name}": value for name, value in entry.items()}
+        return named
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for master, saved in zip(self._masters, state["masters"], strict=True):
-            master.data.copy_(saved)
-        for optimiser, saved in zip(self._optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes back what `tensors` gave."""
+        for index, master in enumerate(self._masters):
+            master.data.copy_(tensors[f"master.{index}"])
+        for number, optimiser in enumerate(self._optimisers):
+            entries: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                kind, owner, *rest = key.split(".")
+                if (kind, owner) == ("optimiser", str(number)):
+                    entries.setdefault(int(rest[0]), {})[rest[1]] = value
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": entries})
         self._publish()
 
     def _publish(self) -> None:
