@@ -8,6 +8,7 @@ noisy machine disturbs all alike; the figures are ratios of medians of one run.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 import statistics
@@ -190,9 +191,10 @@ def measure(config: DecodeStepConfig) -> dict[str, Any]:
 
 
 def _build(config: LlamaConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    # a copy: models that share a configuration share its attention
+    config = copy.deepcopy(config)
     config._attn_implementation = attention
-    with torch.device("cpu"):
-        return LlamaForCausalLM(config).to(dtype).eval()
+    return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def _ragged(mean: int, layers: int) -> list[int]:
