@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from decode_worker.sequence import Sequence
-from shared.kernels.reference import decode_attention
+from shared.kernels.reference.slab_attention import slab_attention
 from shared.model.sampler import sample
 
 
@@ -80,7 +80,7 @@ def _attend_sequence(
         group.append(key, value)
         heads = slice(group.heads.start * group_size, group.heads.stop * group_size)
         kept = slice(0, group.length)
-        outputs.append(decode_attention(query[heads], group.key[:, kept], group.value[:, kept], scaling))
+        outputs.append(slab_attention(query[heads], group.key[:, kept], group.value[:, kept], scaling))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from prefill_worker.compression.policy import LayerStatistics
 from shared.errors import RequestCancelledError
-from shared.kernels.reference import post_vision_statistics
+from shared.kernels.reference.statistics import post_vision_statistics
 
 
 class PrefillObserver:

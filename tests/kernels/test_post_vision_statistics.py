@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shared.kernels.reference import ROW_BLOCK, post_vision_statistics
+from shared.kernels.reference.statistics import ROW_BLOCK, post_vision_statistics
 from shared.model.attention import PREFILL_ATTENTION
 from tests.kernels.brute_force import attention_matrix, statistics
 

@@ -9,7 +9,7 @@ import torch
 from prefill_worker.compression.pipeline import keep_everything, select_tokens
 from prefill_worker.compression.policy import LayerStatistics
 from prefill_worker.compression.vl_cache import VLCache
-from shared.kernels.reference import post_vision_statistics
+from shared.kernels.reference.statistics import post_vision_statistics
 
 # V6: attention of rows 2 and 3 of a prompt of 4 tokens whose first two are visual
 ROWS = [[0.7, 0.295, 0.005], [0.6, 0.004, 0.388, 0.008]]

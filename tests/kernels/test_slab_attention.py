@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.kernels.reference import decode_attention
+from shared.kernels.reference.slab_attention import slab_attention
 from tests.kernels.brute_force import attention_matrix
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -23,7 +23,7 @@ def test_it_is_attention(dtype: torch.dtype, length: int, query_heads: int, kv_h
     matrix = attention_matrix(query[:, None], key, length - 1, 0.3)[:, 0]
     values = np.repeat(value.double().numpy(), query_heads // kv_heads, axis=0)
     expected = np.einsum("hl,hld->hd", matrix, values)
-    out = decode_attention(query, key, value, 0.3)
+    out = slab_attention(query, key, value, 0.3)
     assert out.dtype == dtype
     assert out.shape == query.shape
     np.testing.assert_allclose(out.double().numpy(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
@@ -33,6 +33,6 @@ def test_it_reads_nothing_beyond_the_rows_it_was_given() -> None:
     slab = torch.full((2, 10, 8), torch.nan)
     slab[:, :4] = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
     query = torch.ones(4, 8)
-    out = decode_attention(query, slab[:, :4], slab[:, :4], 0.5)
-    assert torch.equal(out, decode_attention(query, slab[:, :4].clone(), slab[:, :4].clone(), 0.5))
+    out = slab_attention(query, slab[:, :4], slab[:, :4], 0.5)
+    assert torch.equal(out, slab_attention(query, slab[:, :4].clone(), slab[:, :4].clone(), 0.5))
     assert torch.isfinite(out).all()

@@ -1,4 +1,4 @@
-"""Naive implementations that define the truth; kernels have the same signatures and are tested against these."""
+"""Post-vision statistics, the naive way: it defines the truth that the kernel of the same signature is tested against."""
 
 from __future__ import annotations
 
@@ -43,24 +43,6 @@ def post_vision_statistics(
         counts += (logits >= highest + math.log(threshold)).sum(dim=(-2, -1)).flatten()
         columns += torch.softmax(logits, dim=-1).sum(dim=(1, 2))
     return columns, counts
-
-
-def decode_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """One new token of one sequence over KV heads that keep the same number of tokens.
-
-    Args:
-        query: [num_query_heads, head_dim].
-        key: [num_kv_heads, length, head_dim].
-        value: As `key`.
-        scaling: Factor of the logits.
-
-    Returns:
-        [num_query_heads, head_dim].
-    """
-    # the group is the query axis: one read of K and V serves all its heads
-    grouped = query.view(1, key.shape[0], -1, query.shape[-1])
-    out = torch.nn.functional.scaled_dot_product_attention(grouped, key[None], value[None], scale=scaling)
-    return out.view(query.shape)
 
 
 def _causal_logits(query: torch.Tensor, transposed_key: torch.Tensor, first_row: int, scaling: float) -> torch.Tensor:
