@@ -1,8 +1,9 @@
-"""What holds for every test: hypothesis knows no deadline, and nothing may be left in shared memory."""
+"""What holds for every test: kernels need no GPU, hypothesis no deadline, and nothing may be left in shared memory."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,12 @@ import pytest
 from hypothesis import settings
 
 SHARED_MEMORY = Path("/dev/shm")
+GPU_DRIVER = Path("/dev/nvidiactl")
+
+# Triton decides at its import, and again at each kernel's, whether kernels are interpreted, and torch imports it on the
+# side: only this file is early enough for every order of test modules. With a GPU the kernels run for real.
+if not GPU_DRIVER.exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("vlcache", deadline=None)
 settings.load_profile("vlcache")

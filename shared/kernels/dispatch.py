@@ -1,0 +1,140 @@
+"""The one door to the kernels: decides once per device whether Triton's or the reference's are used."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from shared.kernels.reference import append, gather, paged_attention, statistics
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["auto", "triton", "reference"]
+
+
+class PagedAttention(Protocol):
+    """See `reference.paged_attention`."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key_blocks: torch.Tensor,
+        value_blocks: torch.Tensor,
+        block_table: torch.Tensor,
+        lengths: torch.Tensor,
+        slots: torch.Tensor,
+        scaling: float,
+        num_splits: int,
+    ) -> torch.Tensor: ...
+
+
+class AppendToken(Protocol):
+    """See `reference.append`."""
+
+    def __call__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_blocks: torch.Tensor,
+        value_blocks: torch.Tensor,
+        block_table: torch.Tensor,
+        lengths: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None: ...
+
+
+class GatherRows(Protocol):
+    """See `reference.gather`."""
+
+    def __call__(
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        indices: torch.Tensor,
+        num_kept: Sequence[int],
+        out: torch.Tensor,
+    ) -> None: ...
+
+
+class PostVisionStatistics(Protocol):
+    """See `reference.statistics`."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        first_row: int,
+        scaling: float,
+        threshold: float,
+        visual: torch.Tensor | None = None,
+    ) -> statistics.PostVisionStatistics: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The kernels of one backend; whoever holds them never asks which one it is."""
+
+    name: str
+    paged_attention: PagedAttention
+    append_token: AppendToken
+    gather_rows: GatherRows
+    post_vision_statistics: PostVisionStatistics
+
+
+REFERENCE = Kernels(
+    name="reference",
+    paged_attention=paged_attention.paged_attention,
+    append_token=append.append_token,
+    gather_rows=gather.gather_rows,
+    post_vision_statistics=statistics.post_vision_statistics,
+)
+
+
+@functools.cache
+def kernels_for(device: torch.device, backend: Backend = "auto") -> Kernels:
+    """The kernels for tensors of one device; decided and logged at the first call.
+
+    Args:
+        device: Where the tensors are.
+        backend: `auto` takes Triton on a CUDA device when it can be imported.
+
+    Raises:
+        ValueError: `triton` was asked for where it cannot run.
+    """
+    if backend == "reference" or (backend == "auto" and device.type != "cuda"):
+        log.info("reference kernels on %s: %s", device, "as asked" if backend == "reference" else "no CUDA device")
+        return REFERENCE
+    try:
+        kernels = _triton_kernels(device)
+    except (ImportError, ValueError) as error:
+        if backend == "triton":
+            raise ValueError(f"Triton's kernels cannot run on {device}: {error}") from error
+        log.warning("reference kernels on %s, which are slow: %s", device, error)
+        return REFERENCE
+    log.info("Triton's kernels on %s", device)
+    return kernels
+
+
+def _triton_kernels(device: torch.device) -> Kernels:
+    """Imports them: the one place that does, since Triton is no dependency of a CPU installation.
+
+    Raises:
+        ImportError: Triton is missing or broken.
+        ValueError: There is no GPU to compile for.
+    """
+    folder = "shared.kernels.triton"
+    if device.type != "cuda" and not importlib.import_module(f"{folder}.environment").INTERPRETED:
+        raise ValueError("it is no CUDA device and TRITON_INTERPRET is not set")
+    return Kernels(
+        name="triton",
+        paged_attention=importlib.import_module(f"{folder}.paged_attention").paged_attention,
+        append_token=importlib.import_module(f"{folder}.append").append_token,
+        gather_rows=importlib.import_module(f"{folder}.gather").gather_rows,
+        post_vision_statistics=statistics.post_vision_statistics,
+    )
