@@ -24,13 +24,14 @@ from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from benchmarks.report import table, write_json
-from decode_worker.engine import DecodeEngine
-from decode_worker.kv_pool import KVPool
+from decode_worker.engine import EagerEngine
+from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.sequence import Sequence
 from shared.kv.layout import ITEM_BYTES, KVLayout
 from shared.kv.manifest import Manifest, TransferId
 from shared.model.attention import DECODE_ATTENTION
 from shared.model.loading import DTYPES
+from shared.model.spec import DTYPE_NAMES
 from shared.request.params import Sampling
 
 RETENTION = 0.1
@@ -86,7 +87,7 @@ class Variants:
             num_layers=config.layers,
             num_kv_heads=config.kv_heads,
             head_dim=128,
-            dtype={"bf16": "bfloat16", "fp32": "float32"}[config.dtype],
+            dtype=DTYPE_NAMES[self._dtype],
         )
         # the input embedding is looked up, not read
         self.weight_bytes = sum(
@@ -112,14 +113,14 @@ class Variants:
     def _engine_step(self, kept_per_layer: list[int]) -> Callable[[], object]:
         config, layout, growth = self._config, self._layout, 2 * self._config.rounds + 16
         num_kept = tuple(kept for kept in kept_per_layer for _ in range(layout.num_kv_heads))
-        pool = KVPool(config.batch * (layout.body_bytes([kept + growth for kept in num_kept]) + 64), layout)
+        pool = SlabPool(config.batch * (layout.body_bytes([kept + growth for kept in num_kept]) + 64), layout)
         values = torch.randn(layout.body_bytes(num_kept) // ITEM_BYTES[layout.dtype]).to(self._dtype)
         body = values.view(torch.uint8).numpy().data
-        engine = DecodeEngine(self._ours)
+        engine = EagerEngine(self._ours, pool)
         batch = [self._sequence(pool, num_kept, body, growth) for _ in range(config.batch)]
         return lambda: engine.step(batch)
 
-    def _sequence(self, pool: KVPool, num_kept: tuple[int, ...], body: memoryview, growth: int) -> Sequence:
+    def _sequence(self, pool: SlabPool, num_kept: tuple[int, ...], body: memoryview, growth: int) -> Sequence:
         manifest = Manifest(
             transfer=TransferId(request_id="bench", attempt=0, prefill_epoch="bench"),
             model="bench",
@@ -138,7 +139,7 @@ class Variants:
             sampling=Sampling(max_new_tokens=growth),
         )
         extent = pool.allocate(pool.sequence_bytes(num_kept, growth))
-        return Sequence.from_manifest(manifest, pool.install(extent, manifest, body, growth), frozenset())
+        return Sequence.from_manifest(manifest, pool.install(extent, num_kept, body, growth), frozenset())
 
     def _hf_step(self, cache: Any) -> Callable[[], object]:
         config = self._config

@@ -12,8 +12,9 @@ import torch
 from vlcache.v1 import inference_pb2 as public
 
 from decode_worker.config import DecodeConfig
-from decode_worker.kv_pool import KVPool
+from decode_worker.kv_pool.base import Allocation
 from decode_worker.sequence import Sequence
+from decode_worker.worker import build_engine
 from decode_worker.worker import load_model as load_decode
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compute import PrefillCompute
@@ -22,7 +23,6 @@ from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
 from prefill_worker.kv_sender import Ticket
 from prefill_worker.prompt import Prompt, PromptBuilder
 from prefill_worker.worker import load_model as load_prefill
-from shared.kv.extents import Extent
 from shared.kv.manifest import TransferId
 from shared.request.params import Budget, Sampling
 from shared.telemetry.metrics import PrefillMetrics
@@ -45,22 +45,22 @@ class _Decoding:
     tokens: list[int]
     compression: public.Compression | None
     sequence: Sequence | None
-    extent: Extent | None
+    allocation: Allocation | None
 
 
 class LocalPipeline:
     """Answers questions with one model; decodes many at once."""
 
-    def __init__(self, model: str, *, dtype: str, threads: int, kv_memory_bytes: int) -> None:
+    def __init__(self, model: str, *, dtype: str, threads: int, kv_memory_mib: int) -> None:
         prefill = load_prefill(PrefillConfig(model=model, dtype=dtype, threads=threads))  # type: ignore[arg-type]
-        decode = load_decode(DecodeConfig(model=model, dtype=dtype, threads=threads))  # type: ignore[arg-type]
+        decode_config = DecodeConfig(model=model, dtype=dtype, threads=threads, kv_memory_mib=kv_memory_mib)  # type: ignore[arg-type]
+        decode = load_decode(decode_config)
         self._tokenizer = prefill.processor.tokenizer
         self._spec = prefill.spec
         self._builder = PromptBuilder(prefill.processor, prefill.spec, max_images=16)
         metrics = PrefillMetrics(worker="local", model="local")
         self._compute = PrefillCompute(prefill.engine, self._tokenizer, prefill.spec, prefill.identity, metrics)
-        self._engine = decode.engine
-        self._pool = KVPool(kv_memory_bytes, prefill.spec.layout)
+        self._pool, self._engine = build_engine(decode_config, decode)
 
     def build(self, messages: list[public.Message], *, max_new_tokens: int) -> Prompt:
         """The prompt of a conversation."""
@@ -84,12 +84,12 @@ class LocalPipeline:
         first = next(event for event in events if isinstance(event, FirstToken))
         compression = next((event.message for event in events if isinstance(event, Compressed)), None)
         if manifest is None:
-            return _Decoding(tokens=[first.token], compression=compression, sequence=None, extent=None)
+            return _Decoding(tokens=[first.token], compression=compression, sequence=None, allocation=None)
         growth = sampling.max_new_tokens - 1
-        extent = self._pool.allocate(self._pool.sequence_bytes(manifest.num_kept, growth))
-        kv = self._pool.install(extent, manifest, body[: manifest.body_bytes], growth)
+        allocation = self._pool.allocate(self._pool.sequence_bytes(manifest.num_kept, growth))
+        kv = self._pool.install(allocation, manifest.num_kept, body[: manifest.body_bytes], growth)
         sequence = Sequence.from_manifest(manifest, kv, self._spec.eos_token_ids)
-        return _Decoding(tokens=[first.token], compression=compression, sequence=sequence, extent=extent)
+        return _Decoding(tokens=[first.token], compression=compression, sequence=sequence, allocation=allocation)
 
     @torch.inference_mode()
     def _decode(self, batch: list[_Decoding]) -> None:
@@ -102,7 +102,7 @@ class LocalPipeline:
             running = [item for item in running if item.sequence is not None and not item.sequence.finish_reason]
 
     def _finish(self, item: _Decoding) -> Answer:
-        if item.extent is not None:
-            self._pool.free(item.extent)
+        if item.allocation is not None:
+            self._pool.free(item.allocation)
         text = self._tokenizer.decode(item.tokens, skip_special_tokens=True)
         return Answer(tokens=tuple(item.tokens), text=text, compression=item.compression)

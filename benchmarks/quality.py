@@ -24,7 +24,7 @@ from prefill_worker.compression.registry import DEFAULT_POLICY, build_policy
 from prefill_worker.prompt import Prompt
 
 BATCH = 16
-KV_MEMORY_BYTES = 1 << 30
+KV_MEMORY_MIB = 512
 ALL = "all"
 
 
@@ -82,7 +82,7 @@ def messages_for(sample: Sample) -> list[public.Message]:
 
 def measure(config: QualityConfig) -> list[dict[str, Any]]:
     """One row per policy, retention and task, and one with the task `all`."""
-    pipeline = LocalPipeline(config.model, dtype=config.dtype, threads=config.threads, kv_memory_bytes=KV_MEMORY_BYTES)
+    pipeline = LocalPipeline(config.model, dtype=config.dtype, threads=config.threads, kv_memory_mib=KV_MEMORY_MIB)
     settings = [(name, retention) for name in config.policies for retention in config.retentions]
     scored: dict[tuple[str, float], list[Scored]] = {setting: [] for setting in settings}
     with tqdm(total=config.samples * len(settings), unit="answer", file=sys.stderr) as progress:

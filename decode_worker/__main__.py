@@ -8,7 +8,7 @@ import contextlib
 from decode_worker.config import DecodeConfig
 from decode_worker.kv_receiver import SERVICE_NAME as TRANSFER_SERVICE_NAME
 from decode_worker.service import SERVICE_NAME
-from decode_worker.worker import DecodeWorker, load_model
+from decode_worker.worker import DecodeWorker, build_engine, load_model
 from shared.config import parse_config
 from shared.rpc.lifecycle import stop_signal
 from shared.rpc.server import RpcServer
@@ -19,7 +19,8 @@ from shared.telemetry.logs import configure_logging
 
 async def serve(config: DecodeConfig) -> None:
     """Runs the worker until SIGTERM or SIGINT, then drains."""
-    worker = DecodeWorker(config, load_model(config))
+    model = load_model(config)
+    worker = DecodeWorker(config, model, *build_engine(config, model))
     server = await RpcServer.start(
         name=config.name,
         host=config.listen.host,

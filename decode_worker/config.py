@@ -23,11 +23,16 @@ class DecodeConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of weights and KV; must be that of the prefill workers."""
     device: str = "cpu"
-    """torch device."""
+    """torch device; on the CPU the KV lies in slabs, on a GPU in blocks."""
     threads: int = 0
     """torch threads; 0 leaves torch's own choice."""
     kv_memory_mib: int = 512
-    """Memory for KV, MiB; allocated once at start."""
+    """Memory for KV on the device, MiB; allocated once at start."""
+    block_size: int = 16
+    """Tokens in a block of KV on a GPU."""
+    promised_tokens: int | None = None
+    """New tokens whose room a reservation includes; without it all that a request may generate. A small number admits
+    more sequences; one that outgrows it waits outside the pool for room, together with the youngest when it is full."""
     transport: Literal["auto", "grpc"] = "auto"
     """auto maps the arena of a prefill worker on the same host; grpc never does."""
     max_batch: int = 64
@@ -38,8 +43,8 @@ class DecodeConfig:
     """Time that running sequences get to finish at SIGTERM, seconds."""
 
     def __post_init__(self) -> None:
-        for name in ("kv_memory_mib", "max_batch"):
+        for name in ("kv_memory_mib", "max_batch", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.device != "cpu":
-            raise ValueError("the decode worker runs on the CPU; there is no other KV storage yet")
+        if self.promised_tokens is not None and self.promised_tokens < 1:
+            raise ValueError(f"promised_tokens must be at least 1, not {self.promised_tokens}")

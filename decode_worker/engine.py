@@ -3,85 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Batch
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
+from decode_worker.kv_pool.base import KVPool
 from decode_worker.sequence import Sequence
-from shared.kernels.reference.slab_attention import slab_attention
+from shared.model.attention import LayerHook
 from shared.model.sampler import sample
 
 
-class DecodeEngine:
-    """Runs in the step thread; holds no state between steps."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+class DecodeEngine(Protocol):
+    """What the step thread runs; holds nothing of a sequence between steps."""
 
     def step(self, batch: Batch[Sequence]) -> list[int]:
         """Feeds every sequence its last token and draws the next one; the KV of the fed tokens is appended."""
-        logits = self.logits(batch)
-        if all(sequence.sampling.temperature == 0 for sequence in batch):
-            return logits.argmax(dim=-1).tolist()
-        # the drawn token will stand one position after the fed one
-        return [
-            sample(row, sequence.sampling, sequence.next_position + 1)
-            for row, sequence in zip(logits, batch, strict=True)
-        ]
+
+
+class EagerEngine:
+    """Runs layer by layer as Python says: all that a CPU needs."""
+
+    def __init__(self, model: PreTrainedModel, pool: KVPool[Any, Any]) -> None:
+        self._model = model
+        self._pool = pool
 
     @torch.inference_mode()
-    def logits(self, batch: Batch[Sequence]) -> torch.Tensor:
-        """Logits after the last token of every sequence, [batch, vocab] fp32."""
-        output = self._model(
-            input_ids=torch.tensor([[sequence.last_token] for sequence in batch]),
-            position_ids=torch.tensor([[sequence.next_position] for sequence in batch]),
-            past_key_values=_PoolCache(),
-            use_cache=True,
-            vlc=_BatchAttention(batch),
-        )
-        return output.logits[:, -1].float()
+    def step(self, batch: Batch[Sequence]) -> list[int]:
+        """See `DecodeEngine`."""
+        attention = self._pool.attention([sequence.kv for sequence in batch])
+        device = self._model.device
+        tokens = torch.tensor([[sequence.last_token] for sequence in batch], device=device)
+        positions = torch.tensor([[sequence.next_position] for sequence in batch], device=device)
+        logits = forward(self._model, tokens, positions, attention)
+        for sequence in batch:
+            sequence.kv.appended += 1
+        return draw(batch, logits, logits.argmax(dim=-1))
 
 
-class _BatchAttention:
-    """The `LayerHook` of one step: appends the new token's KV, then attends sequence by sequence.
-
-    A loop of SDPA over contiguous slabs runs at memory bandwidth; padding the batch loses the padding's share.
-    """
-
-    def __init__(self, batch: Batch[Sequence]) -> None:
-        self._batch = batch
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-    ) -> torch.Tensor:
-        """See `LayerHook.attend`; one query per sequence."""
-        assert mask is None, "a ragged batch has no mask"
-        rows = [
-            _attend_sequence(sequence, layer, query[i, :, 0], key[i, :, 0], value[i, :, 0], scaling)
-            for i, sequence in enumerate(self._batch)
-        ]
-        return torch.stack(rows)[:, None]
-
-
-def _attend_sequence(
-    sequence: Sequence, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+def forward(
+    model: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor, attention: LayerHook
 ) -> torch.Tensor:
-    """query [num_query_heads, head_dim], key and value [num_kv_heads, head_dim] -> [num_query_heads, head_dim]."""
-    groups, group_size = sequence.kv[layer], query.shape[0] // key.shape[0]
-    outputs = []
-    for group in groups:
-        group.append(key, value)
-        heads = slice(group.heads.start * group_size, group.heads.stop * group_size)
-        kept = slice(0, group.length)
-        outputs.append(slab_attention(query[heads], group.key[:, kept], group.value[:, kept], scaling))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    """Logits after one token of every sequence, [batch, vocab]; tokens and positions are [batch, 1] int64."""
+    output = model(
+        input_ids=tokens, position_ids=positions, past_key_values=_PoolCache(), use_cache=True, vlc=attention
+    )
+    return output.logits[:, -1]
+
+
+def draw(batch: Batch[Sequence], logits: torch.Tensor, greedy: torch.Tensor) -> list[int]:
+    """The next token of every sequence.
+
+    Args:
+        logits: [batch, vocab].
+        greedy: [batch] int64, their highest entries.
+    """
+    tokens = greedy.tolist()
+    for row, sequence in enumerate(batch):
+        if sequence.sampling.temperature > 0:
+            # the drawn token will stand one position after the fed one
+            tokens[row] = sample(logits[row].float().cpu(), sequence.sampling, sequence.next_position + 1)
+    return tokens
 
 
 class _PoolCache:

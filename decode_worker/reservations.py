@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from decode_worker.kv_pool import KVPool
+from decode_worker.kv_pool.base import Allocation, ExportedKV, KVPool
 from decode_worker.sequence import Sequence
 from decode_worker.token_outbox import Subscription
-from shared.errors import AlreadyCommittedError, DuplicateRequestError, NotFoundError
+from shared.errors import AlreadyCommittedError, DuplicateRequestError, NotFoundError, ResourceExhaustedError
 from shared.kv.arena import ArenaView
-from shared.kv.extents import Extent
 from shared.model.text_stream import TextStream
 
 TOKEN_BYTES = 16
@@ -32,13 +33,17 @@ class Reservation:
     """Memory of one request. Touched on the event loop only.
 
     `token` is its secret: random, so a late message for an ended reservation finds nothing and revives nothing.
+    `arrival` counts up: who came first is served first. `allocation` is None while the sequence is parked outside the
+    pool; `parked` is its KV then. `in_use` says that the step thread or a copy uses the memory, which must therefore
+    outlive the end.
     """
 
     token: bytes
     request_id: str
     attempt: int
     prefill_epoch: str
-    extent: Extent
+    arrival: int
+    allocation: Allocation | None
     max_new_tokens: int
     arena: ArenaView | None
     expires_at: float
@@ -47,7 +52,8 @@ class Reservation:
     text: TextStream | None = None
     subscription: Subscription | None = None
     stop_fill: Callable[[], object] = lambda: None
-    joined: bool = False
+    parked: ExportedKV | None = None
+    in_use: bool = False
     ended: bool = False
 
     @property
@@ -55,15 +61,21 @@ class Reservation:
         """Whether it ends when nobody renews it: until it is installed and someone reads its tokens."""
         return self.stage is not Stage.ACTIVE or self.subscription is None
 
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes that it holds of the pool."""
+        return self.allocation.nbytes if self.allocation else 0
+
 
 class Reservations:
-    """Owner of all reservations and, through them, of every extent of the pool.
+    """Owner of all reservations and, through them, of every allocation of the pool.
 
-    Conservation law: the extents of the reservations are exactly what the pool has given out.
+    Conservation law: the allocations of the reservations are exactly what the pool has given out.
     """
 
-    def __init__(self, pool: KVPool, *, lease_s: float) -> None:
+    def __init__(self, pool: KVPool[Any, Any], *, lease_s: float) -> None:
         self._pool = pool
+        self._arrivals = itertools.count()
         self._by_token: dict[bytes, Reservation] = {}
         # ended, but a thread still uses the memory
         self._lingering: set[Reservation] = set()
@@ -71,6 +83,8 @@ class Reservations:
         self.idle = asyncio.Event()
         """Set while nothing is held."""
         self.idle.set()
+        self.on_free: Callable[[], object] = lambda: None
+        """Called after memory went back to the pool."""
 
     def __iter__(self) -> Iterator[Reservation]:
         return iter(list(self._by_token.values()))
@@ -89,17 +103,21 @@ class Reservations:
         """Promises `nbytes`.
 
         Raises:
-            ResourceExhaustedError: No room.
+            ResourceExhaustedError: No room, or someone who was here before waits for some.
+            TooLargeError: There never will be room.
             DuplicateRequestError: The same attempt holds a reservation.
         """
         if any((held.request_id, held.attempt) == (request_id, attempt) for held in self._by_token.values()):
             raise DuplicateRequestError(f"request {request_id!r} already holds a reservation")
+        if any(held.parked for held in self._by_token.values()):
+            raise ResourceExhaustedError("sequences wait for KV memory", reason="KV_FULL", retry_after_s=0.1)
         reservation = Reservation(
             token=secrets.token_bytes(TOKEN_BYTES),
             request_id=request_id,
             attempt=attempt,
             prefill_epoch=prefill_epoch,
-            extent=self._pool.allocate(nbytes),
+            arrival=next(self._arrivals),
+            allocation=self._pool.allocate(nbytes),
             max_new_tokens=max_new_tokens,
             arena=arena,
             expires_at=now + self.lease_s,
@@ -143,7 +161,22 @@ class Reservations:
         """The parcel is installed; what the bound had too much is given back."""
         reservation.stage = Stage.ACTIVE
         reservation.sequence = sequence
-        reservation.extent = self._pool.shrink(reservation.extent, nbytes)
+        reservation.allocation = self._pool.shrink(reservation.allocation, nbytes)
+        self.on_free()
+
+    def vacate(self, reservation: Reservation) -> None:
+        """Gives the pool its memory back while the reservation lives on, parked; no thread uses it any more."""
+        self._pool.free(reservation.allocation)
+        reservation.allocation = None
+        self.on_free()
+
+    def occupy(self, reservation: Reservation, nbytes: int) -> None:
+        """Takes memory for a parked sequence again.
+
+        Raises:
+            ResourceExhaustedError: No room.
+        """
+        reservation.allocation = self._pool.allocate(nbytes)
 
     def end(self, reservation: Reservation) -> None:
         """Forgets a reservation. Its memory is free at once unless a thread still uses it. Idempotent."""
@@ -154,16 +187,19 @@ class Reservations:
         self._lingering.add(reservation)
         if reservation.stage is Stage.FILLING:
             reservation.stop_fill()
-        elif not reservation.joined:
+        elif not reservation.in_use:
             self.release_memory(reservation)
 
     def release_memory(self, reservation: Reservation) -> None:
         """Frees the memory of an ended reservation that no thread uses any more."""
         assert reservation.ended
         self._lingering.remove(reservation)
-        self._pool.free(reservation.extent)
         if not self._by_token and not self._lingering:
             self.idle.set()
+        if reservation.allocation is None:
+            self.on_free()  # who waits behind it need not wait for it any more
+        else:
+            self.vacate(reservation)
 
     def renew(self, reservation: Reservation, now: float) -> None:
         """Extends the lease."""
@@ -176,7 +212,12 @@ class Reservations:
     def bytes_in(self, stage: Stage) -> int:
         """Bytes of all reservations in a stage, ended ones that linger included."""
         held = (*self._by_token.values(), *self._lingering)
-        return sum(reservation.extent.nbytes for reservation in held if reservation.stage is stage)
+        return sum(reservation.pool_bytes for reservation in held if reservation.stage is stage)
+
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes of KV outside the pool."""
+        return sum(len(held.parked.body) for held in self._by_token.values() if held.parked)
 
     def check_integrity(self) -> None:
         """Asserts the conservation law."""

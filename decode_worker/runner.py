@@ -10,7 +10,8 @@ from typing import Any
 
 from vlcache.v1 import inference_pb2 as public
 
-from decode_worker.kv_pool import KVPool
+from decode_worker.kv_pool.base import KVPool, SequenceKV
+from decode_worker.parking import Parking
 from decode_worker.reservations import Reservation, Reservations
 from decode_worker.scheduler import DecodeScheduler, NewToken, StepOutcome
 from decode_worker.sequence import Sequence
@@ -36,14 +37,16 @@ class DecodeRunner:
     def __init__(
         self,
         *,
-        pool: KVPool,
+        pool: KVPool[Any, Any],
         reservations: Reservations,
         identity: ModelIdentity,
         tokenizer: Any,
         eos_token_ids: frozenset[int],
+        promised_tokens: int | None,
         metrics: DecodeMetrics,
     ) -> None:
         self._pool = pool
+        self._promised_tokens = promised_tokens
         self._reservations = reservations
         self._identity = identity
         self._tokenizer = tokenizer
@@ -53,10 +56,25 @@ class DecodeRunner:
         self._scheduler: DecodeScheduler
         # copies parcels into the pool, so that neither the event loop nor a step waits for memory
         self._install_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="install")
+        # asked to leave the batch because someone older needs their memory
+        self._evicted: set[Reservation] = set()
+        self._parking = Parking(
+            pool=pool,
+            reservations=reservations,
+            thread=self._install_thread,
+            promised_tokens=promised_tokens or 1,
+            make_room=self._evict_younger,
+            rejoin=self._join,
+        )
 
     def connect(self, scheduler: DecodeScheduler) -> None:
         """Names the scheduler that delivers here; each of the two needs the other."""
         self._scheduler = scheduler
+
+    def promised(self, max_new_tokens: int) -> int:
+        """New tokens whose room comes with a reservation; the KV of the last token is never needed."""
+        growth = max_new_tokens - 1
+        return growth if self._promised_tokens is None else min(growth, self._promised_tokens)
 
     def check_parcel(self, reservation: Reservation, manifest: Manifest) -> None:
         """Compares a parcel with what was reserved, before anything is allocated or read.
@@ -75,9 +93,11 @@ class DecodeRunner:
             raise InvalidRequestError("the first token was the last one", reason="NOTHING_TO_GENERATE")
         if manifest.first_token >= self._identity.vocabulary:
             raise InvalidRequestError("the first token is not in the vocabulary", reason="FIRST_TOKEN")
+        if manifest.logical_length + manifest.sampling.max_new_tokens - 1 > self._identity.context_tokens:
+            raise InvalidRequestError("prompt and answer exceed the model's context", reason="CONTEXT_LENGTH")
         if manifest.sampling.max_new_tokens > reservation.max_new_tokens:
             raise InvalidRequestError("more new tokens than were reserved", reason="OVER_RESERVATION")
-        if self._bytes_needed(manifest) > reservation.extent.nbytes:
+        if self._bytes_needed(manifest) > reservation.pool_bytes:
             raise InvalidRequestError("the parcel is larger than its reservation", reason="OVER_RESERVATION")
 
     async def install(self, reservation: Reservation, manifest: Manifest, body: memoryview) -> None:
@@ -129,7 +149,7 @@ class DecodeRunner:
         """Ends a request at whatever stage; a reader hears `error`."""
         if error is not None and reservation.subscription is not None and not reservation.ended:
             reservation.subscription.fail(error)
-        if reservation.joined and reservation.sequence is not None:
+        if reservation.sequence in self._joined:
             self._scheduler.leave(reservation.sequence)
         self._reservations.end(reservation)
 
@@ -148,7 +168,9 @@ class DecodeRunner:
         for sequence in outcome.failed:
             self.end(self._joined[sequence], InternalError("the decode step failed; the worker's log has the details"))
         for sequence in (*outcome.left, *outcome.failed):
-            self._forget(self._joined.pop(sequence))
+            self._let_go(self._joined.pop(sequence), "evicted")
+        for sequence in outcome.outgrown:
+            self._let_go(self._joined.pop(sequence), "outgrown")
 
     async def drain(self, timeout_s: float) -> None:
         """Lets what is in flight finish for `timeout_s`, then ends it."""
@@ -168,23 +190,44 @@ class DecodeRunner:
         """Asserts that every extent has an owner."""
         self._reservations.check_integrity()
 
-    def _copy(self, reservation: Reservation, manifest: Manifest, body: memoryview) -> Any:
-        growth = manifest.sampling.max_new_tokens - 1
-        kv = self._pool.install(reservation.extent, manifest, body, growth)
+    def _copy(self, reservation: Reservation, manifest: Manifest, body: memoryview) -> SequenceKV:
+        growth = self.promised(manifest.sampling.max_new_tokens)
+        kv = self._pool.install(reservation.allocation, manifest.num_kept, body, growth)
         # after the copy: a slot that was reused meanwhile shows
         manifest.check_digest(body)
         return kv
 
     def _bytes_needed(self, manifest: Manifest) -> int:
-        # the KV of the last token is never needed
-        return self._pool.sequence_bytes(manifest.num_kept, manifest.sampling.max_new_tokens - 1)
+        return self._pool.sequence_bytes(manifest.num_kept, self.promised(manifest.sampling.max_new_tokens))
 
     def _join_when_ready(self, reservation: Reservation) -> None:
-        if reservation.sequence is None or reservation.subscription is None:
-            return
-        reservation.joined = True
+        if reservation.sequence is not None and reservation.subscription is not None:
+            self._join(reservation)
+
+    def _join(self, reservation: Reservation) -> None:
+        assert reservation.sequence is not None
+        reservation.in_use = True
         self._joined[reservation.sequence] = reservation
         self._scheduler.join(reservation.sequence)
+
+    def _evict_younger(self, waiting: Reservation) -> None:
+        """Asks the youngest running sequence to leave for an older one; one at a time, since it may suffice."""
+        younger = [sequence for sequence, running in self._joined.items() if running.arrival > waiting.arrival]
+        if younger and not self._evicted:
+            victim = max(younger, key=lambda sequence: self._joined[sequence].arrival)
+            self._evicted.add(self._joined[victim])
+            self._scheduler.leave(victim)
+
+    def _let_go(self, reservation: Reservation, reason: str) -> None:
+        """The step thread no longer touches the sequence: its memory is free, or it is moved out to come back."""
+        self._evicted.discard(reservation)
+        finished = reservation.sequence is None or reservation.sequence.finish_reason
+        if finished or reservation.ended:
+            self._reservations.end(reservation)
+            self._reservations.release_memory(reservation)
+        else:
+            self._metrics.labelled(self._metrics.preemptions, reason=reason).inc()
+            self._parking.park(reservation)
 
     def _send(self, reservation: Reservation, new: NewToken) -> None:
         assert reservation.text is not None
@@ -197,8 +240,3 @@ class DecodeRunner:
         reservation.subscription.send(tokens=[new.token], text=text, finish_reason=reason)
         if reason:
             self.end(reservation)
-
-    def _forget(self, reservation: Reservation) -> None:
-        """The step thread no longer touches the sequence."""
-        self._reservations.end(reservation)
-        self._reservations.release_memory(reservation)

@@ -27,10 +27,15 @@ class NewToken:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What one turn of the loop did; the step thread no longer touches the sequences in `left` and `failed`."""
+    """What one turn of the loop did.
+
+    The step thread no longer touches the sequences in `left` (asked to, or finished), `outgrown` (no room for their
+    next token) and `failed`.
+    """
 
     tokens: list[NewToken] = field(default_factory=list)
     left: list[Sequence] = field(default_factory=list)
+    outgrown: list[Sequence] = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
 
 
@@ -114,9 +119,10 @@ class DecodeScheduler:
         return left
 
     def _turn(self, left: list[Sequence]) -> StepOutcome:
-        batch = self._running
+        outgrown = [sequence for sequence in self._running if sequence.kv.full]
+        batch = self._running = [sequence for sequence in self._running if not sequence.kv.full]
         if not batch:
-            return StepOutcome(left=left)
+            return StepOutcome(left=left, outgrown=outgrown)
         started = time.monotonic()
         try:
             tokens = self._engine.step(batch)
@@ -124,7 +130,7 @@ class DecodeScheduler:
             # a bug, but not one that may hang the clients of this worker
             log.exception("a step of %d sequences failed", len(batch))
             self._running = []
-            return StepOutcome(left=left, failed=batch)
+            return StepOutcome(left=left, outgrown=outgrown, failed=batch)
         self._metrics.step_seconds.observe(time.monotonic() - started)
         self._metrics.batch_size.observe(len(batch))
         new_tokens = []
@@ -133,4 +139,4 @@ class DecodeScheduler:
             new_tokens.append(NewToken(sequence, token, sequence.finish_reason))
         finished = [sequence for sequence in batch if sequence.finish_reason]
         self._running = [sequence for sequence in batch if not sequence.finish_reason]
-        return StepOutcome(tokens=new_tokens, left=left + finished)
+        return StepOutcome(tokens=new_tokens, left=left + finished, outgrown=outgrown)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from vlcache.v1 import inference_pb2 as public
 
-from decode_worker.kv_pool import SequenceKV
+from decode_worker.kv_pool.base import SequenceKV
 from shared.kv.manifest import Manifest
 from shared.request.params import Sampling
 

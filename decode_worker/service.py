@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 from vlcache.v1 import inference_pb2 as public
@@ -13,7 +14,7 @@ from vlcache.worker.v1 import decode_pb2 as pb
 from vlcache.worker.v1 import decode_pb2_grpc, worker_pb2
 
 from decode_worker.arena_directory import ArenaDirectory
-from decode_worker.kv_pool import KVPool
+from decode_worker.kv_pool.base import KVPool
 from decode_worker.reservations import Reservations, Stage
 from decode_worker.runner import DecodeRunner
 from decode_worker.scheduler import DecodeScheduler
@@ -40,7 +41,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         name: str,
         epoch: str,
         identity: ModelIdentity,
-        pool: KVPool,
+        pool: KVPool[Any, Any],
         reservations: Reservations,
         runner: DecodeRunner,
         scheduler: DecodeScheduler,
@@ -82,13 +83,14 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     ) -> pb.ReserveResponse:
         """See the proto file."""
         self._check_reserve(request)
+        self._pool.check_fits(self._pool.bound_bytes(request.kept_tokens_bound, request.max_new_tokens - 1))
         arena = await self._arenas.find(request.arena_socket, request.prefill_epoch) if self._arenas else None
-        tokens = request.kept_tokens_bound + request.max_new_tokens - 1
+        growth = self._runner.promised(request.max_new_tokens)
         reservation = self._reservations.reserve(
             request_id=request.request_id,
             attempt=request.attempt,
             prefill_epoch=request.prefill_epoch,
-            nbytes=self._identity.layout.full_bytes(tokens),
+            nbytes=self._pool.bound_bytes(request.kept_tokens_bound, growth),
             max_new_tokens=request.max_new_tokens,
             arena=arena,
             now=time.monotonic(),
@@ -96,7 +98,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         return pb.ReserveResponse(
             token=reservation.token,
             transport="memory" if arena else "grpc",
-            reserved_bytes=reservation.extent.nbytes,
+            reserved_bytes=reservation.pool_bytes,
             lease_s=self._reservations.lease_s,
         )
 

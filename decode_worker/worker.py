@@ -11,17 +11,22 @@ from typing import Any
 
 import grpc
 import torch
+from transformers import PreTrainedModel
 from vlcache.worker.v1 import decode_pb2_grpc
 
 from decode_worker.arena_directory import ArenaDirectory
 from decode_worker.config import DecodeConfig
-from decode_worker.engine import DecodeEngine
-from decode_worker.kv_pool import KVPool
+from decode_worker.engine import DecodeEngine, EagerEngine
+from decode_worker.graph_engine import GraphEngine
+from decode_worker.kv_pool.base import KVPool
+from decode_worker.kv_pool.blocks import BlockPool
+from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.kv_receiver import KVReceiver
 from decode_worker.reservations import Reservations, Stage
 from decode_worker.runner import DecodeRunner
 from decode_worker.scheduler import DecodeScheduler, StepOutcome
 from decode_worker.service import DecodeServicer
+from shared.kernels.dispatch import kernels_for
 from shared.model.identity import ModelIdentity
 from shared.model.loading import load_decode_model, load_spec, load_tokenizer, pick_dtype, resolve_checkpoint
 from shared.model.spec import VLMSpec
@@ -36,7 +41,7 @@ EXPIRY_PERIOD_S = 0.5
 class LoadedModel:
     """Everything that comes from the checkpoint: the language model and the tokenizer, no vision."""
 
-    engine: DecodeEngine
+    model: PreTrainedModel
     tokenizer: Any
     spec: VLMSpec
     identity: ModelIdentity
@@ -56,19 +61,36 @@ def load_model(config: DecodeConfig) -> LoadedModel:
     dtype = pick_dtype(config.dtype, device)
     spec = load_spec(path, dtype)
     return LoadedModel(
-        engine=DecodeEngine(load_decode_model(path, dtype=dtype, device=device)),
+        model=load_decode_model(path, dtype=dtype, device=device),
         tokenizer=load_tokenizer(path),
         spec=spec,
         identity=ModelIdentity.of(config.model_name, path, spec),
     )
 
 
-class DecodeWorker:
-    """A ready worker; must be built on the event loop that it serves on."""
+def build_engine(config: DecodeConfig, model: LoadedModel) -> tuple[KVPool[Any, Any], DecodeEngine]:
+    """The KV pool and the steps over it that suit the device; takes all memory that decoding will need."""
+    capacity, layout, device = config.kv_memory_mib * MIB, model.identity.layout, model.model.device
+    if device.type == "cpu":
+        slabs = SlabPool(capacity, layout)
+        return slabs, EagerEngine(model.model, slabs)
+    blocks = BlockPool(
+        capacity,
+        layout,
+        device=device,
+        kernels=kernels_for(device),
+        block_size=config.block_size,
+        max_batch=config.max_batch,
+        max_tokens=model.identity.context_tokens,
+    )
+    return blocks, GraphEngine(model.model, blocks, max_batch=config.max_batch)
 
-    def __init__(self, config: DecodeConfig, model: LoadedModel) -> None:
+
+class DecodeWorker:
+    """A ready worker over what `build_engine` made; must be built on the event loop that it serves on."""
+
+    def __init__(self, config: DecodeConfig, model: LoadedModel, pool: KVPool[Any, Any], engine: DecodeEngine) -> None:
         self.metrics = DecodeMetrics(worker=config.name, model=model.identity.name)
-        pool = KVPool(config.kv_memory_mib * MIB, model.identity.layout)
         self._reservations = Reservations(pool, lease_s=config.lease_s)
         self.runner = DecodeRunner(
             pool=pool,
@@ -76,6 +98,7 @@ class DecodeWorker:
             identity=model.identity,
             tokenizer=model.tokenizer,
             eos_token_ids=model.spec.eos_token_ids,
+            promised_tokens=config.promised_tokens,
             metrics=self.metrics,
         )
         loop = asyncio.get_running_loop()
@@ -83,7 +106,7 @@ class DecodeWorker:
         def deliver(outcome: StepOutcome) -> None:
             loop.call_soon_threadsafe(self.runner.deliver, outcome)
 
-        scheduler = DecodeScheduler(model.engine, deliver, max_batch=config.max_batch, metrics=self.metrics)
+        scheduler = DecodeScheduler(engine, deliver, max_batch=config.max_batch, metrics=self.metrics)
         self.runner.connect(scheduler)
         self._arenas = ArenaDirectory() if config.transport == "auto" else None
         self._receiver = KVReceiver(self.runner, self._reservations)
@@ -100,7 +123,9 @@ class DecodeWorker:
         self._expiry = loop.create_task(self._expire_leases())
         for stage in Stage:
             self.metrics.watch_resident(stage.value, partial(self._reservations.bytes_in, stage))
+        self.metrics.watch_resident("parked", lambda: self._reservations.parked_bytes)
         self.metrics.cache_usage.set_function(lambda: pool.used_bytes / pool.capacity)
+        self.metrics.fragmentation.set_function(lambda: pool.fragmentation)
         self.metrics.requests_running.set_function(lambda: scheduler.running)
         self.metrics.requests_waiting.set_function(lambda: scheduler.waiting)
 

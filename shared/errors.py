@@ -124,10 +124,3 @@ class RequestCancelledError(ServiceError):
 
     code = "CANCELLED"
     default_reason = "CANCELLED"
-
-
-class PermissionDeniedError(ServiceError):
-    """A wrong secret."""
-
-    code = "PERMISSION_DENIED"
-    default_reason = "PERMISSION_DENIED"

@@ -60,10 +60,6 @@ class KVLayout:
         """Bytes of a parcel body; `num_kept` is layer-major, one count per layer and KV head."""
         return 2 * self.row_bytes * sum(num_kept)
 
-    def bound_bytes(self, kept_tokens: int) -> int:
-        """Upper bound of a parcel body when layers keep `kept_tokens` on average."""
-        return self.full_bytes(kept_tokens)
-
     def sections(self, num_kept: Sequence[int]) -> Iterator[Section]:
         """The layers of a parcel body in order.
 

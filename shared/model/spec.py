@@ -13,7 +13,9 @@ from shared.kv.layout import KVLayout
 UNSUPPORTED_TEXT_FIELDS = ("attn_logit_softcapping", "attn_logit_softcap")
 SUPPORTED_MODEL_TYPES = ("llava",)
 
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""By their names in a `KVLayout`."""
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class UnsupportedModelError(ValueError):

@@ -139,6 +139,10 @@ class DecodeMetrics(_WorkerMetrics):
     def __init__(self, *, worker: str, model: str) -> None:
         super().__init__(role="decode", worker=worker, model=model)
         self.cache_usage = self._gauge("kv_cache_usage_ratio", "Share of the KV pool in use")
+        self.fragmentation = self._gauge(
+            "kv_fragmentation_ratio", "Share of the pool's free bytes that one sequence cannot have"
+        )
+        self.preemptions = self._counter("preemptions_total", "Sequences that were moved out of the KV pool", "reason")
         self.lease_expired = self._counter("lease_expired_total", "Leases that ended unrenewed", "side")
         self.step_seconds = self._histogram("decode_step_seconds", "One step of the running batch", STAGE_BUCKETS)
         self.batch_size = self._histogram("decode_batch_size", "Sequences in a step", (1, 2, 4, 8, 16, 32, 64, 128))

@@ -52,7 +52,7 @@ def test_uncompressed_bytes_are_those_of_the_tensors(layout: KVLayout, tokens: i
     cache = np.zeros((layout.num_layers, 2, layout.num_kv_heads, tokens, layout.head_dim), item)
     assert layout.full_bytes(tokens) == cache.nbytes
     heads = layout.num_layers * layout.num_kv_heads
-    assert layout.body_bytes([tokens] * heads) == cache.nbytes == layout.bound_bytes(tokens)
+    assert layout.body_bytes([tokens] * heads) == cache.nbytes == layout.full_bytes(tokens)
     assert layout.token_bytes == cache.nbytes // tokens if tokens else layout.token_bytes > 0
 
 
@@ -60,7 +60,7 @@ def test_uncompressed_bytes_are_those_of_the_tensors(layout: KVLayout, tokens: i
 def test_the_bound_holds_for_every_body_with_that_mean(case: tuple[KVLayout, tuple[int, ...]]) -> None:
     layout, num_kept = case
     mean = -(-sum(num_kept) // len(num_kept))
-    assert layout.body_bytes(num_kept) <= layout.bound_bytes(mean)
+    assert layout.body_bytes(num_kept) <= layout.full_bytes(mean)
 
 
 @given(ragged(), st.integers(6, 50))

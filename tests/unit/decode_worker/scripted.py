@@ -7,7 +7,7 @@ import dataclasses
 import threading
 from typing import Any
 
-from decode_worker.kv_pool import KVPool
+from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.sequence import Sequence
 from decode_worker.worker import LoadedModel
 from shared.request.params import Sampling
@@ -55,6 +55,8 @@ class ScriptedEngine:
         self.batches.append([each.sampling.seed for each in batch])
         if self.error is not None:
             raise self.error
+        for each in batch:
+            each.kv.appended += 1
         return [self._next(each) for each in batch]
 
     def _next(self, each: Sequence) -> int:
@@ -63,21 +65,30 @@ class ScriptedEngine:
         return script[done] if done < len(script) else 10 + done
 
 
-def scripted(loaded: LoadedModel) -> tuple[LoadedModel, ScriptedEngine]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScriptedModel(LoadedModel):
+    """A checkpoint whose engine is replaced."""
+
+    engine: ScriptedEngine
+
+
+def scripted(loaded: LoadedModel) -> tuple[ScriptedModel, ScriptedEngine]:
     """The loaded model with another engine."""
     engine = ScriptedEngine()
-    return dataclasses.replace(loaded, engine=engine), engine
+    return ScriptedModel(
+        **{field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)}, engine=engine
+    ), engine
 
 
 def held_installs(monkeypatch: Any) -> Gate:
     """A gate before every copy of a parcel into the pool."""
-    gate, install = Gate(), KVPool.install
+    gate, install = Gate(), SlabPool.install
 
     def waiting(*args: Any) -> Any:
         gate.pass_through()
         return install(*args)
 
-    monkeypatch.setattr(KVPool, "install", waiting)
+    monkeypatch.setattr(SlabPool, "install", waiting)
     return gate
 
 

@@ -7,14 +7,16 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
-from decode_worker.kv_pool import HeadGroup, KVPool, SequenceKV
+from decode_worker.kv_pool.base import KVPool, SequenceKV
+from decode_worker.kv_pool.slabs import SlabAttention, SlabKV
 from decode_worker.sequence import Sequence
 from shared.kv.layout import KVLayout
 from shared.request.params import Sampling
-from tests.unit.decode_worker.parcels import body_of, manifest_of
+from tests.unit.decode_worker.parcels import body_of
 from tests.unit.decode_worker.tiny import HEAD_DIM, KV_HEADS, LAYERS, tokenizer
 
 LAYOUT = KVLayout(num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32")
@@ -68,32 +70,36 @@ def some(seed: int, num_tokens: int, *, ragged: bool = True) -> Kept:
     return [[sorted(draw.sample(range(num_tokens), count)) for count in heads] for heads in counts]
 
 
-def slabs(prefilled: Prefilled, kept: Kept, growth: int) -> SequenceKV:
-    """As `KVPool.install` cuts them, but in any dtype; what is undefined is NaN."""
-    layers, rows = [], iter(prefilled.rows(kept))
-    for heads in kept:
-        pairs = [next(rows) for _ in heads]
-        equal = len({len(indices) for indices in heads}) == 1
-        runs = [slice(0, len(heads))] if equal else [slice(head, head + 1) for head in range(len(heads))]
-        layers.append([_group(run, pairs[run], growth) for run in runs])
-    return layers
+class DoublePool:
+    """Slabs in double precision, which no layout has; what is undefined is NaN."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.float64)
+
+    def install(self, prefilled: Prefilled, kept: Kept, growth: int) -> SlabKV:
+        """Keeps some of a prompt."""
+        begins, pieces, at = [], [self._memory], self._memory.numel()
+        for pair in prefilled.rows(kept):
+            for rows in pair:
+                begins.append(at)
+                pieces += [rows.flatten(), rows.new_full((growth * HEAD_DIM,), torch.nan)]
+                at += rows.numel() + growth * HEAD_DIM
+        self._memory = torch.cat(pieces)
+        places = np.array(begins).reshape(LAYERS, KV_HEADS, 2)
+        counts = np.array([[len(indices) for indices in heads] for heads in kept])
+        return SlabKV(kept=counts, room=growth, key_at=places[..., 0], value_at=places[..., 1])
+
+    def attention(self, batch: Items[SlabKV]) -> SlabAttention:
+        """See `KVPool`."""
+        return SlabAttention(self._memory, batch)
 
 
-def _group(heads: slice, pairs: list[tuple[torch.Tensor, torch.Tensor]], growth: int) -> HeadGroup:
-    slabs = []
-    for part in range(2):
-        rows = torch.stack([pair[part] for pair in pairs])
-        undefined = rows.new_full((len(pairs), growth, HEAD_DIM), torch.nan)
-        slabs.append(torch.cat([rows, undefined], dim=1))
-    return HeadGroup(heads, slabs[0], slabs[1], rows.shape[1])
-
-
-def pooled(pool: KVPool, prefilled: Prefilled, kept: Kept, growth: int) -> SequenceKV:
+def pooled(pool: KVPool[Any, Any], prefilled: Prefilled, kept: Kept, growth: int) -> SequenceKV:
     """Through a parcel, into the pool."""
     num_kept = [len(indices) for heads in kept for indices in heads]
     body = body_of(prefilled.rows(kept), LAYOUT)
     extent = pool.allocate(pool.sequence_bytes(tuple(num_kept), growth))
-    return pool.install(extent, manifest_of(LAYOUT, num_kept, body), memoryview(body), growth)
+    return pool.install(extent, num_kept, memoryview(body), growth)
 
 
 def sequence(prefilled: Prefilled, kv: SequenceKV, growth: int, **sampling: Any) -> Sequence:

@@ -13,7 +13,7 @@ from vlcache.worker.v1 import decode_pb2_grpc, kv_pb2_grpc, worker_pb2
 
 from decode_worker.config import DecodeConfig
 from decode_worker.reservations import Stage
-from decode_worker.worker import DecodeWorker, LoadedModel
+from decode_worker.worker import DecodeWorker, LoadedModel, build_engine
 from shared.errors import ServiceError
 from shared.kv.manifest import Manifest
 from shared.kv.transport.frames import encode_chunk, encode_header
@@ -156,7 +156,8 @@ async def failure(call: Awaitable[Any]) -> ServiceError:
 @contextlib.asynccontextmanager
 async def serving(loaded: LoadedModel, **settings: Any) -> AsyncIterator[Served]:
     config = DecodeConfig(model="tiny", **({"kv_memory_mib": 1} | settings))
-    worker = DecodeWorker(config, loaded)
+    pool, engine = build_engine(config, loaded)
+    worker = DecodeWorker(config, loaded, pool, getattr(loaded, "engine", engine))
     server = await RpcServer.start(name="d", host="127.0.0.1", port=0, register=worker.register, services=[])
     try:
         async with grpc.aio.insecure_channel(server.address) as channel:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from decode_worker.engine import DecodeEngine
-from decode_worker.kv_pool import KVPool
+from decode_worker.engine import EagerEngine
+from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.worker import LoadedModel
 from shared.kv.manifest import Manifest, TransferId
 from shared.request.params import Sampling
@@ -24,7 +24,6 @@ class Shipment:
         self._kept = kept or some(3, prompt.num_tokens)
         self.num_kept = [len(indices) for heads in self._kept for indices in heads]
         self.body = body_of(prompt.rows(self._kept), LAYOUT)
-        self._engine: DecodeEngine = loaded.engine
         self.expected = self.tokens()
 
     def manifest(self, request_id: str = "r", attempt: int = 1, **changes: Any) -> Manifest:
@@ -40,11 +39,12 @@ class Shipment:
 
     def tokens(self, steps: int = MAX_NEW_TOKENS - 1, **sampling: Any) -> list[int]:
         """What follows the first token, computed without a worker."""
-        pool = KVPool(1 << 20, LAYOUT)
+        pool = SlabPool(1 << 20, LAYOUT)
+        engine = EagerEngine(self._loaded.model, pool)
         each = sequence(self.prompt, pooled(pool, self.prompt, self._kept, steps), steps, **sampling)
         made = []
         for _ in range(steps):
-            advance([each], self._engine.step([each]))
+            advance([each], engine.step([each]))
             made.append(each.last_token)
         return made
 

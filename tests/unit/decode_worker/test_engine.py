@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from decode_worker.engine import DecodeEngine
-from decode_worker.kv_pool import KVPool
+from decode_worker.engine import EagerEngine
+from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.sequence import Sequence
 from shared.model.loading import load_decode_model, load_processor
 from shared.model.sampler import sample
 from tests.unit.decode_worker.sequences import (
     LAYOUT,
+    DoublePool,
     Kept,
     Prefilled,
     advance,
@@ -23,7 +24,6 @@ from tests.unit.decode_worker.sequences import (
     pooled,
     prefill,
     sequence,
-    slabs,
     some,
     text_ids,
 )
@@ -62,6 +62,7 @@ class Recorded:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self.device = CPU
         self.logits = torch.empty(0)
         self.positions: list[list[int]] = []
 
@@ -83,8 +84,8 @@ def single(checkpoint: Path) -> Recorded:
 
 
 @pytest.fixture
-def pool() -> KVPool:
-    made = KVPool(4 << 20, LAYOUT)
+def pool() -> SlabPool:
+    made = SlabPool(4 << 20, LAYOUT)
     made._bytes.fill_(0xFF)  # NaN
     return made
 
@@ -117,8 +118,11 @@ def masked_step(oracle: Any, prompt: Prefilled, kept: Kept, token: int, position
 def test_compressed_decode_is_a_full_cache_with_the_evicted_masked(oracle: Any, double: Recorded, ragged: bool) -> None:
     prompts = [prefill(oracle, text_ids(seed, length)) for seed, length in enumerate(LENGTHS)]
     kept = [some(seed, prompt.num_tokens, ragged=ragged) for seed, prompt in enumerate(prompts)]
-    batch = [sequence(prompt, slabs(prompt, keep, STEPS), STEPS) for prompt, keep in zip(prompts, kept, strict=True)]
-    engine = DecodeEngine(double)
+    memory = DoublePool()
+    batch = [
+        sequence(prompt, memory.install(prompt, keep, STEPS), STEPS) for prompt, keep in zip(prompts, kept, strict=True)
+    ]
+    engine = EagerEngine(double, memory)
     for step in range(STEPS):
         fed = [each.last_token for each in batch]
         advance(batch, engine.step(batch))
@@ -130,14 +134,14 @@ def test_compressed_decode_is_a_full_cache_with_the_evicted_masked(oracle: Any, 
 
 
 def test_single_precision_stays_close_to_the_oracle(
-    oracle: Any, single: Recorded, pool: KVPool, prompts: list[Prefilled]
+    oracle: Any, single: Recorded, pool: SlabPool, prompts: list[Prefilled]
 ) -> None:
     exact = [prefill(oracle, text_ids(seed, length)) for seed, length in enumerate(LENGTHS)]
     kept = [some(seed, prompt.num_tokens) for seed, prompt in enumerate(prompts)]
     batch = [
         sequence(prompt, pooled(pool, prompt, keep, STEPS), STEPS) for prompt, keep in zip(prompts, kept, strict=True)
     ]
-    engine = DecodeEngine(single)
+    engine = EagerEngine(single, pool)
     for step in range(STEPS):
         fed = [each.last_token for each in batch]
         advance(batch, engine.step(batch))
@@ -147,7 +151,7 @@ def test_single_precision_stays_close_to_the_oracle(
             assert error < 2e-5
 
 
-def decode_alone(engine: DecodeEngine, each: Sequence, steps: int) -> tuple[list[int], list[torch.Tensor]]:
+def decode_alone(engine: EagerEngine, each: Sequence, steps: int) -> tuple[list[int], list[torch.Tensor]]:
     tokens, logits = [], []
     for _ in range(steps):
         advance([each], engine.step([each]))
@@ -156,8 +160,8 @@ def decode_alone(engine: DecodeEngine, each: Sequence, steps: int) -> tuple[list
     return tokens, logits
 
 
-def test_a_batch_computes_what_each_computes_alone(single: Recorded, pool: KVPool, prompts: list[Prefilled]) -> None:
-    engine, kept = DecodeEngine(single), [some(seed, prompt.num_tokens) for seed, prompt in enumerate(prompts)]
+def test_a_batch_computes_what_each_computes_alone(single: Recorded, pool: SlabPool, prompts: list[Prefilled]) -> None:
+    engine, kept = EagerEngine(single, pool), [some(seed, prompt.num_tokens) for seed, prompt in enumerate(prompts)]
 
     def fresh(number: int) -> Sequence:
         return sequence(prompts[number], pooled(pool, prompts[number], kept[number], STEPS), STEPS)
@@ -178,7 +182,7 @@ def test_a_batch_computes_what_each_computes_alone(single: Recorded, pool: KVPoo
 
 @pytest.mark.parametrize("with_image", [False, True])
 def test_at_retention_one_the_tokens_are_those_of_generate(
-    checkpoint: Path, single: Recorded, pool: KVPool, with_image: bool
+    checkpoint: Path, single: Recorded, pool: SlabPool, with_image: bool
 ) -> None:
     whole, inputs = load_whole(checkpoint), {}
     ids = text_ids(5, 30)
@@ -193,13 +197,16 @@ def test_at_retention_one_the_tokens_are_those_of_generate(
     generated = whole.generate(input_ids=torch.tensor([ids]), max_new_tokens=STEPS + 1, do_sample=False, **inputs)
     prompt = prefill(whole, ids, **inputs)
     each = sequence(prompt, pooled(pool, prompt, everything(len(ids)), STEPS), STEPS)
-    tokens, _ = decode_alone(DecodeEngine(single), each, STEPS)
+    tokens, _ = decode_alone(EagerEngine(single, pool), each, STEPS)
     assert [prompt.first_token, *tokens] == generated[0, len(ids) :].tolist()
     assert len(set(tokens)) > 3, "an answer that says something"
 
 
-def test_greedy_and_sampled_sequences_share_a_batch(single: Recorded, pool: KVPool, prompts: list[Prefilled]) -> None:
-    engine, settings = DecodeEngine(single), [{}, {"temperature": 1.3, "seed": 4}, {"temperature": 0.8, "top_k": 3}]
+def test_greedy_and_sampled_sequences_share_a_batch(single: Recorded, pool: SlabPool, prompts: list[Prefilled]) -> None:
+    engine, settings = (
+        EagerEngine(single, pool),
+        [{}, {"temperature": 1.3, "seed": 4}, {"temperature": 0.8, "top_k": 3}],
+    )
     batch = [
         sequence(prompt, pooled(pool, prompt, everything(prompt.num_tokens), STEPS), STEPS, **how)
         for prompt, how in zip(prompts, settings, strict=True)
@@ -213,8 +220,8 @@ def test_greedy_and_sampled_sequences_share_a_batch(single: Recorded, pool: KVPo
         advance(batch, tokens)
 
 
-def test_a_sampled_stream_depends_on_its_seed_alone(single: Recorded, pool: KVPool, prompts: list[Prefilled]) -> None:
-    engine = DecodeEngine(single)
+def test_a_sampled_stream_depends_on_its_seed_alone(single: Recorded, pool: SlabPool, prompts: list[Prefilled]) -> None:
+    engine = EagerEngine(single, pool)
 
     def fresh(seed: int) -> Sequence:
         kv = pooled(pool, prompts[0], everything(prompts[0].num_tokens), STEPS)

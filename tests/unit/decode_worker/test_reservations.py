@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from decode_worker.kv_pool import KVPool
+from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.reservations import TOKEN_BYTES, Reservation, Reservations, Stage
 from decode_worker.token_outbox import Subscription, TokenOutbox
 from shared.errors import AlreadyCommittedError, DuplicateRequestError, NotFoundError, ResourceExhaustedError
@@ -18,12 +18,12 @@ SEQUENCE: Any = object()
 
 
 @pytest.fixture
-def pool() -> KVPool:
-    return KVPool(4096, LAYOUT)
+def pool() -> SlabPool:
+    return SlabPool(4096, LAYOUT)
 
 
 @pytest.fixture
-def held(pool: KVPool) -> Reservations:
+def held(pool: SlabPool) -> Reservations:
     return Reservations(pool, lease_s=LEASE_S)
 
 
@@ -41,49 +41,49 @@ def reserve(held: Reservations, request_id: str = "r", attempt: int = 1, nbytes:
 
 def bring_to(held: Reservations, stage: str) -> Reservation:
     reservation: Reservation = reserve(held)
-    if stage in ("filling", "active", "joined"):
+    if stage in ("filling", "active", "in_use"):
         held.begin_fill(reservation)
-    if stage in ("active", "joined"):
+    if stage in ("active", "in_use"):
         held.activate(reservation, SEQUENCE, 500)
-    reservation.joined = stage == "joined"
+    reservation.in_use = stage == "in_use"
     return reservation
 
 
-def assert_nothing_is_held(held: Reservations, pool: KVPool) -> None:
+def assert_nothing_is_held(held: Reservations, pool: SlabPool) -> None:
     held.check_integrity()
     assert pool.used_bytes == 0
     assert held.idle.is_set()
     assert list(held) == []
 
 
-@pytest.mark.parametrize("stage", ["reserved", "filling", "active", "joined"])
+@pytest.mark.parametrize("stage", ["reserved", "filling", "active", "in_use"])
 def test_an_ended_reservation_is_forgotten_at_once_and_freed_when_safe(
-    held: Reservations, pool: KVPool, stage: str
+    held: Reservations, pool: SlabPool, stage: str
 ) -> None:
     reservation = bring_to(held, stage)
     used = pool.used_bytes
-    assert used == (512 if stage in ("active", "joined") else 1024)
+    assert used == (512 if stage in ("active", "in_use") else 1024)
     held.end(reservation)
     with pytest.raises(NotFoundError):
         held.find(reservation.token)
     held.check_integrity()
-    if stage in ("filling", "joined"):
+    if stage in ("filling", "in_use"):
         assert pool.used_bytes == used, "a thread still uses it"
         assert not held.idle.is_set()
         held.end(reservation)  # again: nothing happens
         assert pool.used_bytes == used
     if stage == "filling":
         held.end_fill(reservation)
-    elif stage == "joined":
+    elif stage == "in_use":
         held.release_memory(reservation)
     held.end(reservation)
     assert_nothing_is_held(held, pool)
 
 
-@pytest.mark.parametrize("stage", ["reserved", "filling", "active", "joined"])
-def test_bytes_are_counted_by_stage(held: Reservations, pool: KVPool, stage: str) -> None:
+@pytest.mark.parametrize("stage", ["reserved", "filling", "active", "in_use"])
+def test_bytes_are_counted_by_stage(held: Reservations, pool: SlabPool, stage: str) -> None:
     reservation = bring_to(held, stage)
-    where = {"joined": Stage.ACTIVE}.get(stage) or Stage(stage)
+    where = {"in_use": Stage.ACTIVE}.get(stage) or Stage(stage)
     assert {each: held.bytes_in(each) for each in Stage} == {
         each: pool.used_bytes if each is where else 0 for each in Stage
     }
@@ -102,7 +102,7 @@ def test_a_token_is_secret_and_found(held: Reservations) -> None:
         assert caught.value.reason == "NO_RESERVATION"
 
 
-def test_an_attempt_holds_one_reservation(held: Reservations, pool: KVPool) -> None:
+def test_an_attempt_holds_one_reservation(held: Reservations, pool: SlabPool) -> None:
     first = reserve(held)
     with pytest.raises(DuplicateRequestError, match="'r' already holds"):
         reserve(held)
@@ -113,7 +113,7 @@ def test_an_attempt_holds_one_reservation(held: Reservations, pool: KVPool) -> N
     reserve(held)
 
 
-def test_a_refused_reservation_holds_nothing(held: Reservations, pool: KVPool) -> None:
+def test_a_refused_reservation_holds_nothing(held: Reservations, pool: SlabPool) -> None:
     reserve(held, nbytes=4096)
     with pytest.raises(ResourceExhaustedError):
         reserve(held, request_id="s")
@@ -122,7 +122,7 @@ def test_a_refused_reservation_holds_nothing(held: Reservations, pool: KVPool) -
     assert pool.used_bytes == 4096
 
 
-@pytest.mark.parametrize("stage", ["filling", "active", "joined"])
+@pytest.mark.parametrize("stage", ["filling", "active", "in_use"])
 def test_a_parcel_is_delivered_once(held: Reservations, stage: str) -> None:
     reservation = bring_to(held, stage)
     with pytest.raises(AlreadyCommittedError) as caught:
@@ -131,7 +131,7 @@ def test_a_parcel_is_delivered_once(held: Reservations, stage: str) -> None:
     assert reservation.stage is (Stage.FILLING if stage == "filling" else Stage.ACTIVE)
 
 
-def test_a_failed_delivery_may_be_repeated(held: Reservations, pool: KVPool) -> None:
+def test_a_failed_delivery_may_be_repeated(held: Reservations, pool: SlabPool) -> None:
     reservation = bring_to(held, "filling")
     held.end_fill(reservation)
     assert reservation.stage is Stage.RESERVED
@@ -176,7 +176,7 @@ def test_idle_is_set_only_while_nothing_is_held(held: Reservations) -> None:
     assert held.idle.is_set()
 
 
-def test_the_law_notices_an_extent_without_an_owner(held: Reservations, pool: KVPool) -> None:
+def test_the_law_notices_an_extent_without_an_owner(held: Reservations, pool: SlabPool) -> None:
     pool.allocate(64)
     with pytest.raises(AssertionError, match="no owner"):
         held.check_integrity()

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from decode_worker.kv_pool import KVPool
+from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.reservations import Reservation, Reservations, Stage
 from shared.errors import AlreadyCommittedError, ResourceExhaustedError
 from tests.unit.decode_worker.test_reservations import LAYOUT, LEASE_S, SEQUENCE, reserve, subscribe
@@ -18,7 +18,7 @@ class Life(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.pool = KVPool(8192, LAYOUT)
+        self.pool = SlabPool(8192, LAYOUT)
         self.held = Reservations(self.pool, lease_s=LEASE_S)
         self.now = 0.0
         self.all: list[Reservation] = []
@@ -53,18 +53,18 @@ class Life(RuleBasedStateMachine):
         reservation = self.pick(data, [each for each in self.using if each.stage is Stage.FILLING])
         self.using.remove(reservation)
         if works and not reservation.ended:
-            self.held.activate(reservation, SEQUENCE, max(1, reservation.extent.nbytes // 2))
+            self.held.activate(reservation, SEQUENCE, max(1, reservation.pool_bytes // 2))
             if attached:
                 subscribe(reservation)
-                reservation.joined = True
+                reservation.in_use = True
                 self.using.append(reservation)
         else:
             self.held.end_fill(reservation)
 
-    @precondition(lambda self: any(each.joined for each in self.using))
+    @precondition(lambda self: any(each.in_use for each in self.using))
     @rule(data=st.data())
     def leave_the_batch(self, data: st.DataObject) -> None:
-        reservation = self.pick(data, [each for each in self.using if each.joined])
+        reservation = self.pick(data, [each for each in self.using if each.in_use])
         self.using.remove(reservation)
         self.held.end(reservation)
         self.held.release_memory(reservation)
@@ -94,7 +94,7 @@ class Life(RuleBasedStateMachine):
         self.held.check_integrity()
         alive = [each for each in self.all if not each.ended]
         lingering = [each for each in self.using if each.ended]
-        assert self.pool.used_bytes == sum(each.extent.nbytes for each in (*alive, *lingering))
+        assert self.pool.used_bytes == sum(each.pool_bytes for each in (*alive, *lingering))
         assert set(self.held) == set(alive)
         assert self.held.idle.is_set() == (not alive and not lingering)
 

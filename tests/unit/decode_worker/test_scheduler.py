@@ -7,9 +7,11 @@ import queue
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from vlcache.v1 import inference_pb2 as public
 
+from decode_worker.kv_pool.base import SequenceKV
 from decode_worker.scheduler import DecodeScheduler, StepOutcome
 from decode_worker.sequence import Sequence
 from shared.request.params import Sampling
@@ -73,9 +75,9 @@ def running(max_batch: int = 8) -> Iterator[Running]:
         assert not made.scheduler._thread.is_alive()
 
 
-def sequence(max_new_tokens: int = 100, **changes: bool) -> Sequence:
+def sequence(max_new_tokens: int = 100, room: int = 1000, **changes: bool) -> Sequence:
     return Sequence(
-        kv=[],
+        kv=SequenceKV(kept=np.ones((1, 1), dtype=np.int64), room=room),
         sampling=Sampling(max_new_tokens=max_new_tokens, **changes),
         eos_token_ids=frozenset({EOS}),
         last_token=0,

@@ -1,0 +1,245 @@
+"""KV as blocks, for a GPU: a paged pool whose block tables have a row for every (sequence, KV head) of every layer.
+
+A block holds `block_size` tokens of one KV head of one layer, K and V under one number, so heads and layers may keep
+whatever they like and nothing is lost but the tail of each row's last block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from decode_worker.kv_pool.base import ExportedKV, KVPool
+from decode_worker.kv_pool.slot_tables import BlockKV, SlotTables
+from shared.kernels.dispatch import Kernels
+from shared.kernels.splits import choose_splits
+from shared.kv.layout import KVLayout
+from shared.model.spec import TORCH_DTYPES
+
+TRASH_BLOCK = 0
+"""Never given out: rows that only fill up a batch write here."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BlockAllocation:
+    """Blocks of one sequence.
+
+    Attributes:
+        blocks: [number] int32.
+        block_bytes: Bytes of each.
+    """
+
+    blocks: np.ndarray
+    block_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken from the pool."""
+        return len(self.blocks) * self.block_bytes
+
+
+class BlockPool(KVPool[BlockAllocation, BlockKV]):
+    """See the module.
+
+    Args:
+        capacity: Bytes on the device.
+        layout: Of the model.
+        device: Where the blocks lie.
+        kernels: Of that device.
+        block_size: Tokens in a block.
+        max_batch: Sequences in one step at most.
+        max_tokens: Tokens of one sequence at most, generated ones included.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        layout: KVLayout,
+        *,
+        device: torch.device,
+        kernels: Kernels,
+        block_size: int,
+        max_batch: int,
+        max_tokens: int,
+    ) -> None:
+        self.layout = layout
+        self.kernels = kernels
+        self._block_size = block_size
+        self._block_bytes = 2 * block_size * layout.row_bytes
+        self._num_blocks = capacity // self._block_bytes
+        if self._num_blocks < 2:
+            raise ValueError(f"capacity must be at least {2 * self._block_bytes} bytes, not {capacity}")
+        shape = (self._num_blocks, block_size, layout.head_dim)
+        dtype = TORCH_DTYPES[layout.dtype]
+        self.key_blocks = torch.zeros(shape, dtype=dtype, device=device)
+        self.value_blocks = torch.zeros(shape, dtype=dtype, device=device)
+        # a stack: who comes next gets the blocks that were in use last
+        self._free = list(range(self._num_blocks - 1, TRASH_BLOCK, -1))
+        self._used: set[int] = set()
+        self.tables = SlotTables(
+            layout=layout,
+            slots=max_batch,
+            max_blocks=min(-(-max_tokens // block_size), self._num_blocks),
+            trash_block=TRASH_BLOCK,
+            device=device,
+        )
+        self._processors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        )
+
+    @property
+    def capacity(self) -> int:
+        """See `KVPool`; the trash block does not count."""
+        return (self._num_blocks - 1) * self._block_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """See `KVPool`."""
+        return len(self._used) * self._block_bytes
+
+    @property
+    def fragmentation(self) -> float:
+        """See `KVPool`; any free block serves any row."""
+        return 0.0
+
+    def sequence_bytes(self, num_kept: Sequence[int], growth: int) -> int:
+        """See `KVPool`."""
+        return sum(self._blocks_for(kept + growth) for kept in num_kept) * self._block_bytes
+
+    def bound_bytes(self, kept_tokens: int, growth: int) -> int:
+        """See `KVPool`; at worst every row begins a block for one token."""
+        rows = self.layout.num_layers * self.layout.num_kv_heads
+        return rows * (kept_tokens + growth + self._block_size - 1) // self._block_size * self._block_bytes
+
+    def shrink(self, allocation: BlockAllocation, nbytes: int) -> BlockAllocation:
+        """See `KVPool`."""
+        count = -(-nbytes // self._block_bytes)
+        assert count <= len(allocation.blocks), "shrink cannot grow"
+        self._release(allocation.blocks[count:])
+        return BlockAllocation(blocks=allocation.blocks[:count], block_bytes=self._block_bytes)
+
+    def free(self, allocation: BlockAllocation) -> None:
+        """See `KVPool`."""
+        self._release(allocation.blocks)
+
+    def install(self, allocation: BlockAllocation, num_kept: Sequence[int], body: memoryview, growth: int) -> BlockKV:
+        """See `KVPool`."""
+        shape = (self.layout.num_layers, self.layout.num_kv_heads)
+        kept = np.array(num_kept, dtype=np.int64).reshape(shape)
+        kv = BlockKV(kept=kept, room=growth, blocks=self._deal(allocation, kept + growth))
+        rows = np.frombuffer(body, dtype=np.uint8).reshape(-1, self.layout.row_bytes)
+        places = self._places(kv, kept)
+        for blocks, body_rows in zip((self.key_blocks, self.value_blocks), _body_rows(kept), strict=True):
+            # through a copy: torch wraps no read-only buffer without a warning, and numpy knows no bfloat16
+            chosen = torch.from_numpy(rows[body_rows]).view(blocks.dtype)
+            blocks.view(-1, self.layout.head_dim).index_copy_(0, places, chosen.to(blocks.device))
+        if blocks.is_cuda:
+            # the step thread launches on a stream of its own and must find the rows in place
+            torch.cuda.current_stream(blocks.device).synchronize()
+        return kv
+
+    def export(self, kv: BlockKV) -> ExportedKV:
+        """See `KVPool`."""
+        lengths = kv.lengths
+        places = self._places(kv, lengths)
+        parcel = np.empty((2 * int(lengths.sum()), self.layout.row_bytes), dtype=np.uint8)
+        for blocks, body_rows in zip((self.key_blocks, self.value_blocks), _body_rows(lengths), strict=True):
+            rows = blocks.view(-1, self.layout.head_dim).index_select(0, places)
+            parcel[body_rows] = rows.view(torch.uint8).cpu().numpy()
+        return ExportedKV(num_kept=tuple(lengths.ravel().tolist()), body=parcel.reshape(-1).data)
+
+    def attention(self, batch: Sequence[BlockKV]) -> BlockAttention:
+        """See `KVPool`."""
+        return BlockAttention(self, torch.tensor(self.tables.bind(batch), device=self.key_blocks.device))
+
+    def splits(self, batch: int) -> int:
+        """Programs per KV head in a step of `batch` sequences of any length."""
+        longest = self.tables.blocks.shape[-1] * self._block_size
+        return choose_splits(batch, self.layout.num_kv_heads, longest, self._processors)
+
+    def check_integrity(self) -> None:
+        """See `KVPool`."""
+        assert len(self._free) + len(self._used) == self._num_blocks - 1, "blocks were lost"
+        assert len(set(self._free)) == len(self._free), "a block is free twice"
+        assert self._used.isdisjoint(self._free), "a used block is free"
+        assert TRASH_BLOCK not in self._used
+
+    def _allocate(self, nbytes: int) -> BlockAllocation | None:
+        count = -(-nbytes // self._block_bytes)
+        if count > len(self._free):
+            return None
+        taken = [self._free.pop() for _ in range(count)]
+        self._used.update(taken)
+        return BlockAllocation(blocks=np.array(taken, dtype=np.int32), block_bytes=self._block_bytes)
+
+    def _release(self, blocks: np.ndarray) -> None:
+        numbers = blocks.tolist()
+        assert self._used.issuperset(numbers), "a block was given back twice"
+        self._used.difference_update(numbers)
+        self._free.extend(numbers)
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._block_size)
+
+    def _deal(self, allocation: BlockAllocation, tokens: np.ndarray) -> np.ndarray:
+        """Gives every row its blocks; [num_layers, num_kv_heads, most blocks of a row]."""
+        counts = -(-tokens // self._block_size)
+        filled = np.arange(counts.max()) < counts[..., None]
+        table = np.full(filled.shape, TRASH_BLOCK, dtype=np.int32)
+        table[filled] = allocation.blocks[: counts.sum()]
+        return table
+
+    def _places(self, kv: BlockKV, lengths: np.ndarray) -> torch.Tensor:
+        """Row of the pool of each of the first `lengths` tokens, layer by layer, head by head; int64."""
+        token = np.arange(lengths.max())
+        rows = kv.blocks[..., token // self._block_size].astype(np.int64) * self._block_size + token % self._block_size
+        return torch.from_numpy(rows[token < lengths[..., None]]).to(self.key_blocks.device)
+
+
+class BlockAttention:
+    """The `LayerHook` of one step over blocks; everything it does can be captured in a CUDA graph.
+
+    Args:
+        pool: Whose blocks.
+        slots: [batch] int64, the sequences' slots in the pool's tables.
+    """
+
+    def __init__(self, pool: BlockPool, slots: torch.Tensor) -> None:
+        self._pool = pool
+        self._slots = slots
+        self._splits = pool.splits(len(slots))
+        pool.tables.advance(slots)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """See `LayerHook.attend`; one query per sequence."""
+        assert mask is None, "a ragged batch has no mask"
+        pool, kernels, tables = self._pool, self._pool.kernels, self._pool.tables
+        where = (pool.key_blocks, pool.value_blocks, tables.blocks[layer], tables.lengths[layer], self._slots)
+        kernels.append_token(key[:, :, 0], value[:, :, 0], *where)
+        return kernels.paged_attention(query[:, :, 0], *where, scaling, self._splits)[:, None]
+
+
+def _body_rows(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a parcel body that hold K, and those that hold V, in the order of `_places`.
+
+    Layer by layer the body has the K rows of all heads, then their V rows.
+    """
+    per_layer = lengths.sum(axis=1)
+    before = np.cumsum(per_layer) - per_layer
+    key_rows = np.arange(per_layer.sum()) + np.repeat(before, per_layer)
+    return key_rows, key_rows + np.repeat(per_layer, per_layer)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

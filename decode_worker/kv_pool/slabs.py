@@ -1,0 +1,170 @@
+"""KV as slabs, for the CPU: one buffer, one contiguous extent per sequence.
+
+Inside an extent every layer and KV head has one slab for K and one for V, with room for the tokens to come, so
+attention reads contiguous memory and no block table is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from decode_worker.kv_pool.base import ExportedKV, KVPool, SequenceKV
+from shared.kernels.reference.slab_attention import slab_attention
+from shared.kv.extents import Extent, ExtentAllocator
+from shared.kv.layout import KVLayout
+from shared.model.spec import TORCH_DTYPES
+
+
+@dataclass(eq=False, kw_only=True)
+class SlabKV(SequenceKV):
+    """Where a sequence's slabs begin, in elements from the start of the pool.
+
+    Attributes:
+        key_at: [num_layers, num_kv_heads] int64.
+        value_at: As `key_at`.
+    """
+
+    key_at: np.ndarray
+    value_at: np.ndarray
+
+
+class SlabPool(KVPool[Extent, SlabKV]):
+    """See the module."""
+
+    def __init__(self, capacity: int, layout: KVLayout) -> None:
+        self.layout = layout
+        self._extents = ExtentAllocator(capacity)
+        # touched now: a page fault costs four times the copy that it interrupts
+        self._bytes = torch.empty(self._extents.capacity, dtype=torch.uint8).fill_(0)
+
+    @property
+    def capacity(self) -> int:
+        """See `KVPool`."""
+        return self._extents.capacity
+
+    @property
+    def used_bytes(self) -> int:
+        """See `KVPool`."""
+        return self._extents.used_bytes
+
+    @property
+    def fragmentation(self) -> float:
+        """See `KVPool`."""
+        free = self._extents.free_bytes
+        return 1 - self._extents.largest_free / free if free else 0.0
+
+    def sequence_bytes(self, num_kept: Sequence[int], growth: int) -> int:
+        """See `KVPool`."""
+        return self.layout.body_bytes([kept + growth for kept in num_kept])
+
+    def bound_bytes(self, kept_tokens: int, growth: int) -> int:
+        """See `KVPool`."""
+        return self.layout.full_bytes(kept_tokens + growth)
+
+    def shrink(self, allocation: Extent, nbytes: int) -> Extent:
+        """See `KVPool`."""
+        return self._extents.shrink(allocation, nbytes)
+
+    def free(self, allocation: Extent) -> None:
+        """See `KVPool`."""
+        self._extents.free(allocation)
+
+    def install(self, allocation: Extent, num_kept: Sequence[int], body: memoryview, growth: int) -> SlabKV:
+        """See `KVPool`."""
+        kv = self._carve(allocation, num_kept, growth)
+        parcel = np.frombuffer(body, dtype=np.uint8).reshape(-1, self.layout.row_bytes)
+        for slabs, rows in self._pieces(kv, kv.kept):
+            np.copyto(slabs, parcel[rows].reshape(slabs.shape))
+        return kv
+
+    def export(self, kv: SlabKV) -> ExportedKV:
+        """See `KVPool`."""
+        lengths = kv.lengths
+        parcel = np.empty((2 * int(lengths.sum()), self.layout.row_bytes), dtype=np.uint8)
+        for slabs, rows in self._pieces(kv, lengths):
+            np.copyto(parcel[rows].reshape(slabs.shape), slabs)
+        return ExportedKV(num_kept=tuple(lengths.ravel().tolist()), body=parcel.reshape(-1).data)
+
+    def attention(self, batch: Sequence[SlabKV]) -> SlabAttention:
+        """See `KVPool`."""
+        return SlabAttention(self._bytes.view(TORCH_DTYPES[self.layout.dtype]), batch)
+
+    def check_integrity(self) -> None:
+        """See `KVPool`."""
+        self._extents.check_integrity()
+
+    def _allocate(self, nbytes: int) -> Extent | None:
+        return self._extents.allocate(nbytes)
+
+    def _carve(self, extent: Extent, num_kept: Sequence[int], growth: int) -> SlabKV:
+        """Per layer the K slabs of all heads, then their V slabs."""
+        layout = self.layout
+        kept = np.array(num_kept, dtype=np.int64).reshape(layout.num_layers, layout.num_kv_heads)
+        capacities = np.stack([kept + growth, kept + growth], axis=1)
+        begin = np.cumsum(capacities).reshape(capacities.shape) - capacities
+        at = extent.offset * layout.head_dim // layout.row_bytes + begin * layout.head_dim
+        return SlabKV(kept=kept, room=growth, key_at=at[:, 0], value_at=at[:, 1])
+
+    def _pieces(self, kv: SlabKV, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, slice]]:
+        """The first `lengths` rows of each slab, beside their rows in a parcel body."""
+        row = 0
+        for layer in range(self.layout.num_layers):
+            for begins in (kv.key_at[layer], kv.value_at[layer]):
+                for head, heads, length in _runs(lengths[layer]):
+                    capacity = int(kv.kept[layer, head]) + kv.room
+                    yield self._slabs(int(begins[head]), heads, capacity)[:, :length], slice(row, row + heads * length)
+                    row += heads * length
+
+    def _slabs(self, begin: int, heads: int, capacity: int) -> np.ndarray:
+        """Neighbouring slabs as bytes, [heads, capacity, row_bytes]; `begin` counts elements."""
+        row_bytes = self.layout.row_bytes
+        start = begin * row_bytes // self.layout.head_dim
+        return self._bytes.numpy()[start : start + heads * capacity * row_bytes].reshape(heads, capacity, row_bytes)
+
+
+class SlabAttention:
+    """The `LayerHook` of one step over slabs.
+
+    Args:
+        pool: The pool's memory, [elements] of its dtype.
+        batch: One entry per query.
+    """
+
+    def __init__(self, pool: torch.Tensor, batch: Sequence[SlabKV]) -> None:
+        self._pool = pool
+        self._key_at = _by_layer([kv.key_at for kv in batch])
+        self._value_at = _by_layer([kv.value_at for kv in batch])
+        self._lengths = _by_layer([kv.lengths + 1 for kv in batch])
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """See `LayerHook.attend`; one query per sequence."""
+        assert mask is None, "a ragged batch has no mask"
+        slabs = (self._pool, self._key_at[layer], self._value_at[layer], self._lengths[layer])
+        return slab_attention(query[:, :, 0], key[:, :, 0], value[:, :, 0], *slabs, scaling)[:, None]
+
+
+def _by_layer(arrays: list[np.ndarray]) -> torch.Tensor:
+    """[num_layers, batch, num_kv_heads] int64."""
+    return torch.from_numpy(np.stack(arrays, axis=1))
+
+
+def _runs(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Neighbouring heads of one length: first head, number of heads, length. Each is one copy."""
+    head = 0
+    for length, run in groupby(lengths.tolist()):
+        heads = len(list(run))
+        yield head, heads, length
+        head += heads

@@ -1,0 +1,107 @@
+"""Sequences that wait outside the pool: room for new tokens was promised sparingly, and these outgrew their promise.
+
+First come, first served. Who parked first by arrival gets memory first; when there is none, the youngest running
+sequences are moved out for it, and no new reservation is accepted meanwhile. The oldest can therefore always go on,
+and everyone becomes the oldest. A parked sequence comes back bit by bit, so its tokens are those of one that stayed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+from collections.abc import Callable
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any
+
+from decode_worker.kv_pool.base import ExportedKV, KVPool
+from decode_worker.reservations import Reservation, Reservations
+from decode_worker.sequence import Sequence
+from shared.errors import ResourceExhaustedError
+from shared.threads import run_to_end
+
+
+class Parking:
+    """Lives on the event loop; copies run in `thread`.
+
+    Args:
+        promised_tokens: Room that a sequence comes back with, at least.
+        make_room: Asks a running sequence that came after the given one to leave; called again when memory came free.
+        rejoin: Takes a sequence that is back in the pool.
+    """
+
+    def __init__(
+        self,
+        *,
+        pool: KVPool[Any, Any],
+        reservations: Reservations,
+        thread: Executor,
+        promised_tokens: int,
+        make_room: Callable[[Reservation], object],
+        rejoin: Callable[[Reservation], object],
+    ) -> None:
+        self._pool = pool
+        self._reservations = reservations
+        self._thread = thread
+        self._promised_tokens = promised_tokens
+        self._make_room = make_room
+        self._rejoin = rejoin
+        self._queue: list[Reservation] = []
+        self._copies: set[asyncio.Task[None]] = set()
+        reservations.on_free = self.restore
+
+    def park(self, reservation: Reservation) -> None:
+        """Moves a sequence out; the step thread no longer touches it, but `in_use` still stands."""
+        self._start(self._move_out(reservation))
+
+    def restore(self) -> None:
+        """Brings back whoever fits, in order."""
+        self._queue = [reservation for reservation in self._queue if not reservation.ended]
+        while self._queue:
+            head = self._queue[0]
+            assert head.parked is not None
+            assert head.sequence is not None
+            room = self._room(head.sequence)
+            try:
+                self._reservations.occupy(head, self._pool.sequence_bytes(head.parked.num_kept, room))
+            except ResourceExhaustedError:
+                self._make_room(head)
+                return
+            parked, head.parked, head.in_use = head.parked, None, True
+            self._queue.pop(0)
+            self._start(self._move_in(head, parked, room))
+
+    async def close(self) -> None:
+        """Waits for the copies under way."""
+        while self._copies:
+            await asyncio.wait(self._copies)
+
+    async def _move_out(self, reservation: Reservation) -> None:
+        assert reservation.sequence is not None
+        parked = await run_to_end(self._thread, partial(self._pool.export, reservation.sequence.kv))
+        reservation.in_use = False
+        if reservation.ended:
+            self._reservations.release_memory(reservation)
+            return
+        reservation.parked = parked
+        bisect.insort(self._queue, reservation, key=lambda parked: parked.arrival)
+        self._reservations.vacate(reservation)
+
+    async def _move_in(self, reservation: Reservation, parked: ExportedKV, room: int) -> None:
+        assert reservation.sequence is not None
+        install = partial(self._pool.install, reservation.allocation, parked.num_kept, parked.body, room)
+        reservation.sequence.kv = await run_to_end(self._thread, install)
+        if reservation.ended:
+            self._reservations.release_memory(reservation)
+        else:
+            self._rejoin(reservation)
+
+    def _room(self, sequence: Sequence) -> int:
+        """At least doubles, so that a long answer moves only a few times."""
+        left = sequence.sampling.max_new_tokens - sequence.generated
+        return min(left, max(self._promised_tokens, sequence.generated))
+
+    def _start(self, copy: Any) -> None:
+        task = asyncio.get_running_loop().create_task(copy)
+        self._copies.add(task)
+        task.add_done_callback(self._copies.discard)
