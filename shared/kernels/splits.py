@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# Programs worth having per multiprocessor: three fit in shared memory at once, one more hides the tail of a wave.
+# Programs worth having per multiprocessor: three fit in shared memory at once, one more hides the tail of a wave. Half
+# as many, which rounding may leave, still have several times the bytes on their way that its bandwidth needs.
 PROGRAMS_PER_SM = 4
 # Below this a split costs more in partial results and their merge than its parallelism wins.
 MIN_SPLIT_TOKENS = 128
@@ -23,8 +24,9 @@ def choose_splits(batch: int, num_kv_heads: int, max_length: int, num_sms: int) 
         num_sms: Multiprocessors of the device.
 
     Returns:
-        A number in 1 .. MAX_SPLITS.
+        A power of two up to MAX_SPLITS: every number of splits is compiled on its own.
     """
     filling = -(-PROGRAMS_PER_SM * num_sms // (batch * num_kv_heads))
     useful = -(-max_length // MIN_SPLIT_TOKENS)
-    return max(1, min(filling, useful, MAX_SPLITS))
+    wanted = max(1, min(filling, useful, MAX_SPLITS))
+    return 1 << (wanted.bit_length() - 1)

@@ -74,6 +74,23 @@ def test_arguments_may_be_views(kernels: Kernels, device: torch.device) -> None:
     torch.testing.assert_close(paged.value_blocks, twin.value_blocks, atol=0, rtol=0, equal_nan=True)
 
 
+def test_a_pool_may_have_more_elements_than_32_bits_count(kernels: Kernels, device: torch.device) -> None:
+    """The third block begins at element 2 ** 31; the memory between is never touched, so a CPU never provides it."""
+    heads, head_dim, block_size, stride = 1, 16, 16, 2**30
+    pool = torch.empty(2 * stride + block_size * head_dim, dtype=torch.float16, device=device)
+    blocks = pool.as_strided((3, block_size, head_dim), (stride, head_dim, 1))
+    place = (
+        torch.full((1, heads, 1), 2, dtype=torch.int32, device=device),
+        torch.ones(1, heads, dtype=torch.int32, device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
+    )
+    token = draw_token(1, heads, head_dim, torch.float16, device)[0]
+    kernels.append_token(token, token, blocks, blocks, *place)
+    assert torch.equal(blocks[2, 0], token[0, 0])
+    # attention to a single token is its value
+    assert torch.equal(kernels.paged_attention(token, blocks, blocks, *place, 1.0, 1), token)
+
+
 def test_what_was_appended_is_attended_to(kernels: Kernels, device: torch.device) -> None:
     lengths = [[63, 0], [128, 15]]
     paged = make_paged(lengths, 32, 16, torch.float32, device, room=1).append()
