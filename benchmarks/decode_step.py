@@ -31,6 +31,7 @@ from shared.kv.layout import ITEM_BYTES, KVLayout
 from shared.kv.manifest import Manifest, TransferId
 from shared.model.attention import DECODE_ATTENTION
 from shared.model.loading import DTYPES
+from shared.model.packing import pack_linears
 from shared.model.spec import DTYPE_NAMES
 from shared.request.params import Sampling
 
@@ -83,6 +84,7 @@ class Variants:
         self._ours = _build(llama, self._dtype, DECODE_ATTENTION)
         self._theirs = _build(llama, self._dtype, "sdpa")
         self._theirs.load_state_dict(self._ours.state_dict(), assign=True)
+        pack_linears(self._ours)
         self._layout = KVLayout(
             num_layers=config.layers,
             num_kv_heads=config.kv_heads,
@@ -92,7 +94,7 @@ class Variants:
         # the input embedding is looked up, not read
         self.weight_bytes = sum(
             parameter.numel() * parameter.element_size()
-            for name, parameter in self._ours.named_parameters()
+            for name, parameter in self._theirs.named_parameters()
             if "embed_tokens" not in name
         )
         self.full_kv_bytes = config.batch * self._layout.full_bytes(config.prompt)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationCon
 
 from shared.kv.layout import KVLayout
 from shared.model.attention import DECODE_ATTENTION, PREFILL_ATTENTION
+from shared.model.packing import pack_linears
 from shared.model.spec import UnsupportedModelError, VLMSpec
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,9 @@ def load_prefill_model(path: Path, *, dtype: torch.dtype, device: torch.device) 
 def load_decode_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The language model alone: no vision weight is read, and none of the language model's is missing."""
     cls = _language_only(_model_class(AutoConfig.from_pretrained(path)))
-    return _load(cls, path, dtype=dtype, device=device, attention=DECODE_ATTENTION)
+    model = _load(cls, path, dtype=dtype, device=device, attention=DECODE_ATTENTION)
+    pack_linears(model)
+    return model
 
 
 def compatibility_hash(path: Path, layout: KVLayout) -> str:
