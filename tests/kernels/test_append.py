@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.kernels.dispatch import Kernels
+from shared.kernels.dispatch import REFERENCE, Kernels, kernels_for
 from tests.kernels.paged import Paged, expected_attention, make_paged
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -105,3 +105,31 @@ def test_what_was_appended_is_attended_to(kernels: Kernels, device: torch.device
             rows[slot] = [torch.cat([kept, new[slot, head, None].cpu()]) for head, kept in enumerate(rows[slot])]
     expected = expected_attention(query, paged, [0, 1], 0.3)
     np.testing.assert_allclose(out.cpu().double().numpy(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_cuda_graph_replays_steps_of_growing_length(device: torch.device) -> None:
+    """Captured once, replayed with other queries and lengths."""
+    kernels = kernels_for(device, "triton")
+    paged = make_paged([[63, 5], [129, 300]], 128, 16, torch.bfloat16, device, room=4)
+    token = draw_token(2, 2, 128, torch.bfloat16, device)
+    query = draw_token(2, 8, 128, torch.bfloat16, device)[0]
+    place = (paged.key_blocks, paged.value_blocks, paged.block_table, paged.lengths)
+    slots = torch.tensor([1, 0], device=device)
+
+    def step() -> torch.Tensor:
+        paged.lengths.add_(1)
+        kernels.append_token(token[0], token[1], *place, slots)
+        return kernels.paged_attention(query, *place, slots, 0.1, 4)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for _ in range(3):
+        token.normal_()
+        query.normal_()
+        graph.replay()
+        expected = REFERENCE.paged_attention(query, *place, slots, 0.1, 1)
+        torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
