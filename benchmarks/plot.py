@@ -1,0 +1,96 @@
+"""Pictures of benchmark results: one small SVG, drawn by hand, readable on light and dark pages."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+WIDTH, MARGIN = 760, 20
+LABEL_WIDTH, VALUE_WIDTH = 150, 90
+BAR_HEIGHT, BAR_GAP, GROUP_GAP, PANEL_GAP = 16, 3, 12, 18
+LINE_HEIGHT = 24
+STYLE = """
+    text { font: 13px system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #24292f }
+    .title { font-size: 15px; font-weight: 600 }
+    .panel { font-weight: 600 }
+    .axis { stroke: #8c959f }
+    .s0 { fill: #8c959f } .s1 { fill: #2f6feb } .s2 { fill: #1a7f5a } .s3 { fill: #bf8700 }
+    @media (prefers-color-scheme: dark) {
+      text { fill: #d0d7de }
+      .s0 { fill: #6e7781 } .s1 { fill: #58a6ff } .s2 { fill: #3fb68b } .s3 { fill: #d29922 }
+    }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Groups of bars that share one scale, from zero.
+
+    Attributes:
+        title: Quantity and unit.
+        groups: Per label, one value per series, none negative; None where there is none.
+        digits: Decimals of the values.
+    """
+
+    title: str
+    groups: Mapping[str, Sequence[float | None]]
+    digits: int = 1
+
+
+def bar_chart(*, title: str, series: Sequence[str], panels: Sequence[Panel]) -> str:
+    """SVG of horizontal bars: panels from top to bottom, in each its groups, in each a bar per series with its value.
+
+    Args:
+        title: What was measured.
+        series: Names for the legend, four at most; the first one is drawn in grey, as what the others compare with.
+    """
+    parts = [_text(MARGIN, MARGIN + 14, title, kind="title"), _legend(series, MARGIN + LINE_HEIGHT)]
+    top = MARGIN + 2 * LINE_HEIGHT + PANEL_GAP
+    for panel in panels:
+        drawn, top = _panel(panel, top)
+        parts.append(drawn)
+    size = f'width="{WIDTH}" height="{top}" viewBox="0 0 {WIDTH} {top}"'
+    body = "\n".join(parts)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n<style>{STYLE}</style>\n{body}\n</svg>\n'
+
+
+def _legend(series: Sequence[str], top: int) -> str:
+    step = (WIDTH - 2 * MARGIN) // 4
+    return "\n".join(
+        _bar(MARGIN + index * step, top + 4, 12, index) + _text(MARGIN + index * step + 18, top + 16, name)
+        for index, name in enumerate(series)
+    )
+
+
+def _panel(panel: Panel, top: int) -> tuple[str, int]:
+    """The panel, and where the next one begins."""
+    largest = max((value or 0.0 for values in panel.groups.values() for value in values), default=0.0)
+    scale = (WIDTH - 2 * MARGIN - LABEL_WIDTH - VALUE_WIDTH) / (largest or 1.0)
+    parts, left = [_text(MARGIN, top + 12, panel.title, kind="panel")], MARGIN + LABEL_WIDTH
+    top += LINE_HEIGHT
+    begin = top
+    for label, values in panel.groups.items():
+        height = len(values) * (BAR_HEIGHT + BAR_GAP)
+        parts.append(_text(left - 10, top + height // 2 + 3, label, anchor="end"))
+        for index, value in enumerate(values):
+            parts.append(_valued_bar(left, top + index * (BAR_HEIGHT + BAR_GAP), value, scale, index, panel.digits))
+        top += height + GROUP_GAP
+    parts.append(f'<line class="axis" x1="{left}" y1="{begin - 4}" x2="{left}" y2="{top - GROUP_GAP + 1}"/>')
+    return "\n".join(parts), top + PANEL_GAP
+
+
+def _valued_bar(left: int, top: int, value: float | None, scale: float, series: int, digits: int) -> str:
+    if value is None:
+        return _text(left + 6, top + 13, "none")
+    width = value * scale
+    return _bar(left, top, width, series) + _text(left + width + 6, top + 13, f"{value:.{digits}f}")
+
+
+def _bar(left: float, top: float, width: float, series: int) -> str:
+    return f'<rect class="s{series}" x="{left}" y="{top}" width="{width:.1f}" height="{BAR_HEIGHT}"/>'
+
+
+def _text(left: float, baseline: float, text: str, *, kind: str = "", anchor: str = "start") -> str:
+    place = f'x="{left:.1f}" y="{baseline:.1f}" text-anchor="{anchor}"'
+    return f'<text {place} class="{kind}">{html.escape(text)}</text>'
