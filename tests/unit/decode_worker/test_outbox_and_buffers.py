@@ -89,13 +89,28 @@ def test_buffers_are_used_again_but_never_by_two_at_once() -> None:
         assert {id(third.obj), id(fourth.obj)} == memory
 
 
+def used(buffers: ReceiveBuffers, nbytes: int) -> int:
+    """Borrows a buffer and gives it back; returns its identity."""
+    with buffers.borrow(nbytes) as buffer:
+        return id(buffer.obj)
+
+
 def test_a_buffer_comes_back_after_an_error() -> None:
     buffers, seen = ReceiveBuffers(), []
     with pytest.raises(RuntimeError), buffers.borrow(100) as buffer:  # noqa: PT012
         seen.append(id(buffer.obj))
         raise RuntimeError
-    with buffers.borrow(100) as buffer:
-        assert id(buffer.obj) == seen[0]
+    assert used(buffers, 100) == seen[0]
+
+
+def test_parcels_of_about_one_size_share_a_buffer_that_is_hardly_larger() -> None:
+    buffers = ReceiveBuffers()
+    with buffers.borrow(10_000_000) as buffer:
+        large = id(buffer.obj)
+        assert 10_000_000 <= len(buffer.obj) <= 10_000_000 * 9 // 8
+    assert {used(buffers, nbytes) for nbytes in (9_990_000, 8_000_000, 6_000_000, 10_010_000)} == {large}
+    assert used(buffers, 1_000_000) != large, "a small parcel must not hold the memory of a large one"
+    assert used(buffers, 10_000_000) == large
 
 
 def test_idle_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,5 +122,15 @@ def test_idle_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             each.__enter__()
         for each in borrowed:
             each.__exit__(None, None, None)
-        idle = sum(len(buffer) for kept in buffers._idle.values() for buffer in kept)
-        assert idle == buffers._idle_bytes <= 3 * MIN_BYTES
+        assert buffers.idle_bytes == 3 * MIN_BYTES
+
+
+def test_the_size_that_came_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory for every large parcel, because small ones came before, would cost more than the transfer."""
+    monkeypatch.setattr(receive_buffers, "MAX_IDLE_BYTES", 8 * MIN_BYTES)
+    buffers = ReceiveBuffers()
+    for nbytes in (MIN_BYTES, 3 * MIN_BYTES, 7 * MIN_BYTES):
+        last = used(buffers, nbytes)
+    assert used(buffers, 7 * MIN_BYTES) == last
+    used(buffers, 9 * MIN_BYTES)
+    assert used(buffers, 7 * MIN_BYTES) == last, "what may not be kept anyway displaces nothing"
