@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.rpc.options import MALLOC_ENVIRONMENT
+
 ROOT = Path(__file__).parents[2]
 TAIL_LINES = 20
 
@@ -59,6 +61,7 @@ class Child:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "deploy.local.child", str(os.getpid()), module, *flags),
                 cwd=ROOT,
+                env={**MALLOC_ENVIRONMENT, **os.environ},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=stderr,

@@ -1,4 +1,4 @@
-"""Channel and server options, in one place because both ends must agree on message sizes."""
+"""Channel and server options, in one place because both ends must agree on message sizes; and the allocator's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ def message_limits(max_bytes: int) -> list[Option]:
     return [("grpc.max_receive_message_length", limit), ("grpc.max_send_message_length", limit)]
 
 
-# A reader that takes 1 MiB at a time gains about 18 % on chunked transfers.
+# glibc's defaults give the memory of every chunk back to the kernel and fault it in again: 38 instead of 29 ms for
+# 50 MB. The environment of a worker's process, to be set before it starts; larger values gain nothing more.
+MALLOC_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 * MIB),
+    "MALLOC_TRIM_THRESHOLD_": str(64 * MIB),
+    "MALLOC_TOP_PAD_": str(16 * MIB),
+}
+
+# A reader that takes 1 MiB at a time gains a few percent where malloc is not tuned, and loses nothing elsewhere.
 TRANSFER_OPTIONS: list[Option] = [
     ("grpc.experimental.tcp_read_chunk_size", MIB),
     ("grpc.experimental.tcp_min_read_chunk_size", MIB),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from deploy.local.processes import ROOT, Announcement, Child, ChildFailedError
+from shared.rpc.options import MALLOC_ENVIRONMENT
 
 FAKE = "tests.unit.deploy.fake_worker"
 
@@ -47,6 +48,24 @@ def test_a_child_says_where_it_listens_and_ends_with_0(tmp_path: Path) -> None:
         assert os.getpgid(child.pid) == child.pid
         assert await child.stop(grace_s=10) == 0
         assert "a line that is no announcement" in child.log_tail()
+
+    with_child(tmp_path, use)
+
+
+def malloc_settings(pid: int) -> dict[str, str]:
+    """What a process was started with."""
+    entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if entry.startswith("MALLOC_"))
+
+
+def test_a_child_has_the_allocator_s_settings_and_the_launcher_s_environment_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1234")
+
+    async def use(child: Child) -> None:
+        await child.announcement(60)
+        assert malloc_settings(child.pid) == {**MALLOC_ENVIRONMENT, "MALLOC_TOP_PAD_": "1234"}
 
     with_child(tmp_path, use)
 
