@@ -27,7 +27,7 @@ class NewToken:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What one turn of the loop did.
+    """What happened in a step, or between two of them.
 
     The step thread no longer touches the sequences in `left` (asked to, or finished), `outgrown` (no room for their
     next token) and `failed`.
@@ -43,7 +43,8 @@ class DecodeScheduler:
     """Owner of the running batch.
 
     `join` and `leave` may be called from any thread and never wait for a step. `deliver` is called from the step
-    thread after every turn and must not block. A step waits for nothing: transfers, text and streams are elsewhere.
+    thread, after every step and when a sequence has left, and must not block. A step waits for nothing: transfers,
+    text and streams are elsewhere. `on_start` is the first thing that the step thread does.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class DecodeScheduler:
         *,
         max_batch: int,
         metrics: DecodeMetrics,
+        on_start: Callable[[], object] = lambda: None,
     ) -> None:
+        self._on_start = on_start
         self._engine = engine
         self._deliver = deliver
         self._max_batch = max_batch
@@ -78,13 +81,16 @@ class DecodeScheduler:
         return len(self._joining)
 
     def join(self, sequence: Sequence) -> None:
-        """Adds a sequence before the next step."""
+        """Adds a sequence before the next step; it has room for that one."""
+        assert not sequence.kv.full, "a step would write beyond the sequence's memory"
         with self._changed:
+            # asked when it was out already
+            self._leaving.discard(sequence)
             self._joining.append(sequence)
             self._changed.notify()
 
     def leave(self, sequence: Sequence) -> None:
-        """Takes a sequence out before the next step; it appears in `left` of that turn."""
+        """Takes a sequence out before the next step; it appears in `left`, unless it has left by itself."""
         with self._changed:
             self._leaving.add(sequence)
             self._changed.notify()
@@ -97,8 +103,13 @@ class DecodeScheduler:
         self._thread.join()
 
     def _loop(self) -> None:
+        self._on_start()
         while (left := self._admit()) is not None:
-            self._deliver(self._turn(left))
+            if left:
+                # at once: someone may wait for their memory, and need not wait for the step
+                self._deliver(StepOutcome(left=left))
+            if self._running:
+                self._deliver(self._step(self._running))
 
     def _admit(self) -> list[Sequence] | None:
         """Waits for work; returns the sequences that left, or None when the scheduler is closed."""
@@ -118,11 +129,7 @@ class DecodeScheduler:
         self._joining = deque(sequence for sequence in self._joining if sequence not in leaving)
         return left
 
-    def _turn(self, left: list[Sequence]) -> StepOutcome:
-        outgrown = [sequence for sequence in self._running if sequence.kv.full]
-        batch = self._running = [sequence for sequence in self._running if not sequence.kv.full]
-        if not batch:
-            return StepOutcome(left=left, outgrown=outgrown)
+    def _step(self, batch: list[Sequence]) -> StepOutcome:
         started = time.monotonic()
         try:
             tokens = self._engine.step(batch)
@@ -130,7 +137,7 @@ class DecodeScheduler:
             # a bug, but not one that may hang the clients of this worker
             log.exception("a step of %d sequences failed", len(batch))
             self._running = []
-            return StepOutcome(left=left, outgrown=outgrown, failed=batch)
+            return StepOutcome(failed=batch)
         self._metrics.step_seconds.observe(time.monotonic() - started)
         self._metrics.batch_size.observe(len(batch))
         new_tokens = []
@@ -138,5 +145,6 @@ class DecodeScheduler:
             sequence.accept(token)
             new_tokens.append(NewToken(sequence, token, sequence.finish_reason))
         finished = [sequence for sequence in batch if sequence.finish_reason]
-        self._running = [sequence for sequence in batch if not sequence.finish_reason]
-        return StepOutcome(tokens=new_tokens, left=left + finished, outgrown=outgrown)
+        outgrown = [sequence for sequence in batch if sequence.kv.full and not sequence.finish_reason]
+        self._running = [sequence for sequence in batch if not (sequence.kv.full or sequence.finish_reason)]
+        return StepOutcome(tokens=new_tokens, left=finished, outgrown=outgrown)

@@ -38,6 +38,8 @@ class Engine:
         if self.error is not None:
             error, self.error = self.error, None
             raise error
+        for each in batch:
+            each.kv.appended += 1
         return [self.answers[each].pop(0) if self.answers.get(each) else 1 for each in batch]
 
 
@@ -47,6 +49,8 @@ class Running:
     def __init__(self, max_batch: int) -> None:
         self.engine = Engine()
         self.outcomes: queue.Queue[StepOutcome] = queue.Queue()
+        self.left: list[Sequence] = []
+        """Who left between two steps, so far."""
         metrics = DecodeMetrics(worker="d", model="m")
         deliver = self.outcomes.put
         self.scheduler = DecodeScheduler(self.engine, deliver, max_batch=max_batch, metrics=metrics)  # type: ignore[arg-type]
@@ -58,6 +62,7 @@ class Running:
             outcome = self.outcomes.get(timeout=WAIT_S)
             if outcome.tokens or outcome.failed:
                 return outcome
+            self.left += outcome.left
 
     def in_step(self) -> None:
         """Waits until the thread is inside a step; what happens now belongs to the next one."""
@@ -110,10 +115,85 @@ def test_sequences_leave_between_steps_and_are_handed_back_once() -> None:
         it.in_step()
         it.scheduler.leave(first)
         both = it.step()
-        assert (stepped(both), both.left) == ([first, second], [])
+        assert (stepped(both), both.left, it.left) == ([first, second], [], [])
         after = it.step()
-        assert (stepped(after), after.left) == ([second], [first])
-        assert it.step().left == []
+        assert (stepped(after), after.left, it.left) == ([second], [], [first])
+        it.step()
+        assert it.left == [first]
+
+
+def test_who_leaves_is_handed_back_before_the_next_step_ends() -> None:
+    """Someone may wait for their memory."""
+    with running() as it:
+        first, second = sequence(), sequence()
+        it.scheduler.join(first)
+        it.in_step()
+        it.scheduler.join(second)
+        it.scheduler.leave(first)
+        assert stepped(it.step()) == [first]
+        it.in_step()
+        assert it.outcomes.get(timeout=WAIT_S).left == [first]
+        assert it.engine.batches == [[first]], "the second is still being stepped"
+
+
+def test_an_outgrown_sequence_is_handed_back_with_its_last_step() -> None:
+    with running() as it:
+        small, large = sequence(room=2), sequence()
+        it.scheduler.join(small)
+        it.in_step()
+        it.scheduler.join(large)
+        first = it.step()
+        assert (stepped(first), first.outgrown, small.kv.full) == ([small], [], False)
+        second = it.step()
+        assert (stepped(second), second.outgrown, second.left) == ([small, large], [small], [])
+        assert stepped(it.step()) == [large]
+        assert (it.scheduler.running, it.left) == (1, [])
+
+
+def test_two_may_outgrow_and_one_finish_in_one_step() -> None:
+    with running() as it:
+        made = [sequence(room=1), sequence(max_new_tokens=2, room=1), sequence(room=1), sequence()]
+        it.scheduler.join(made[3])
+        it.in_step()
+        for each in made[:3]:
+            it.scheduler.join(each)
+        it.step()
+        outcome = it.step()
+        assert stepped(outcome) == [made[3], *made[:3]]
+        assert (outcome.outgrown, outcome.left) == ([made[0], made[2]], [made[1]]), "a finished one has not outgrown"
+
+
+def test_an_outgrown_batch_leaves_the_thread_idle() -> None:
+    with running() as it:
+        only = sequence(room=1)
+        it.scheduler.join(only)
+        assert it.step().outgrown == [only]
+        assert it.scheduler.running == 0
+        only.kv.room += 1
+        it.scheduler.join(only)
+        assert stepped(it.step()) == [only], "back with more room"
+
+
+def test_a_leave_that_came_too_late_is_forgotten_when_it_joins_again() -> None:
+    with running() as it:
+        moved, other = sequence(room=1), sequence()
+        it.scheduler.join(moved)
+        it.in_step()
+        it.scheduler.join(other)
+        assert it.step().outgrown == [moved]
+        it.in_step()
+        it.scheduler.leave(moved)
+        moved.kv.room += 5
+        it.scheduler.join(moved)
+        it.step()
+        assert stepped(it.step()) == [other, moved]
+        assert it.left == []
+
+
+def test_who_has_no_room_may_not_join() -> None:
+    """It would write into its neighbour's memory."""
+    with running() as it, pytest.raises(AssertionError, match="beyond"):
+        it.scheduler.join(sequence(room=0))
 
 
 def test_a_full_batch_lets_the_others_wait_in_order() -> None:
@@ -143,9 +223,10 @@ def test_who_waits_may_leave() -> None:
         it.scheduler.join(second)
         it.scheduler.join(third)
         it.scheduler.leave(second)
-        assert it.step().left == []
-        outcome = it.step()
-        assert (stepped(outcome), outcome.left) == ([first], [second])
+        it.step()
+        assert it.left == []
+        assert stepped(it.step()) == [first]
+        assert it.left == [second]
         assert it.scheduler.waiting == 1
 
 
@@ -177,8 +258,8 @@ def test_leaving_twice_or_without_being_there_does_nothing() -> None:
         assert outcome.left == [first], "it ended by itself in that step"
         other = sequence()
         it.scheduler.join(other)
-        later = it.step()
-        assert (stepped(later), later.left) == ([other], [])
+        assert stepped(it.step()) == [other]
+        assert it.left == []
 
 
 @pytest.mark.parametrize(
