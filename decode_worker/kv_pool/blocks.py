@@ -6,7 +6,8 @@ whatever they like and nothing is lost but the tail of each row's last block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,9 +87,9 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
             trash_block=TRASH_BLOCK,
             device=device,
         )
-        self._processors = (
-            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        )
+        self._processors = _processors(device)
+        # of their own: in the stream of the steps a step would wait for the copies that were issued before it
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def capacity(self) -> int:
@@ -130,25 +131,21 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         shape = (self.layout.num_layers, self.layout.num_kv_heads)
         kept = np.array(num_kept, dtype=np.int64).reshape(shape)
         kv = BlockKV(kept=kept, room=growth, blocks=self._deal(allocation, kept + growth))
-        rows = np.frombuffer(body, dtype=np.uint8).reshape(-1, self.layout.row_bytes)
-        places = self._places(kv, kept)
-        for blocks, body_rows in zip((self.key_blocks, self.value_blocks), _body_rows(kept), strict=True):
-            # through a copy: torch wraps no read-only buffer without a warning, and numpy knows no bfloat16
-            chosen = torch.from_numpy(rows[body_rows]).view(blocks.dtype)
-            blocks.view(-1, self.layout.head_dim).index_copy_(0, places, chosen.to(blocks.device))
-        if blocks.is_cuda:
-            # the step thread launches on a stream of its own and must find the rows in place
-            torch.cuda.current_stream(blocks.device).synchronize()
+        parcel = np.frombuffer(body, dtype=np.uint8).reshape(-1, self.layout.row_bytes)
+        with self._copying():
+            for tokens, places, rows in self._pieces(kv, kept):
+                # through a copy: torch wraps no read-only buffer without a warning, and numpy knows no bfloat16
+                chosen = torch.from_numpy(parcel[rows].copy()).view(tokens.dtype)
+                tokens.index_copy_(0, places, chosen.to(tokens.device))
         return kv
 
     def export(self, kv: BlockKV) -> ExportedKV:
         """See `KVPool`."""
         lengths = kv.lengths
-        places = self._places(kv, lengths)
         parcel = np.empty((2 * int(lengths.sum()), self.layout.row_bytes), dtype=np.uint8)
-        for blocks, body_rows in zip((self.key_blocks, self.value_blocks), _body_rows(lengths), strict=True):
-            rows = blocks.view(-1, self.layout.head_dim).index_select(0, places)
-            parcel[body_rows] = rows.view(torch.uint8).cpu().numpy()
+        with self._copying():
+            for tokens, places, rows in self._pieces(kv, lengths):
+                parcel[rows] = tokens.index_select(0, places).view(torch.uint8).cpu().numpy()
         return ExportedKV(num_kept=tuple(lengths.ravel().tolist()), body=parcel.reshape(-1).data)
 
     def attention(self, batch: Sequence[BlockKV]) -> BlockAttention:
@@ -192,11 +189,36 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         table[filled] = allocation.blocks[: counts.sum()]
         return table
 
-    def _places(self, kv: BlockKV, lengths: np.ndarray) -> torch.Tensor:
-        """Row of the pool of each of the first `lengths` tokens, layer by layer, head by head; int64."""
-        token = np.arange(lengths.max())
-        rows = kv.blocks[..., token // self._block_size].astype(np.int64) * self._block_size + token % self._block_size
-        return torch.from_numpy(rows[token < lengths[..., None]]).to(self.key_blocks.device)
+    def _pieces(self, kv: BlockKV, lengths: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
+        """Layer by layer the K of the first `lengths` tokens of all heads, then their V.
+
+        A layer at a time, since what is on its way takes memory beside the pool's.
+
+        Yields:
+            The pool's tokens [number, head_dim], which of them it is, and their rows in a parcel body.
+        """
+        row = 0
+        for table, counts in zip(kv.blocks, lengths, strict=True):
+            places = self._places(table, counts)
+            for blocks in (self.key_blocks, self.value_blocks):
+                yield blocks.view(-1, self.layout.head_dim), places, slice(row, row + len(places))
+                row += len(places)
+
+    def _places(self, table: np.ndarray, counts: np.ndarray) -> torch.Tensor:
+        """Which of the pool's tokens the first `counts` [num_kv_heads] of each head of a layer are; int64."""
+        token = np.arange(counts.max())
+        places = table[:, token // self._block_size].astype(np.int64) * self._block_size + token % self._block_size
+        return torch.from_numpy(places[token < counts[:, None]]).to(self.key_blocks.device)
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Copies made inside are done at its end, however it ends."""
+        try:
+            with torch.cuda.stream(self._copies):
+                yield
+        finally:
+            if self._copies:
+                self._copies.synchronize()
 
 
 class BlockAttention:
@@ -230,16 +252,6 @@ class BlockAttention:
         return kernels.paged_attention(query[:, :, 0], *where, scaling, self._splits)[:, None]
 
 
-def _body_rows(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a parcel body that hold K, and those that hold V, in the order of `_places`.
-
-    Layer by layer the body has the K rows of all heads, then their V rows.
-    """
-    per_layer = lengths.sum(axis=1)
-    before = np.cumsum(per_layer) - per_layer
-    key_rows = np.arange(per_layer.sum()) + np.repeat(before, per_layer)
-    return key_rows, key_rows + np.repeat(per_layer, per_layer)
-
-
 def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -56,7 +56,8 @@ class SlotTables:
 
     def advance(self, slots: torch.Tensor) -> None:
         """Makes room for one more token in each of `slots`, [batch] int64; the trash slot stays as it is."""
-        self.lengths.index_add_(1, slots, torch.ones_like(self.lengths[:, slots]))
+        layers, _, heads = self.lengths.shape
+        self.lengths.index_add_(1, slots, self.lengths.new_ones(layers, len(slots), heads))
         self.lengths[:, self.trash].fill_(1)
 
     def check_integrity(self) -> None:
