@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Batch
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -29,17 +30,13 @@ class StepGraph:
     """One captured batch size.
 
     Attributes:
-        tokens: [size, 1] int64, the fed tokens.
-        positions: [size, 1] int64.
-        slots: [size] int64.
+        inputs: [3, size] int64: the fed tokens, their positions, the sequences' slots.
         logits: [size, vocab], written by `replay`.
         greedy: [size] int64, written by `replay`.
         replay: Runs the step.
     """
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
+    inputs: torch.Tensor
     logits: torch.Tensor
     greedy: torch.Tensor
     replay: Callable[[], None]
@@ -52,7 +49,7 @@ class GraphEngine:
         self._model = model
         self._pool = pool
         self._device = pool.key_blocks.device
-        self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._stream, self._memory = _stream_and_memory(self._device)
         # the smaller ones live in the memory of the largest
         self._graphs = {size: self._capture(size) for size in reversed(batch_sizes(max_batch))}
         log.info("captured decode steps of %s sequences", ", ".join(str(size) for size in sorted(self._graphs)))
@@ -61,48 +58,44 @@ class GraphEngine:
     def step(self, batch: Batch[Sequence]) -> list[int]:
         """See `DecodeEngine`."""
         graph = self._graphs[min(size for size in self._graphs if size >= len(batch))]
-        fill = len(graph.slots) - len(batch)
-        slots = self._pool.tables.bind([sequence.kv for sequence in batch])
-        self._load(graph.tokens, [sequence.last_token for sequence in batch] + [0] * fill)
-        self._load(graph.positions, [sequence.next_position for sequence in batch] + [0] * fill)
-        self._load(graph.slots, slots + [self._pool.tables.trash] * fill)
-        graph.replay()
-        for sequence in batch:
-            sequence.kv.appended += 1
-        return draw(batch, graph.logits, graph.greedy[: len(batch)])
-
-    def _load(self, target: torch.Tensor, values: list[int]) -> None:
-        target.copy_(torch.tensor(values).view(target.shape))
+        with torch.cuda.stream(self._stream):
+            slots = self._pool.tables.bind([sequence.kv for sequence in batch])
+            rows = [(each.last_token, each.next_position, slot) for each, slot in zip(batch, slots, strict=True)]
+            rows += [(0, 0, self._pool.tables.trash)] * (graph.inputs.shape[1] - len(batch))
+            graph.inputs.copy_(torch.tensor(rows).T)
+            graph.replay()
+            for sequence in batch:
+                sequence.kv.appended += 1
+            return draw(batch, graph.logits, graph.greedy[: len(batch)])
 
     @torch.inference_mode()
     def _capture(self, size: int) -> StepGraph:
         """All slots are trash meanwhile, so no sequence's KV is touched."""
-        tokens = torch.zeros(size, 1, dtype=torch.int64, device=self._device)
-        positions = torch.zeros_like(tokens)
-        slots = torch.full((size,), self._pool.tables.trash, dtype=torch.int64, device=self._device)
+        with torch.cuda.stream(self._stream):
+            inputs = torch.zeros(3, size, dtype=torch.int64, device=self._device)
+            tokens, positions, slots = inputs
+            slots.fill_(self._pool.tables.trash)
 
-        def step() -> tuple[torch.Tensor, torch.Tensor]:
-            logits = forward(self._model, tokens, positions, BlockAttention(self._pool, slots))
-            return logits, logits.argmax(dim=-1)
+            def step() -> tuple[torch.Tensor, torch.Tensor]:
+                attention = BlockAttention(self._pool, slots)
+                logits = forward(self._model, tokens[:, None], positions[:, None], attention)
+                return logits, logits.argmax(dim=-1)
 
-        logits, greedy, replay = self._record(step)
-        return StepGraph(tokens=tokens, positions=positions, slots=slots, logits=logits, greedy=greedy, replay=replay)
+            logits, greedy, replay = self._record(step)
+        return StepGraph(inputs=inputs, logits=logits, greedy=greedy, replay=replay)
 
     def _record(
         self, step: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
         if self._device.type != "cuda":
             return _rerun(step)
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            # compiles kernels and lets libraries allocate, neither of which may happen while capturing
-            for _ in range(WARM_UP_STEPS):
-                step()
-        torch.cuda.current_stream(self._device).wait_stream(side)
+        # compiles kernels and lets libraries allocate, neither of which may happen while capturing
+        for _ in range(WARM_UP_STEPS):
+            step()
         graph = torch.cuda.CUDAGraph()
-        # the install thread may copy a parcel meanwhile: only this thread's calls are checked
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        # whatever else this process does on the GPU meanwhile is no part of the graph: only this thread is checked
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode=mode):
             logits, greedy = step()
         return logits, greedy, graph.replay
 
@@ -111,6 +104,19 @@ def batch_sizes(max_batch: int) -> list[int]:
     """Powers of two, and `max_batch` itself."""
     sizes = [1 << exponent for exponent in range(max_batch.bit_length()) if 1 << exponent < max_batch]
     return [*sizes, max_batch]
+
+
+def _stream_and_memory(device: torch.device) -> tuple[torch.cuda.Stream | None, Any]:
+    """Where all graphs of an engine run, so that they share the libraries' workspaces, and where they allocate.
+
+    In the default stream a step would wait for whatever other threads put there.
+    """
+    if device.type != "cuda":
+        return None, None
+    stream = torch.cuda.Stream(device)
+    # weights and pool are in place
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream, torch.cuda.graph_pool_handle()
 
 
 def _rerun(
