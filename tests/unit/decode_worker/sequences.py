@@ -95,11 +95,16 @@ class DoublePool:
 
 
 def pooled(pool: KVPool[Any, Any], prefilled: Prefilled, kept: Kept, growth: int) -> SequenceKV:
-    """Through a parcel, into the pool."""
+    """Through a parcel, into the pool, for ever."""
+    return placed(pool, prefilled, kept, growth)[1]
+
+
+def placed(pool: KVPool[Any, Any], prefilled: Prefilled, kept: Kept, growth: int) -> tuple[Any, SequenceKV]:
+    """Through a parcel, into an allocation of the pool."""
     num_kept = [len(indices) for heads in kept for indices in heads]
     body = body_of(prefilled.rows(kept), LAYOUT)
-    extent = pool.allocate(pool.sequence_bytes(tuple(num_kept), growth))
-    return pool.install(extent, num_kept, memoryview(body), growth)
+    allocation = pool.allocate(pool.sequence_bytes(tuple(num_kept), growth))
+    return allocation, pool.install(allocation, num_kept, memoryview(body), growth)
 
 
 def sequence(prefilled: Prefilled, kv: SequenceKV, growth: int, **sampling: Any) -> Sequence:

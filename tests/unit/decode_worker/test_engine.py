@@ -10,10 +10,10 @@ import torch
 from transformers import AttentionInterface
 
 from decode_worker.engine import EagerEngine
-from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.sequence import Sequence
 from shared.model.loading import load_decode_model, load_processor
 from shared.model.sampler import sample
+from tests.unit.decode_worker.pools import CPU, POOLS, Pool, poison
 from tests.unit.decode_worker.sequences import (
     LAYOUT,
     DoublePool,
@@ -29,7 +29,6 @@ from tests.unit.decode_worker.sequences import (
 )
 from tests.unit.decode_worker.tiny import load_whole
 
-CPU = torch.device("cpu")
 STEPS = 16
 LENGTHS = (23, 60, 7)
 
@@ -83,10 +82,11 @@ def single(checkpoint: Path) -> Recorded:
     return Recorded(load_decode_model(checkpoint, dtype=torch.float32, device=CPU))
 
 
-@pytest.fixture
-def pool() -> SlabPool:
-    made = SlabPool(4 << 20, LAYOUT)
-    made._bytes.fill_(0xFF)  # NaN
+@pytest.fixture(params=["slabs", "blocks of 16"])
+def pool(request: pytest.FixtureRequest) -> Pool:
+    """The same test over both storages."""
+    made = POOLS[request.param](LAYOUT, 4 << 20)
+    poison(made)
     return made
 
 
@@ -134,7 +134,7 @@ def test_compressed_decode_is_a_full_cache_with_the_evicted_masked(oracle: Any, 
 
 
 def test_single_precision_stays_close_to_the_oracle(
-    oracle: Any, single: Recorded, pool: SlabPool, prompts: list[Prefilled]
+    oracle: Any, single: Recorded, pool: Pool, prompts: list[Prefilled]
 ) -> None:
     exact = [prefill(oracle, text_ids(seed, length)) for seed, length in enumerate(LENGTHS)]
     kept = [some(seed, prompt.num_tokens) for seed, prompt in enumerate(prompts)]
@@ -160,7 +160,7 @@ def decode_alone(engine: EagerEngine, each: Sequence, steps: int) -> tuple[list[
     return tokens, logits
 
 
-def test_a_batch_computes_what_each_computes_alone(single: Recorded, pool: SlabPool, prompts: list[Prefilled]) -> None:
+def test_a_batch_computes_what_each_computes_alone(single: Recorded, pool: Pool, prompts: list[Prefilled]) -> None:
     engine, kept = EagerEngine(single, pool), [some(seed, prompt.num_tokens) for seed, prompt in enumerate(prompts)]
 
     def fresh(number: int) -> Sequence:
@@ -182,7 +182,7 @@ def test_a_batch_computes_what_each_computes_alone(single: Recorded, pool: SlabP
 
 @pytest.mark.parametrize("with_image", [False, True])
 def test_at_retention_one_the_tokens_are_those_of_generate(
-    checkpoint: Path, single: Recorded, pool: SlabPool, with_image: bool
+    checkpoint: Path, single: Recorded, pool: Pool, with_image: bool
 ) -> None:
     whole, inputs = load_whole(checkpoint), {}
     ids = text_ids(5, 30)
@@ -202,7 +202,7 @@ def test_at_retention_one_the_tokens_are_those_of_generate(
     assert len(set(tokens)) > 3, "an answer that says something"
 
 
-def test_greedy_and_sampled_sequences_share_a_batch(single: Recorded, pool: SlabPool, prompts: list[Prefilled]) -> None:
+def test_greedy_and_sampled_sequences_share_a_batch(single: Recorded, pool: Pool, prompts: list[Prefilled]) -> None:
     engine, settings = (
         EagerEngine(single, pool),
         [{}, {"temperature": 1.3, "seed": 4}, {"temperature": 0.8, "top_k": 3}],
@@ -220,7 +220,7 @@ def test_greedy_and_sampled_sequences_share_a_batch(single: Recorded, pool: Slab
         advance(batch, tokens)
 
 
-def test_a_sampled_stream_depends_on_its_seed_alone(single: Recorded, pool: SlabPool, prompts: list[Prefilled]) -> None:
+def test_a_sampled_stream_depends_on_its_seed_alone(single: Recorded, pool: Pool, prompts: list[Prefilled]) -> None:
     engine = EagerEngine(single, pool)
 
     def fresh(seed: int) -> Sequence:
