@@ -23,12 +23,14 @@ help: ## list the targets
 
 setup: $(STAMP) ## create .venv with everything (instant when it is up to date)
 
-$(STAMP): pyproject.toml client/pyproject.toml
+$(STAMP): pyproject.toml client/pyproject.toml $(wildcard shared/kernels/native/*.[ch]) \
+		shared/kernels/native/build.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "vlcache needs Python >= 3.10"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3-venv is missing: apt install python3-venv"; exit 1; }
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/pip install -q --disable-pip-version-check -e 'client[images]' -e '.[worker,dev]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -e '.[kernels]'
+	$(BIN)/python -m shared.kernels.native
 	@touch $@
 
 demo: setup ## start router and both workers, ask about sample images, print answers and bytes, stop

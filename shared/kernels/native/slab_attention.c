@@ -1,0 +1,30 @@
+/* Decode attention over slabs for a whole batch in one call; see slab_attention.py for the arguments. */
+#include "slab_step.h"
+
+void slab_rows_base(void *step);
+
+#if defined(__x86_64__)
+void slab_rows_avx2(void *step);
+void slab_rows_avx512(void *step);
+
+static Work fastest(void) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma")) return slab_rows_avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return slab_rows_avx2;
+    return slab_rows_base;
+}
+#else
+static Work fastest(void) { return slab_rows_base; }
+#endif
+
+/* GOMP_parallel of the OpenMP runtime that torch uses: a second pool of threads would fight with it for the cores. */
+typedef void (*Parallel)(Work work, void *data, unsigned threads, unsigned flags);
+
+void slab_attention(const void *query, const void *key, const void *value, void *out, void *pool, const int64_t *key_at,
+                    const int64_t *value_at, const int64_t *lengths, int64_t rows, int64_t group, int64_t head_dim,
+                    float scaling, int is_bf16, Parallel parallel, unsigned threads) {
+    Step step = {query, key, value, out, pool, key_at, value_at, lengths, rows, group, head_dim, scaling, is_bf16, 0};
+    if (parallel && threads > 1)
+        parallel(fastest(), &step, threads, 0);
+    else
+        fastest()(&step);
+}

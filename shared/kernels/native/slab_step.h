@@ -1,0 +1,23 @@
+/* What one call asks for; the threads that work on it share it. */
+#ifndef SLAB_STEP_H
+#define SLAB_STEP_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+typedef struct {
+    const void *query;       /* [rows, group, head_dim]; rows are batch x num_kv_heads */
+    const void *key, *value; /* [rows, head_dim], of the new token */
+    void *out;               /* as query */
+    void *pool;
+    const int64_t *key_at, *value_at; /* [rows], in elements of the pool */
+    const int64_t *lengths;           /* [rows], the new token included */
+    int64_t rows, group, head_dim;
+    float scaling;
+    int is_bf16; /* or else fp32 */
+    atomic_long next;
+} Step;
+
+typedef void (*Work)(void *step);
+
+#endif

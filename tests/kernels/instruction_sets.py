@@ -1,0 +1,42 @@
+"""Running the native kernel as it was compiled for one instruction set, whatever the processor would choose."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+from shared.kernels.native.build import INSTRUCTION_SETS
+
+POINTERS = ("query", "key", "value", "out", "pool", "key_at", "value_at", "lengths")
+COUNTS = ("rows", "group", "head_dim")
+
+
+class Step(ctypes.Structure):
+    """See slab_step.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64) for name in COUNTS),
+        ("scaling", ctypes.c_float),
+        ("is_bf16", ctypes.c_int),
+        ("next", ctypes.c_long),
+    ]
+
+
+def runnable() -> list[str]:
+    """The instruction sets that this processor has and the library was built for."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    needs = {"base": (), "avx2": ("avx2", "fma"), "avx512": ("avx512f", "fma")}
+    return [name for name in INSTRUCTION_SETS if all(f" {flag} " in cpu for flag in needs[name])]
+
+
+def function_of(library: Path, name: str) -> Callable[..., None]:
+    """A stand-in for the library's `slab_attention`, with its arguments."""
+    rows = getattr(ctypes.CDLL(str(library)), f"slab_rows_{name}")
+
+    def run(*arguments: object) -> None:
+        *values, _parallel, _threads = arguments
+        rows(ctypes.byref(Step(*values, 0)))
+
+    return run
