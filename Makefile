@@ -16,7 +16,7 @@ PROTO_VENV := .venv-proto
 # The oldest generator whose stubs run with every grpcio that the client promises to support.
 GRPCIO_TOOLS := grpcio-tools==1.74.0
 
-.PHONY: help setup demo serve test lint format typecheck proto proto-check train-model clean
+.PHONY: help setup demo serve test lint format typecheck proto proto-check bench-gpu train-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -65,6 +65,11 @@ proto: $(PROTO_VENV)/.stamp ## regenerate the stubs under client/src from proto/
 
 proto-check: proto ## fail when the committed stubs differ from proto/
 	git diff --exit-code --stat -- client/src/vlcache/v1 client/src/vlcache/worker
+
+# An image that brings its own torch for its GPU needs no .venv.
+bench-gpu: ## tests and benchmarks on a GPU, at most ten minutes; run again to continue (OUT=folder)
+	PYTHONPATH=client/src:$$PYTHONPATH $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu \
+		--out $(or $(OUT),build/bench-gpu)
 
 train-model: setup ## train the bundled model from scratch (hours on a CPU)
 	$(BIN)/python -m models.shapes_vlm.training --out $(or $(OUT),/tmp/shapes-vlm)

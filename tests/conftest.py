@@ -23,6 +23,14 @@ settings.register_profile("vlcache", deadline=None)
 settings.load_profile("vlcache")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if GPU_DRIVER.exists():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="there is no NVIDIA GPU"))
+
+
 def shared_memory_entries() -> set[str]:
     return {entry.name for entry in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.is_dir() else set()
 
