@@ -1,9 +1,10 @@
-"""The data plane: takes parcels in over gRPC chunks or from shared memory."""
+"""The data plane: takes parcels in over gRPC chunks, from shared memory, or from the own process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterator
 
 import grpc
@@ -21,7 +22,7 @@ DISCARD_TIMEOUT_S = 5.0
 
 
 class KVReceiver:
-    """Implements `KVTransferService`. A parcel is installed whole or not at all."""
+    """Implements `KVTransferService` and `LocalReceiver`. A parcel is installed whole or not at all."""
 
     def __init__(self, runner: DecodeRunner, reservations: Reservations) -> None:
         self._runner = runner
@@ -53,7 +54,8 @@ class KVReceiver:
     async def _take(self, frames: AsyncIterator[bytes]) -> int:
         first = await anext(aiter(frames), b"")
         header = decode_header(first)
-        reservation, manifest = self._begin(header.token, header.manifest)
+        manifest = Manifest.from_proto(header.manifest)
+        reservation = self._begin(header.token, manifest)
         with self._filling(reservation), self._buffers.borrow(manifest.body_bytes) as buffer:
             received = await _receive(frames, buffer)
             await self._runner.install(reservation, manifest, buffer)
@@ -61,19 +63,30 @@ class KVReceiver:
 
     async def install(self, request: pb.InstallKVRequest, context: grpc.aio.ServicerContext) -> pb.InstallKVResponse:
         """`InstallKV`: the body lies in the sender's arena."""
-        reservation, manifest = self._begin(request.token, request.manifest)
+        manifest = Manifest.from_proto(request.manifest)
+        reservation = self._begin(request.token, manifest)
         with self._filling(reservation):
             await self._runner.install(reservation, manifest, _slot_view(reservation, manifest, request.slot))
         return pb.InstallKVResponse()
 
-    def _begin(self, token: bytes, message: pb.KVManifest) -> tuple[Reservation, Manifest]:
-        manifest = Manifest.from_proto(message)
+    async def take(self, token: bytes, manifest: Manifest, body: memoryview) -> None:
+        """See `LocalReceiver`."""
+        manifest.check()
+        reservation = self._begin(token, manifest)
+        with self._filling(reservation):
+            await self._runner.install(reservation, manifest, body, verify=False)
+
+    def renew(self, token: bytes) -> None:
+        """See `LocalReceiver`."""
+        self._reservations.renew(self._reservations.find(token), time.monotonic())
+
+    def _begin(self, token: bytes, manifest: Manifest) -> Reservation:
         reservation = self._reservations.find(token)
         self._runner.check_parcel(reservation, manifest)
         delivery = asyncio.current_task()
         assert delivery is not None
         self._reservations.begin_fill(reservation, delivery.cancel)
-        return reservation, manifest
+        return reservation
 
     @contextlib.contextmanager
     def _filling(self, reservation: Reservation) -> Iterator[None]:

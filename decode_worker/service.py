@@ -26,6 +26,10 @@ from shared.errors import (
     ServiceError,
     UnavailableError,
 )
+from shared.kv.arena import ArenaView
+from shared.kv.transport.grpc_stream import GrpcTransport
+from shared.kv.transport.local import LocalTransport
+from shared.kv.transport.memory import MemoryTransport
 from shared.model.identity import ModelIdentity
 from shared.version import VERSION
 
@@ -84,7 +88,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """See the proto file."""
         self._check_reserve(request)
         self._pool.check_fits(self._pool.bound_bytes(request.kept_tokens_bound, request.max_new_tokens - 1))
-        arena = await self._arenas.find(request.arena_socket, request.prefill_epoch) if self._arenas else None
+        transport, arena = await self._choose_transport(request)
         growth = self._runner.promised(request.max_new_tokens)
         reservation = self._reservations.reserve(
             request_id=request.request_id,
@@ -97,7 +101,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         )
         return pb.ReserveResponse(
             token=reservation.token,
-            transport="memory" if arena else "grpc",
+            transport=transport,
             reserved_bytes=reservation.pool_bytes,
             lease_s=self._reservations.lease_s,
         )
@@ -143,6 +147,16 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             self._runner.attach(self._reservations.find(attach.token), outbox, attach.handle)
         except ServiceError as error:
             Subscription(outbox, attach.handle).fail(error)
+
+    async def _choose_transport(self, request: pb.ReserveRequest) -> tuple[str, ArenaView | None]:
+        """The shortest way from that prefill worker, and its arena where it leads through one."""
+        if self._arenas is None:
+            return GrpcTransport.name, None
+        if request.prefill_epoch == self._epoch:
+            # the other half of this very process
+            return LocalTransport.name, None
+        arena = await self._arenas.find(request.arena_socket, request.prefill_epoch)
+        return (MemoryTransport.name, arena) if arena else (GrpcTransport.name, None)
 
     def _check_reserve(self, request: pb.ReserveRequest) -> None:
         if self._draining:

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import grpc
-import torch
 from transformers import PreTrainedModel
 from vlcache.worker.v1 import decode_pb2_grpc
 
@@ -21,17 +20,19 @@ from decode_worker.graph_engine import GraphEngine
 from decode_worker.kv_pool.base import KVPool
 from decode_worker.kv_pool.blocks import BlockPool
 from decode_worker.kv_pool.slabs import SlabPool
+from decode_worker.kv_receiver import SERVICE_NAME as TRANSFER_SERVICE_NAME
 from decode_worker.kv_receiver import KVReceiver
 from decode_worker.reservations import Reservations, Stage
 from decode_worker.runner import DecodeRunner
 from decode_worker.scheduler import DecodeScheduler, StepOutcome
-from decode_worker.service import DecodeServicer
+from decode_worker.service import SERVICE_NAME, DecodeServicer
 from shared.kernels.dispatch import kernels_for
+from shared.model.checkpoint import open_checkpoint
 from shared.model.identity import ModelIdentity
-from shared.model.loading import load_decode_model, load_spec, load_tokenizer, pick_dtype, resolve_checkpoint
+from shared.model.loading import load_decode_model, load_tokenizer
 from shared.model.spec import VLMSpec
 from shared.rpc.lifecycle import new_epoch
-from shared.rpc.options import MIB
+from shared.rpc.options import MAX_CONTROL_BYTES, MIB
 from shared.telemetry.metrics import DecodeMetrics
 
 EXPIRY_PERIOD_S = 0.5
@@ -54,17 +55,12 @@ def load_model(config: DecodeConfig) -> LoadedModel:
         FileNotFoundError: There is no such checkpoint.
         UnsupportedModelError: Its architecture cannot be served.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
-    path = resolve_checkpoint(config.model)
-    dtype = pick_dtype(config.dtype, device)
-    spec = load_spec(path, dtype)
+    checkpoint = open_checkpoint(config)
     return LoadedModel(
-        model=load_decode_model(path, dtype=dtype, device=device),
-        tokenizer=load_tokenizer(path),
-        spec=spec,
-        identity=ModelIdentity.of(config.model_name, path, spec),
+        model=load_decode_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device),
+        tokenizer=load_tokenizer(checkpoint.path),
+        spec=checkpoint.spec,
+        identity=checkpoint.identity,
     )
 
 
@@ -87,9 +83,26 @@ def build_engine(config: DecodeConfig, model: LoadedModel) -> tuple[KVPool[Any, 
 
 
 class DecodeWorker:
-    """A ready worker over what `build_engine` made; must be built on the event loop that it serves on."""
+    """A ready worker over what `build_engine` made; must be built on the event loop that it serves on.
 
-    def __init__(self, config: DecodeConfig, model: LoadedModel, pool: KVPool[Any, Any], engine: DecodeEngine) -> None:
+    Args:
+        epoch: Boot id of the process, shared with a prefill half that lives in it; a new one without it.
+    """
+
+    role = "decode"
+    services = (SERVICE_NAME, TRANSFER_SERVICE_NAME)
+    max_request_bytes = MAX_CONTROL_BYTES
+
+    def __init__(
+        self,
+        config: DecodeConfig,
+        model: LoadedModel,
+        pool: KVPool[Any, Any],
+        engine: DecodeEngine,
+        *,
+        epoch: str | None = None,
+    ) -> None:
+        self.name, self.listen = config.name, config.listen
         self.metrics = DecodeMetrics(worker=config.name, model=model.identity.name)
         self._reservations = Reservations(pool, lease_s=config.lease_s)
         self.runner = DecodeRunner(
@@ -109,10 +122,10 @@ class DecodeWorker:
         scheduler = DecodeScheduler(engine, deliver, max_batch=config.max_batch, metrics=self.metrics)
         self.runner.connect(scheduler)
         self._arenas = ArenaDirectory() if config.transport == "auto" else None
-        self._receiver = KVReceiver(self.runner, self._reservations)
+        self.receiver = KVReceiver(self.runner, self._reservations)
         self.servicer = DecodeServicer(
             name=config.name,
-            epoch=new_epoch(),
+            epoch=epoch or new_epoch(),
             identity=model.identity,
             pool=pool,
             reservations=self._reservations,
@@ -132,7 +145,7 @@ class DecodeWorker:
     def register(self, server: grpc.aio.Server) -> None:
         """Adds the worker's services to a server."""
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.servicer, server)
-        self._receiver.register(server)
+        self.receiver.register(server)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuses new reservations and lets the others finish for `timeout_s`."""

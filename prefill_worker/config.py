@@ -5,29 +5,16 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from shared.config import Listen
+from shared.config import WorkerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillConfig:
+class PrefillConfig(WorkerConfig):
     """Settings of a prefill worker, parsed once from the command line."""
 
-    model: str
-    """Checkpoint: a directory, or a Hugging Face hub id."""
-    model_name: str = ""
-    """Name under which clients ask for the model; the checkpoint's own name when empty."""
     name: str = "prefill-0"
     """Name of this worker in placements, metrics and logs."""
-    listen: Listen = field(default_factory=Listen)
-    """Where to listen."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of weights and KV; auto is bf16 on a GPU or an AMX machine, else fp32."""
-    device: str = "cpu"
-    """torch device, such as cpu or cuda:0."""
-    threads: int = 0
-    """torch threads; 0 leaves torch's own choice."""
     arena_mib: int = 256
     """Shared memory for parcels on their way, MiB."""
     socket_dir: Path = field(default_factory=lambda: Path(tempfile.gettempdir()) / "vlcache-arenas")
@@ -44,8 +31,6 @@ class PrefillConfig:
     """Requests admitted and not yet computing; more are refused."""
     preprocess_threads: int = 2
     """Threads that decode images and tokenise."""
-    drain_s: float = 30.0
-    """Time that running requests get to finish at SIGTERM, seconds."""
 
     def __post_init__(self) -> None:
         if not 0 < self.default_retention <= 1:

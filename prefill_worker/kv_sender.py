@@ -1,4 +1,4 @@
-"""Keeps reservations alive and ships parcels: one channel and two transports per decode worker."""
+"""Keeps reservations alive and ships parcels: one channel per decode worker, none to the own process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import grpc
 from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc
 from vlcache.worker.v1 import prefill_pb2 as pb
 
-from shared.errors import AbortedError, FailedPreconditionError, InvalidRequestError, ServiceError
+from shared.errors import AbortedError, FailedPreconditionError, InvalidRequestError, NotFoundError, ServiceError
 from shared.kv.transport.base import Parcel, ParcelTransport, SendReport
 from shared.kv.transport.grpc_stream import GrpcTransport
+from shared.kv.transport.local import LocalReceiver, LocalTransport
 from shared.kv.transport.memory import MemoryTransport
 from shared.rpc.options import client_options
 from shared.rpc.status import from_rpc_error
@@ -56,11 +57,17 @@ class Ticket:
 
 
 class KVSender:
-    """Lives on the event loop of the prefill worker; `epoch` names its arena."""
+    """Lives on the event loop of the prefill worker.
 
-    def __init__(self, *, epoch: str, metrics: PrefillMetrics) -> None:
+    Args:
+        epoch: Names the worker's arena.
+        local: The decode half of the same process, where there is one.
+    """
+
+    def __init__(self, *, epoch: str, metrics: PrefillMetrics, local: LocalReceiver | None = None) -> None:
         self._epoch = epoch
         self._metrics = metrics
+        self._local = local
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def send(self, parcel: Parcel, ticket: Ticket) -> SendReport:
@@ -106,20 +113,31 @@ class KVSender:
         self._channels.clear()
 
     async def _renew(self, ticket: Ticket, body: asyncio.Task[object]) -> None:
-        stub = decode_pb2_grpc.DecodeServiceStub(self._channel(ticket.address))
         period_s = ticket.lease_s / RENEWALS_PER_LEASE
         while True:
             await asyncio.sleep(period_s)
             try:
-                await stub.Renew(decode_pb2.RenewRequest(token=ticket.token), timeout=period_s)
-            except grpc.aio.AioRpcError as error:
-                if error.code() is grpc.StatusCode.NOT_FOUND:
-                    body.cancel()
-                    return
+                await self._renew_once(ticket, timeout_s=period_s)
+            except NotFoundError:
+                body.cancel()
+                return
+            except ServiceError as error:
                 # a hiccup: the lease outlives several missed renewals
-                log.warning("renewal at %s failed: %s", ticket.decode_worker, from_rpc_error(error).message)
+                log.warning("renewal at %s failed: %s", ticket.decode_worker, error.message)
+
+    async def _renew_once(self, ticket: Ticket, *, timeout_s: float) -> None:
+        if self._local is not None and ticket.transport == LocalTransport.name:
+            self._local.renew(ticket.token)
+            return
+        stub = decode_pb2_grpc.DecodeServiceStub(self._channel(ticket.address))
+        try:
+            await stub.Renew(decode_pb2.RenewRequest(token=ticket.token), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
 
     def _transport(self, ticket: Ticket) -> ParcelTransport:
+        if self._local is not None and ticket.transport == LocalTransport.name:
+            return LocalTransport(self._local)
         channel = self._channel(ticket.address)
         if ticket.transport == MemoryTransport.name:
             return MemoryTransport(channel, self._epoch)

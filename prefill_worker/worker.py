@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import torch
 from vlcache.worker.v1 import prefill_pb2_grpc, worker_pb2
 
 from prefill_worker.compression.registry import DEFAULT_POLICY, POLICIES
@@ -18,14 +17,16 @@ from prefill_worker.parcel_store import ParcelStore
 from prefill_worker.prompt import PromptBuilder
 from prefill_worker.runner import PrefillRunner
 from prefill_worker.scheduler import PrefillScheduler
-from prefill_worker.service import PrefillServicer
+from prefill_worker.service import SERVICE_NAME, PrefillServicer
 from shared.kv.arena import Arena
 from shared.kv.arena_socket import ArenaServer
+from shared.kv.transport.local import LocalReceiver
+from shared.model.checkpoint import open_checkpoint
 from shared.model.identity import ModelIdentity
-from shared.model.loading import load_prefill_model, load_processor, load_spec, pick_dtype, resolve_checkpoint
+from shared.model.loading import load_prefill_model, load_processor
 from shared.model.spec import VLMSpec
 from shared.rpc.lifecycle import new_epoch
-from shared.rpc.options import MIB
+from shared.rpc.options import MAX_REQUEST_BYTES, MIB
 from shared.telemetry.metrics import PrefillMetrics
 
 
@@ -46,31 +47,44 @@ def load_model(config: PrefillConfig) -> LoadedModel:
         FileNotFoundError: There is no such checkpoint.
         UnsupportedModelError: Its architecture cannot be served.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
-    path = resolve_checkpoint(config.model)
-    dtype = pick_dtype(config.dtype, device)
-    spec = load_spec(path, dtype)
+    checkpoint = open_checkpoint(config)
+    model = load_prefill_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device)
     return LoadedModel(
-        engine=PrefillEngine(load_prefill_model(path, dtype=dtype, device=device)),
-        processor=load_processor(path),
-        spec=spec,
-        identity=ModelIdentity.of(config.model_name, path, spec),
+        engine=PrefillEngine(model),
+        processor=load_processor(checkpoint.path),
+        spec=checkpoint.spec,
+        identity=checkpoint.identity,
     )
 
 
 class PrefillWorker:
-    """A ready worker; must be built on the event loop that it serves on."""
+    """A ready worker; must be built on the event loop that it serves on.
 
-    def __init__(self, config: PrefillConfig, model: LoadedModel) -> None:
-        epoch = new_epoch()
+    Args:
+        epoch: Boot id of the process; a new one without it.
+        local: The decode half of the same process; its reservations need no transfer.
+    """
+
+    role = "prefill"
+    services = (SERVICE_NAME,)
+    max_request_bytes = MAX_REQUEST_BYTES
+
+    def __init__(
+        self,
+        config: PrefillConfig,
+        model: LoadedModel,
+        *,
+        epoch: str | None = None,
+        local: LocalReceiver | None = None,
+    ) -> None:
+        self.name, self.listen = config.name, config.listen
+        epoch = epoch or new_epoch()
         builder = PromptBuilder(model.processor, model.spec, max_images=config.max_images)
         self.metrics = PrefillMetrics(worker=config.name, model=model.identity.name)
         self._arena = Arena(config.arena_mib * MIB)
         self._arena_server = ArenaServer.start(config.socket_dir, f"{config.name}-{epoch}", self._arena, epoch)
         self._store = ParcelStore(self._arena)
-        self._sender = KVSender(epoch=epoch, metrics=self.metrics)
+        self._sender = KVSender(epoch=epoch, metrics=self.metrics, local=local)
         scheduler = PrefillScheduler(max_waiting=config.max_waiting)
         tokenizer = model.processor.tokenizer
         self.runner = PrefillRunner(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 import tyro
 
@@ -25,6 +25,26 @@ class Listen:
         for port in (self.port, self.metrics_port):
             if not 0 <= port <= 65535:
                 raise ValueError(f"a port lies between 0 and 65535, not {port}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """What every kind of worker is told."""
+
+    model: str
+    """Checkpoint: a directory, or a Hugging Face hub id."""
+    model_name: str = ""
+    """Name under which clients ask for the model; the checkpoint's own name when empty."""
+    listen: Listen = field(default_factory=Listen)
+    """Where to listen."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of weights and KV, the same on all workers; auto is bf16 on a GPU or an AMX machine, else fp32."""
+    device: str = "cpu"
+    """torch device, such as cpu or cuda:0; decode keeps KV in slabs on a CPU, in blocks on a GPU."""
+    threads: int = 0
+    """torch threads; 0 leaves torch's own choice."""
+    drain_s: float = 30.0
+    """Time that running requests get to finish at SIGTERM, seconds."""
 
 
 def parse_config(config: type[Config], description: str) -> Config:

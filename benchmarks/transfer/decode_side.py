@@ -73,9 +73,11 @@ class DecodeSide:
 class _Runner(DecodeRunner):
     """A runner without a scheduler: nobody reads the tokens, so no sequence joins a batch."""
 
-    async def install(self, reservation: Reservation, manifest: Manifest, body: memoryview) -> None:
+    async def install(
+        self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool = True
+    ) -> None:
         if reservation.request_id == End.INSTALL.value:
-            await super().install(reservation, manifest, body)
+            await super().install(reservation, manifest, body, verify=verify)
         else:
             self._reservations.end_fill(reservation)
 

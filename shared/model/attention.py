@@ -68,8 +68,16 @@ def vlcache_attention(
     return vlc.attend(layer, query, key, value, attention_mask, scale), None
 
 
+def prompt_mask(*, q_length: int, **terms: Any) -> torch.Tensor | None:
+    """Signature of transformers' `AttentionMaskInterface`; None whenever plain causal attention is enough.
+
+    A single query sees all keys. sdpa_mask knows that, too, but not in every version while a CUDA graph is captured,
+    and a decode step over the prefill model must not get a mask: it reads its own ragged pool.
+    """
+    return None if q_length == 1 else sdpa_mask(q_length=q_length, **terms)
+
+
 AttentionInterface.register(PREFILL_ATTENTION, vlcache_attention)
 AttentionInterface.register(DECODE_ATTENTION, vlcache_attention)
-# Without a registered mask function a model would get no mask at all, silently; sdpa_mask returns None whenever
-# plain causal attention is enough. Decode reads its own ragged pool and must not build any.
-AttentionMaskInterface.register(PREFILL_ATTENTION, sdpa_mask)
+# Without a registered mask function a model gets no mask at all, silently: right for decode alone.
+AttentionMaskInterface.register(PREFILL_ATTENTION, prompt_mask)

@@ -11,6 +11,8 @@ from shared.kv.layout import KVLayout
 
 # Attention with extra terms that our attention function does not compute.
 UNSUPPORTED_TEXT_FIELDS = ("attn_logit_softcapping", "attn_logit_softcap")
+# Rotary frequencies that follow the longest sequence so far: one request would change the tokens of another.
+UNSUPPORTED_ROPE_TYPES = ("dynamic", "longrope")
 SUPPORTED_MODEL_TYPES = ("llava",)
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +52,9 @@ class VLMSpec:
         for field in UNSUPPORTED_TEXT_FIELDS:
             if getattr(text, field, None):
                 raise UnsupportedModelError(f"the model uses {field}, which is not supported")
+        rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
+        if rope in UNSUPPORTED_ROPE_TYPES:
+            raise UnsupportedModelError(f"rotary embeddings of type {rope!r} are not supported")
         if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
             raise UnsupportedModelError("sliding-window attention is not supported")
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

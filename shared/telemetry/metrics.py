@@ -98,7 +98,7 @@ class RouterMetrics(_RoleMetrics):
         self.worker_state = g("worker_state", "1 for the state a worker is in", "name", "state")
 
 
-class _WorkerMetrics(_RoleMetrics):
+class WorkerMetrics(_RoleMetrics):
     """What both kinds of worker have."""
 
     def __init__(self, *, role: str, worker: str, model: str) -> None:
@@ -117,7 +117,7 @@ class _WorkerMetrics(_RoleMetrics):
         self.stage_seconds.labels(**self._fixed, stage=stage).observe(seconds)
 
 
-class PrefillMetrics(_WorkerMetrics):
+class PrefillMetrics(WorkerMetrics):
     """What a prefill worker sees: compute, compression, transfer."""
 
     def __init__(self, *, worker: str, model: str) -> None:
@@ -133,7 +133,7 @@ class PrefillMetrics(_WorkerMetrics):
         self.image_pixels = h("image_pixels", "Pixels of an image as sent", PIXEL_BUCKETS)
 
 
-class DecodeMetrics(_WorkerMetrics):
+class DecodeMetrics(WorkerMetrics):
     """What a decode worker sees: memory and steps."""
 
     def __init__(self, *, worker: str, model: str) -> None:

@@ -8,7 +8,13 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from shared.model.attention import DECODE_ATTENTION, PREFILL_ATTENTION, REFUSED_TERMS, vlcache_attention
+from shared.model.attention import (
+    DECODE_ATTENTION,
+    PREFILL_ATTENTION,
+    REFUSED_TERMS,
+    prompt_mask,
+    vlcache_attention,
+)
 from tests.unit.shared.tiny_llava import PlainHook
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM, TOKENS = 3, 6, 2, 8, 5
@@ -78,6 +84,18 @@ def test_prefill_builds_a_mask_only_when_causal_attention_is_not_enough() -> Non
         assert call[3] is not None
         assert call[3].shape[-2:] == (TOKENS, TOKENS)
         assert not call[3][..., -1, :2].any()
+
+
+@torch.inference_mode()
+def test_a_single_query_gets_no_mask_whatever_transformers_thinks() -> None:
+    """A decode step over the prefill model; with `allow_is_causal_skip` off, as some versions do in a CUDA graph."""
+    cached, cache, hook = model(PREFILL_ATTENTION), DynamicCache(), PlainHook()
+    cached(input_ids=IDS[:, :-1], past_key_values=cache, vlc=PlainHook())
+    cached(input_ids=IDS[:, -1:], past_key_values=cache, vlc=hook)
+    assert [call[3] for call in hook.calls] == [None] * LAYERS
+    sizes: dict[str, Any] = {"batch_size": 1, "kv_length": TOKENS, "q_offset": 0, "allow_is_causal_skip": False}
+    assert prompt_mask(q_length=1, **sizes) is None
+    assert prompt_mask(q_length=TOKENS, **sizes).shape == (1, 1, TOKENS, TOKENS)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, Gemma2Config, LlavaConfig, MistralConfig, Qwen2Config, Qwen2VLConfig
+from transformers import AutoConfig, Gemma2Config, LlamaConfig, LlavaConfig, MistralConfig, Qwen2Config, Qwen2VLConfig
 
 from shared.kv.layout import KVLayout
 from shared.model.loading import load_spec
@@ -88,6 +88,16 @@ def test_a_sliding_window_is_refused_unless_it_is_switched_off() -> None:
     switched_off = Qwen2Config(use_sliding_window=False)
     switched_off.sliding_window = 4096
     assert read(LlavaConfig(text_config=switched_off)).model_type == "llava"
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_positions_that_depend_on_other_requests_are_refused(rope: str) -> None:
+    text = LlamaConfig()
+    text.rope_parameters = {"rope_type": rope, "rope_theta": 1e4}
+    with pytest.raises(UnsupportedModelError, match=rope):
+        read(LlavaConfig(text_config=text))
+    text.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    assert read(LlavaConfig(text_config=text)).model_type == "llava"
 
 
 def test_a_precision_that_kv_cannot_have_is_an_error() -> None:

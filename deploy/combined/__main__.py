@@ -1,0 +1,22 @@
+"""`python -m deploy.combined`: parse, build, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+
+from deploy.combined.config import CombinedConfig
+from deploy.combined.worker import build_workers, load_model
+from shared.config import parse_config
+from shared.rpc.serving import serve
+from shared.telemetry.logs import configure_logging
+
+
+async def main(config: CombinedConfig) -> None:
+    """Runs both halves until SIGTERM or SIGINT, then drains."""
+    await serve(build_workers(config, load_model(config)), drain_s=config.drain_s)
+
+
+if __name__ == "__main__":
+    settings = parse_config(CombinedConfig, "A vlcache worker that is both, prefill and decode.")
+    configure_logging(settings.name)
+    asyncio.run(main(settings))

@@ -1,0 +1,41 @@
+"""Settings of a combined worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
+
+from decode_worker.config import DecodeConfig
+from prefill_worker.config import PrefillConfig
+from shared.config import Listen, WorkerConfig
+
+Half = TypeVar("Half", bound=WorkerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinedConfig(PrefillConfig, DecodeConfig):
+    """Settings of a combined worker, parsed once from the command line: those of both halves, the common ones once."""
+
+    name: str = "combined-0"
+    """Name of the process in logs; its halves are NAME-prefill and NAME-decode in placements and metrics."""
+    listen: Listen = field(default_factory=Listen)
+    """Where the prefill half listens."""
+    decode_listen: Listen = field(default_factory=Listen)
+    """Where the decode half listens."""
+
+    def __post_init__(self) -> None:
+        # every half checks its own
+        self.prefill()
+        self.decode()
+
+    def prefill(self) -> PrefillConfig:
+        """The settings of the prefill half."""
+        return self._half(PrefillConfig, "prefill", self.listen)
+
+    def decode(self) -> DecodeConfig:
+        """The settings of the decode half."""
+        return self._half(DecodeConfig, "decode", self.decode_listen)
+
+    def _half(self, kind: type[Half], role: str, listen: Listen) -> Half:
+        settings = {field.name: getattr(self, field.name) for field in fields(kind)}
+        return kind(**{**settings, "name": f"{self.name}-{role}", "listen": listen})

@@ -1,0 +1,41 @@
+"""A checkpoint as a worker of this process sees it: found and understood, its weights not yet read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shared.config import WorkerConfig
+from shared.model.identity import ModelIdentity
+from shared.model.loading import load_spec, pick_dtype, resolve_checkpoint
+from shared.model.spec import VLMSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What every role needs to know before it loads its part of the weights."""
+
+    path: Path
+    device: torch.device
+    dtype: torch.dtype
+    spec: VLMSpec
+    identity: ModelIdentity
+
+
+def open_checkpoint(config: WorkerConfig) -> Checkpoint:
+    """Finds what `config` names and sets the number of torch's threads.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        UnsupportedModelError: Its architecture cannot be served.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    path = resolve_checkpoint(config.model)
+    dtype = pick_dtype(config.dtype, device)
+    spec = load_spec(path, dtype)
+    identity = ModelIdentity.of(config.model_name, path, spec)
+    return Checkpoint(path=path, device=device, dtype=dtype, spec=spec, identity=identity)

@@ -1,0 +1,94 @@
+"""The life of a worker process: serve its roles, say where, drain at a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import grpc
+
+from shared.config import Listen
+from shared.rpc.lifecycle import stop_signal
+from shared.rpc.server import RpcServer
+from shared.telemetry.announce import announce
+from shared.telemetry.exporter import MetricsExporter, watch_event_loop
+from shared.telemetry.metrics import WorkerMetrics
+
+
+class Worker(Protocol):
+    """One role of a process; `serve` calls it on the event loop on which it was built."""
+
+    @property
+    def name(self) -> str:
+        """Of this worker in placements, metrics and logs."""
+
+    @property
+    def role(self) -> str:
+        """What it says it is: prefill or decode."""
+
+    @property
+    def listen(self) -> Listen:
+        """Where it wants to listen."""
+
+    @property
+    def services(self) -> Sequence[str]:
+        """Full names of its services, for reflection."""
+
+    @property
+    def max_request_bytes(self) -> int:
+        """Size of the largest message that it takes."""
+
+    @property
+    def metrics(self) -> WorkerMetrics:
+        """What its /metrics port shows."""
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds its services to a server."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuses new requests and lets the others finish for `timeout_s`."""
+
+    async def close(self) -> None:
+        """Gives everything back; it was drained."""
+
+
+async def serve(workers: Sequence[Worker], *, drain_s: float) -> None:
+    """Runs all roles, each on ports of its own, until SIGTERM or SIGINT; then drains them together.
+
+    Raises:
+        OSError: A port cannot be bound.
+    """
+    servers = [await _start(worker) for worker in workers]
+    async with contextlib.AsyncExitStack() as stack:
+        exporters = [stack.enter_context(_exporter(worker)) for worker in workers]
+        for worker, server in zip(workers, servers, strict=True):
+            await stack.enter_async_context(watch_event_loop(worker.metrics.event_loop_delay))
+            await server.set_ready(True)
+        stopped = stop_signal()
+        for worker, server, metrics in zip(workers, servers, exporters, strict=True):
+            announce(name=worker.name, role=worker.role, address=server.address, metrics_address=metrics.address)
+        await stopped
+        for server in servers:
+            await server.set_ready(False)
+        # together: what one role has in flight ends in the other
+        await asyncio.gather(*(worker.drain(drain_s) for worker in workers))
+        await asyncio.gather(*(server.stop() for server in servers))
+        for worker in workers:
+            await worker.close()
+
+
+async def _start(worker: Worker) -> RpcServer:
+    return await RpcServer.start(
+        name=worker.name,
+        host=worker.listen.host,
+        port=worker.listen.port,
+        register=worker.register,
+        services=worker.services,
+        max_request_bytes=worker.max_request_bytes,
+    )
+
+
+def _exporter(worker: Worker) -> MetricsExporter:
+    return MetricsExporter(worker.metrics.registry, host=worker.listen.host, port=worker.listen.metrics_port)
