@@ -9,7 +9,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from shared.rpc.options import MALLOC_ENVIRONMENT
 
@@ -45,17 +45,22 @@ class Announcement:
 class Child:
     """A process in a group of its own, so that ctrl-C reaches the launcher only, which then stops in order."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path, *, roles: int) -> None:
         self.name = name
         self.log = log
         self._process = process
-        loop = asyncio.get_running_loop()
-        self._announced: asyncio.Future[Announcement] = loop.create_future()
+        self._roles = roles
+        self._heard: list[Announcement] = []
+        self._all_heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reading = asyncio.create_task(self._read_output())
 
     @classmethod
-    async def start(cls, module: str, name: str, flags: list[str], *, log_dir: Path) -> Child:
-        """Runs `python -m MODULE FLAGS`; its stderr and what it prints go to `log_dir/NAME.log`."""
+    async def start(cls, module: str, name: str, flags: list[str], *, log_dir: Path, roles: int = 1) -> Child:
+        """Runs `python -m MODULE FLAGS`; its stderr and what it prints go to `log_dir/NAME.log`.
+
+        Args:
+            roles: Announcements to wait for.
+        """
         log = log_dir / f"{name}.log"
         with log.open("wb") as stderr:
             process = await asyncio.create_subprocess_exec(
@@ -67,28 +72,28 @@ class Child:
                 stderr=stderr,
                 start_new_session=True,
             )
-        return cls(name, process, log)
+        return cls(name, process, log, roles=roles)
 
     @property
     def pid(self) -> int:
         """Of the process and of its group."""
         return self._process.pid
 
-    async def announcement(self, timeout_s: float) -> Announcement:
-        """Where the child listens, once it does.
+    async def announcements(self, timeout_s: float) -> list[Announcement]:
+        """Where the child listens, one entry per role, once all do.
 
         Raises:
             ChildFailedError: It ended first, or said nothing for `timeout_s`.
         """
-        either: set[asyncio.Future[Any]] = {self._announced, self._reading}
+        either: set[asyncio.Future[Any]] = {self._all_heard, self._reading}
         await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if self._announced.done():
-            return self._announced.result()
+        if self._all_heard.done():
+            return self._heard
         if not self._reading.done():
             raise ChildFailedError(f"{self.name} did not listen within {timeout_s:g} s\n{self.log_tail()}")
         return await self.end()
 
-    async def end(self) -> Announcement:
+    async def end(self) -> NoReturn:
         """Waits for the process to end, which nobody asked it to.
 
         Raises:
@@ -126,8 +131,10 @@ class Child:
         assert self._process.stdout is not None
         async for line in self._process.stdout:
             said = Announcement.parse(line)
-            if said is not None and not self._announced.done():
-                self._announced.set_result(said)
-            else:
+            if said is None or self._all_heard.done():
                 with self.log.open("ab") as log:
                     log.write(line)
+                continue
+            self._heard.append(said)
+            if len(self._heard) == self._roles:
+                self._all_heard.set_result(None)

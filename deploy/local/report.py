@@ -38,7 +38,7 @@ class Result:
     kv_full_bytes: int
     kv_kept_bytes: int
     kv_sent_bytes: int
-    """Bytes that travelled; 0 when the first token was the whole answer."""
+    """Bytes that travelled; 0 inside one process, and when the first token was the whole answer."""
     retention: float
     policy: str
     transport: str
@@ -100,10 +100,12 @@ class Summary:
     answered: int
     right: int
     kv_full_bytes: int
-    """Of the prompts whose KV travelled."""
+    """Of the prompts whose KV went to a decode worker."""
+    kv_kept_bytes: int
+    """As `kv_full_bytes`."""
     kv_sent_bytes: int
     saved_factor: float | None
-    """Full over sent bytes."""
+    """Full over sent bytes; None when nothing was sent."""
     ttft_s: float | None
     ttst_s: float | None
     itl_s: float | None
@@ -111,13 +113,15 @@ class Summary:
     @classmethod
     def of(cls, results: Sequence[Result], *, questions: int) -> Summary:
         """Sums up; `questions` counts the failed ones too."""
-        full = sum(result.kv_full_bytes for result in results if result.kv_sent_bytes)
-        sent = sum(result.kv_sent_bytes for result in results)
+        moved = [result for result in results if result.transport]
+        full = sum(result.kv_full_bytes for result in moved)
+        sent = sum(result.kv_sent_bytes for result in moved)
         return cls(
             questions=questions,
             answered=len(results),
             right=sum(result.right for result in results),
             kv_full_bytes=full,
+            kv_kept_bytes=sum(result.kv_kept_bytes for result in moved),
             kv_sent_bytes=sent,
             saved_factor=full / sent if sent else None,
             ttft_s=_mean(result.ttft_s for result in results),
@@ -130,7 +134,8 @@ class Summary:
         factor = f", {self.saved_factor:.1f} times less" if self.saved_factor else ""
         return (
             f"{self.right} of {self.questions} right | "
-            f"KV {format_bytes(self.kv_full_bytes)} full, {format_bytes(self.kv_sent_bytes)} sent{factor} | "
+            f"KV {format_bytes(self.kv_full_bytes)} full, {format_bytes(self.kv_kept_bytes)} kept, "
+            f"{format_bytes(self.kv_sent_bytes)} sent{factor} | "
             f"mean TTFT {format_ms(self.ttft_s)}, TTST {format_ms(self.ttst_s)}, ITL {format_ms(self.itl_s)}"
         )
 

@@ -25,8 +25,10 @@ class ServeConfig(StackConfig):
 async def run_serve(stack: Stack) -> int:
     """Says where everything is, then waits until it is cancelled."""
     print(f"vlcache listens at {stack.address}, logs in {stack.log_dir}")
+    width = max(len(service.name) for service in stack.services)
     for service in stack.services:
-        print(f"  {service.role:<8} {service.name:<10} {service.address:<21} http://{service.metrics_address}/metrics")
+        where = f"{service.address:<21} http://{service.metrics_address}/metrics"
+        print(f"  {service.role:<8} {service.name:<{width}} {where}")
     print(f"try\n  {example(stack.address)}\nctrl-C drains and stops", flush=True)
     await asyncio.Event().wait()
     return 0

@@ -1,8 +1,9 @@
-"""Router, prefill workers and decode workers on this machine, started and stopped in the right order."""
+"""Router and workers on this machine, started and stopped in the right order."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import sys
 import tempfile
@@ -39,33 +40,51 @@ class StackConfig:
     """Processes that compute prompts."""
     decode_workers: int = 1
     """Processes that generate tokens."""
+    combined_workers: int = 0
+    """Processes that do both over one copy of the weights: for a single GPU."""
     arena_mib: int = 64
-    """Shared memory of each prefill worker for parcels on their way, MiB."""
+    """Memory of each process that prefills for parcels on their way, MiB."""
     kv_memory_mib: int = 256
-    """Memory of each decode worker for KV, MiB."""
+    """Memory of each process that decodes for KV, MiB."""
     threads: int = 0
-    """torch threads of each worker; 0 shares the cores out, because threads that outnumber them wait for each other."""
+    """torch threads of each role of each worker; 0 shares the cores out, because threads that outnumber them wait for
+    each other."""
     worker_flags: tuple[str, ...] = ()
     """More flags of every worker."""
     decode_flags: tuple[str, ...] = ()
-    """More flags of the decode workers."""
+    """More flags of every process that decodes."""
     start_timeout_s: float = 180.0
     """Seconds that a process may take to listen, and the router to see its workers."""
     drain_s: float = 30.0
     """Seconds that running requests get to finish at the end."""
 
     def __post_init__(self) -> None:
-        for name in ("prefill_workers", "decode_workers", "start_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
+        for name in ("prefill_workers", "decode_workers", "combined_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, as {getattr(self, name)} is")
+        if not (self.prefill_roles and self.decode_roles):
+            raise ValueError("without combined_workers, prefill_workers and decode_workers must be greater than 0")
+        if self.start_timeout_s <= 0:
+            raise ValueError(f"start_timeout_s must be greater than 0, not {self.start_timeout_s}")
+
+    @property
+    def prefill_roles(self) -> int:
+        """Workers that a router sees computing prompts."""
+        return self.prefill_workers + self.combined_workers
+
+    @property
+    def decode_roles(self) -> int:
+        """Workers that a router sees generating tokens."""
+        return self.decode_workers + self.combined_workers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modules:
-    """What the three roles run; tests put others in their place."""
+    """What is run; tests put others in their place."""
 
     prefill: str = "prefill_worker"
     decode: str = "decode_worker"
+    combined: str = "deploy.combined"
     router: str = "router"
 
 
@@ -112,15 +131,19 @@ class Stack:
         Raises:
             ChildFailedError: A process ended or was not ready in time.
         """
-        for number in range(self._config.prefill_workers):
-            await self._start_prefill(f"prefill-{number}")
-        for number in range(self._config.decode_workers):
-            await self._start_decode(f"decode-{number}")
-        limit_s = self._config.start_timeout_s
-        workers = await asyncio.gather(*(child.announcement(limit_s) for child in self._workers))
+        config, modules = self._config, self._modules
+        prefill, decode = self._prefill_flags(), self._decode_flags()
+        for number in range(config.prefill_workers):
+            await self._start_worker(modules.prefill, f"prefill-{number}", prefill)
+        for number in range(config.decode_workers):
+            await self._start_worker(modules.decode, f"decode-{number}", decode)
+        for number in range(config.combined_workers):
+            await self._start_worker(modules.combined, f"combined-{number}", [*prefill, *decode], roles=2)
+        limit_s = config.start_timeout_s
+        heard = await asyncio.gather(*(child.announcements(limit_s) for child in self._workers))
+        workers = list(itertools.chain.from_iterable(heard))
         await self._start_router([worker.address for worker in workers])
-        router = await self._routers[0].announcement(limit_s)
-        self.services = [router, *workers]
+        self.services = [*await self._routers[0].announcements(limit_s), *workers]
         await self.while_alive(self._wait_ready())
 
     def child(self, name: str) -> Child:
@@ -155,29 +178,30 @@ class Stack:
                 raise ChildFailedError(f"the router did not become ready: {error}\n{tails}") from error
         return 0
 
-    async def _start_prefill(self, name: str) -> None:
-        flags = [*self._worker_flags(name), "--arena-mib", str(self._config.arena_mib)]
-        flags += ["--socket-dir", str(self.log_dir / "arenas")]
-        self._workers.append(await self._child(self._modules.prefill, name, flags))
+    def _prefill_flags(self) -> list[str]:
+        return ["--arena-mib", str(self._config.arena_mib), "--socket-dir", str(self.log_dir / "arenas")]
 
-    async def _start_decode(self, name: str) -> None:
-        flags = [*self._worker_flags(name), "--kv-memory-mib", str(self._config.kv_memory_mib)]
-        flags += self._config.decode_flags
-        self._workers.append(await self._child(self._modules.decode, name, flags))
+    def _decode_flags(self) -> list[str]:
+        return ["--kv-memory-mib", str(self._config.kv_memory_mib), *self._config.decode_flags]
+
+    async def _start_worker(self, module: str, name: str, flags: list[str], *, roles: int = 1) -> None:
+        child = await self._child(module, name, [*self._worker_flags(name), *flags], roles=roles)
+        self._workers.append(child)
 
     async def _start_router(self, workers: list[str]) -> None:
         flags = ["--name", "router", "--registry", "static://" + ",".join(workers)]
         flags += ["--listen.host", self._config.host, "--listen.port", str(self._config.port)]
-        self._routers.append(await self._child(self._modules.router, "router", flags))
+        self._routers.append(await self._child(self._modules.router, "router", flags, roles=1))
 
     def _worker_flags(self, name: str) -> list[str]:
         config = self._config
         model = ["--model", config.model, "--model-name", config.model_name]
-        threads = config.threads or max(1, (os.cpu_count() or 1) // (config.prefill_workers + config.decode_workers))
+        threads = config.threads or max(1, (os.cpu_count() or 1) // (config.prefill_roles + config.decode_roles))
         return [*model, "--name", name, "--listen.port", "0", "--threads", str(threads), *config.worker_flags]
 
-    async def _child(self, module: str, name: str, flags: list[str]) -> Child:
-        return await Child.start(module, name, [*flags, "--drain-s", str(self._config.drain_s)], log_dir=self.log_dir)
+    async def _child(self, module: str, name: str, flags: list[str], *, roles: int) -> Child:
+        flags = [*flags, "--drain-s", str(self._config.drain_s)]
+        return await Child.start(module, name, flags, log_dir=self.log_dir, roles=roles)
 
     def _note_end(self, child: Child, code: int, *, expected: bool) -> None:
         if code != 0 and not expected:

@@ -1,4 +1,4 @@
-"""Stacks of real processes, one per transport, shared by the tests of this folder."""
+"""Stacks of real processes, one per way of a parcel, shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tests.integration.reference import Reference
 from tests.integration.running_stack import RunningStack
 
 EXACT = ("--dtype", "fp32")
+COMBINED = {"prefill_workers": 0, "decode_workers": 0, "combined_workers": 1}
 
 
 def stack_config(transport: str, **more: object) -> StackConfig:
@@ -32,9 +33,17 @@ def grpc_stack() -> Iterator[RunningStack]:
     assert stack.clean, "a process did not end with exit code 0"
 
 
-@pytest.fixture(params=["memory", "grpc"])
+@pytest.fixture(scope="session")
+def combined_stack() -> Iterator[RunningStack]:
+    """Both halves in one process."""
+    with RunningStack(stack_config("auto", **COMBINED)) as stack:
+        yield stack
+    assert stack.clean, "a process did not end with exit code 0"
+
+
+@pytest.fixture(params=["memory", "grpc", "combined"])
 def stack(request: pytest.FixtureRequest) -> RunningStack:
-    """The same test over both transports."""
+    """The same test over every way of a parcel."""
     return request.getfixturevalue(f"{request.param}_stack")
 
 

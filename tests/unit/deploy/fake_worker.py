@@ -1,6 +1,6 @@
 """A worker process without a model: the fakes of the router's tests, with the flags of the real workers.
 
-Its role is the first word of `--name`. FAKE_WORKER tells it to misbehave.
+Its role is the first word of `--name`; a combined one has both. FAKE_WORKER tells it to misbehave.
 """
 
 from __future__ import annotations
@@ -35,19 +35,24 @@ async def serve(name: str) -> None:
         sys.exit(EXIT_CODE)
     if fault == f"{role} is mute":
         await asyncio.Event().wait()
-    worker = {"prefill": FakePrefill, "decode": FakeDecode}[role](name)
+    if role == "combined":
+        workers = [FakePrefill(f"{name}-prefill"), FakeDecode(f"{name}-decode")]
+    else:
+        workers = [{"prefill": FakePrefill, "decode": FakeDecode}[role](name)]
     if fault == f"{role} dies later":
-        worker.polls = LastPoll()
+        workers[0].polls = LastPoll()
     if fault == f"{role} does not stop":
         stopped = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().add_signal_handler(15, lambda: print("no", file=sys.stderr))
     else:
         stopped = asyncio.create_task(stop_signal())
-    await worker.start()
-    print("a line that is no announcement")
-    announce(name=name, role=role, address=worker.address, metrics_address="127.0.0.1:1")
+    for worker in workers:
+        await worker.start()
+        print("a line that is no announcement")
+        announce(name=worker.info.name, role=worker.role, address=worker.address, metrics_address="127.0.0.1:1")
     await stopped
-    await worker.stop()
+    for worker in workers:
+        await worker.stop()
     if fault == f"{role} stops badly":
         sys.exit(EXIT_CODE)
 

@@ -42,7 +42,7 @@ def test_other_output_is_no_announcement(line: bytes) -> None:
 
 def test_a_child_says_where_it_listens_and_ends_with_0(tmp_path: Path) -> None:
     async def use(child: Child) -> None:
-        said = await child.announcement(60)
+        (said,) = await child.announcements(60)
         assert (said.name, said.role, said.metrics_address) == ("decode-0", "decode", "127.0.0.1:1")
         assert int(said.address.rpartition(":")[2]) > 0
         assert os.getpgid(child.pid) == child.pid
@@ -64,7 +64,7 @@ def test_a_child_has_the_allocator_s_settings_and_the_launcher_s_environment_win
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1234")
 
     async def use(child: Child) -> None:
-        await child.announcement(60)
+        await child.announcements(60)
         assert malloc_settings(child.pid) == {**MALLOC_ENVIRONMENT, "MALLOC_TOP_PAD_": "1234"}
 
     with_child(tmp_path, use)
@@ -77,7 +77,7 @@ def test_a_child_that_crashes_shows_the_end_of_its_log(tmp_path: Path, monkeypat
         with pytest.raises(
             ChildFailedError, match=r"decode-0 ended with exit code 3\n  decode-0 \| no such checkpoint"
         ):
-            await child.announcement(60)
+            await child.announcements(60)
         assert await child.stop(grace_s=10) == 3
 
     with_child(tmp_path, use)
@@ -88,7 +88,7 @@ def test_a_mute_child_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     async def use(child: Child) -> None:
         with pytest.raises(ChildFailedError, match=r"did not listen within 0\.1 s"):
-            await child.announcement(0.1)
+            await child.announcements(0.1)
 
     with_child(tmp_path, use)
 
@@ -97,7 +97,7 @@ def test_a_stubborn_child_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FAKE_WORKER", "decode does not stop")
 
     async def use(child: Child) -> None:
-        await child.announcement(60)
+        await child.announcements(60)
         assert await child.stop(grace_s=0.1) == -signal.SIGKILL
 
     with_child(tmp_path, use)
@@ -105,7 +105,7 @@ def test_a_stubborn_child_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_only_the_last_lines_of_a_log_are_shown(tmp_path: Path) -> None:
     async def use(child: Child) -> None:
-        await child.announcement(60)
+        await child.announcements(60)
         child.log.write_text("".join(f"line {number}\n" for number in range(100)))
         shown = child.log_tail().splitlines()
         assert (len(shown), shown[-1]) == (20, "  decode-0 | line 99")
@@ -121,7 +121,7 @@ from deploy.local.processes import Child
 
 async def main():
     child = await Child.start({FAKE!r}, "decode-0", ["--name", "decode-0"], log_dir=Path({str(tmp_path)!r}))
-    await child.announcement(60)
+    await child.announcements(60)
     print(child.pid, flush=True)
     await asyncio.Event().wait()
 

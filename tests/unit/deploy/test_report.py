@@ -10,7 +10,13 @@ from deploy.local.report import Result, Sample, Summary, to_document
 SAMPLE = Sample(images=("a.png",), question="what?", answer="AB", task="read")
 
 
-def completion(text: str = "AB", *, sent: bool = True, itl_s: tuple[float, ...] = (0.02, 0.04)) -> Completion:
+WIRE = Transferred(transport="grpc", sent_bytes=1000, seconds=0.1)
+ONE_PROCESS = Transferred(transport="local", sent_bytes=0, seconds=0.1)
+
+
+def completion(
+    text: str = "AB", *, sent: Transferred | None = WIRE, itl_s: tuple[float, ...] = (0.02, 0.04)
+) -> Completion:
     return Completion(
         request_id="r",
         model="toy",
@@ -29,7 +35,7 @@ def completion(text: str = "AB", *, sent: bool = True, itl_s: tuple[float, ...] 
             prompt_tokens=50,
             visual_tokens=40,
         ),
-        transfer=Transferred(transport="grpc", sent_bytes=1000, seconds=0.1) if sent else None,
+        transfer=sent,
         timings=Timings(ttft_s=0.5, ttst_s=0.6 if itl_s else None, itl_s=itl_s, e2e_s=0.7),
         seed=0,
         placement=Placement(prefill_worker="p", decode_worker="d"),
@@ -42,7 +48,7 @@ def test_only_the_exact_answer_is_right(text: str, right: bool) -> None:
 
 
 def test_an_answer_of_one_token_sent_nothing_and_has_no_gaps() -> None:
-    result = Result.of(SAMPLE, completion(sent=False, itl_s=()))
+    result = Result.of(SAMPLE, completion(sent=None, itl_s=()))
     assert (result.kv_sent_bytes, result.itl_s, result.ttst_s) == (0, None, None)
     text = "\n".join(result.lines())
     assert "nothing sent" in text
@@ -55,15 +61,25 @@ def test_columns_are_aligned() -> None:
 
 
 def test_the_summary_compares_what_travelled_with_what_would_have() -> None:
-    results = [Result.of(SAMPLE, completion()), Result.of(SAMPLE, completion("no", sent=False, itl_s=()))]
+    results = [Result.of(SAMPLE, completion()), Result.of(SAMPLE, completion("no", sent=None, itl_s=()))]
     summary = Summary.of(results, questions=3)
     # the second answer sent nothing: its full size must not flatter the factor
-    assert (summary.kv_full_bytes, summary.kv_sent_bytes, summary.saved_factor) == (10_000, 1000, 10.0)
+    assert (summary.kv_full_bytes, summary.kv_kept_bytes) == (10_000, 980)
+    assert (summary.kv_sent_bytes, summary.saved_factor) == (1000, 10.0)
     assert (summary.questions, summary.answered, summary.right) == (3, 2, 1)
     assert summary.itl_s == pytest.approx(0.03)
     assert summary.ttst_s == pytest.approx(0.6)
     assert "1 of 3 right" in summary.line()
     assert "10.0 times less" in summary.line()
+
+
+def test_inside_one_process_nothing_is_sent_but_much_is_saved() -> None:
+    result = Result.of(SAMPLE, completion(sent=ONE_PROCESS))
+    assert "9.8 KiB full, 980 B kept (9.8 % by vl_cache), 0 B sent via local" in "\n".join(result.lines())
+    summary = Summary.of([result], questions=1)
+    assert (summary.kv_full_bytes, summary.kv_kept_bytes, summary.kv_sent_bytes) == (10_000, 980, 0)
+    assert summary.saved_factor is None
+    assert "KV 9.8 KiB full, 980 B kept, 0 B sent | mean" in summary.line()
 
 
 def test_a_summary_of_nothing_is_still_a_line() -> None:

@@ -21,7 +21,8 @@ from deploy.local.processes import ROOT
 from deploy.local.serve import example
 from deploy.local.stack import Modules, Stack, StackConfig, run_stack
 
-FAKES = Modules(prefill="tests.unit.deploy.fake_worker", decode="tests.unit.deploy.fake_worker")
+FAKE = "tests.unit.deploy.fake_worker"
+FAKES = Modules(prefill=FAKE, decode=FAKE, combined=FAKE)
 INTERRUPTED = 77
 
 
@@ -51,7 +52,7 @@ def test_the_demo_asks_everything_and_ends_with_its_figures(samples: Path, capsy
     assert "expected no  [WRONG]" in out
     assert "prompt   50 tokens (40 visual + 10 text)" in out
     assert "1000 B full, 100 B kept (10.0 % by vl_cache), 120 B sent via memory" in out
-    assert lines[-2].startswith("1 of 2 right | KV 2.0 KiB full, 240 B sent, 8.3 times less | mean TTFT ")
+    assert lines[-2].startswith("1 of 2 right | KV 2.0 KiB full, 200 B kept, 240 B sent, 8.3 times less | mean TTFT ")
     document = json.loads(lines[-1])
     assert document["summary"]["right"] == 1
     assert [question["right"] for question in document["questions"]] == [True, False]
@@ -87,6 +88,24 @@ def test_several_workers_of_a_role_share_the_work() -> None:
         return 5
 
     config = StackConfig(prefill_workers=2, decode_workers=2)
+    assert asyncio.run(run_stack(config, job, interrupted=INTERRUPTED, modules=FAKES)) == 5
+
+
+def test_a_combined_worker_is_one_process_with_two_addresses() -> None:
+    async def job(stack: Stack) -> int:
+        router, *workers = stack.services
+        assert [(worker.name, worker.role) for worker in workers] == [
+            ("combined-0-prefill", "prefill"),
+            ("combined-0-decode", "decode"),
+        ]
+        assert len({router.address, *(worker.address for worker in workers)}) == 3
+        assert stack.child("combined-0").pid > 0
+        async with vlcache.AsyncClient(stack.address) as client:
+            placement = (await client.generate("one")).placement
+        assert (placement.prefill_worker, placement.decode_worker) == ("combined-0-prefill", "combined-0-decode")
+        return 5
+
+    config = StackConfig(prefill_workers=0, decode_workers=0, combined_workers=1)
     assert asyncio.run(run_stack(config, job, interrupted=INTERRUPTED, modules=FAKES)) == 5
 
 
@@ -167,6 +186,7 @@ def test_the_example_names_a_bundled_image_and_the_address() -> None:
     [
         ["demo", "--samples", "nowhere"],
         ["demo", "--decode-workers", "0"],
+        ["demo", "--combined-workers", "-1"],
         ["serve", "--start-timeout-s", "0"],
         ["dance"],
     ],
