@@ -132,7 +132,7 @@ class Ours:
                 selections = select_tokens(self._policy, prefilled.statistics, retention, num_tokens)
             num_kept = kept_counts(prefilled, selections)
             body = self._body[: self._layout.body_bytes(num_kept)]
-            write_body(prefilled, selections, num_kept, self._layout, body)
+            write_body(prefilled, selections, num_kept, self._layout, body)()
         with self._stage("install"):
             allocation = self._pool.allocate(self._pool.sequence_bytes(num_kept, self._growth))
             kv = self._pool.install(allocation, num_kept, body, self._growth)

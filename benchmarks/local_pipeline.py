@@ -80,12 +80,12 @@ class LocalPipeline:
         layout, events = self._spec.layout, list[Event]()
         bound = layout.full_bytes(budget.kept_tokens_bound(prompt.shape.num_tokens))
         body = memoryview(bytearray(bound))
-        manifest = self._compute.run(job, prompt, body, events.append)
+        complete = self._compute.run(job, prompt, body, events.append)
         first = next(event for event in events if isinstance(event, FirstToken))
         compression = next((event.message for event in events if isinstance(event, Compressed)), None)
-        if manifest is None:
+        if complete is None:
             return _Decoding(tokens=[first.token], compression=compression, sequence=None, allocation=None)
-        growth = sampling.max_new_tokens - 1
+        manifest, growth = complete(), sampling.max_new_tokens - 1
         allocation = self._pool.allocate(self._pool.sequence_bytes(manifest.num_kept, growth))
         kv = self._pool.install(allocation, manifest.num_kept, body[: manifest.body_bytes], growth)
         sequence = Sequence.from_manifest(manifest, kv, self._spec.eos_token_ids)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from vlcache.v1 import inference_pb2 as public
 from prefill_worker.compression.pipeline import Selection, keep_everything, select_tokens
 from prefill_worker.engine import Prefilled, PrefillEngine
 from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
-from prefill_worker.parcel_writer import kept_counts, write_body
+from prefill_worker.parcel_writer import Arrival, kept_counts, write_body
 from prefill_worker.prompt import Prompt
 from shared.kv.manifest import Manifest, body_digest, layer_tokens
 from shared.model.identity import ModelIdentity
@@ -22,6 +24,8 @@ from shared.model.text_stream import TextStream
 from shared.telemetry.metrics import PrefillMetrics
 
 Emit = Callable[[Event], None]
+Completion = Callable[[], Manifest]
+"""Waits for the parcel's bytes and returns its manifest; runs outside the model thread, which has the next prompt."""
 
 
 class PrefillCompute:
@@ -41,7 +45,7 @@ class PrefillCompute:
         self._identity = identity
         self._metrics = metrics
 
-    def run(self, job: PrefillJob, prompt: Prompt, body: memoryview, emit: Emit) -> Manifest | None:
+    def run(self, job: PrefillJob, prompt: Prompt, body: memoryview, emit: Emit) -> Completion | None:
         """Computes one job.
 
         Args:
@@ -49,7 +53,7 @@ class PrefillCompute:
             emit: Called with the first token as soon as it is known, then with the compression.
 
         Returns:
-            The parcel's manifest, or None when the first token ends the answer and nothing need be shipped.
+            What completes the parcel, or None when the first token ends the answer and nothing need be shipped.
 
         Raises:
             RequestCancelledError: The job was cancelled.
@@ -69,10 +73,13 @@ class PrefillCompute:
             selections = keep_everything(self._identity.layout.num_layers)
         else:
             selections = select_tokens(policy, prefilled.statistics, retention, num_tokens)
-        manifest = self._write(job, prompt, prefilled, selections, first.token, body)
+        num_kept = kept_counts(prefilled, selections)
+        draft = self._draft(job, prompt, num_kept, selections, first.token)
+        used = body[: draft.body_bytes]
+        arrival = write_body(prefilled, selections, num_kept, draft.layout, used)
         self._metrics.observe_stage("select", time.monotonic() - started)
-        emit(Compressed(message=self._report(manifest, prompt)))
-        return manifest
+        emit(Compressed(message=self._report(draft, prompt)))
+        return partial(_complete, draft, used, arrival)
 
     def _first_token(self, job: PrefillJob, prompt: Prompt, logits: torch.Tensor) -> FirstToken:
         sampling = job.sampling
@@ -94,19 +101,16 @@ class PrefillCompute:
             visual_tokens=prompt.shape.num_visual,
         )
 
-    def _write(
+    def _draft(
         self,
         job: PrefillJob,
         prompt: Prompt,
-        prefilled: Prefilled,
+        num_kept: tuple[int, ...],
         selections: list[Selection],
         first_token: int,
-        body: memoryview,
     ) -> Manifest:
+        """The manifest without its digest, which needs the body."""
         layout, num_tokens = self._identity.layout, prompt.shape.num_tokens
-        num_kept = kept_counts(prefilled, selections)
-        used = body[: layout.body_bytes(num_kept)]
-        write_body(prefilled, selections, num_kept, layout, used)
         return Manifest(
             transfer=job.transfer,
             model=self._identity.name,
@@ -119,8 +123,8 @@ class PrefillCompute:
             requested_retention=float(job.retention(num_tokens)),
             realised_retention=layout.realised_retention(num_kept, num_tokens),
             layer_attention_mass=tuple(selection.attention_mass for selection in selections),
-            body_bytes=len(used),
-            digest=body_digest(used),
+            body_bytes=layout.body_bytes(num_kept),
+            digest=b"",
             first_token=first_token,
             sampling=job.sampling,
         )
@@ -143,3 +147,8 @@ class PrefillCompute:
             prompt_tokens=prompt.shape.num_tokens,
             visual_tokens=prompt.shape.num_visual,
         )
+
+
+def _complete(draft: Manifest, body: memoryview, arrival: Arrival) -> Manifest:
+    arrival()
+    return replace(draft, digest=body_digest(body))

@@ -40,6 +40,11 @@ class PrefillEngine:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._model.device
+
     @torch.inference_mode()
     def prefill(self, prompt: Prompt, policy: Policy | None, cancelled: threading.Event) -> Prefilled:
         """One pass.

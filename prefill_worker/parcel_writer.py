@@ -1,16 +1,23 @@
-"""Gathers the selected KV straight into the arena: the only copy that a parcel makes on the prefill side."""
+"""Gathers the selected KV of all layers into the parcel body, which lies in the arena.
+
+On a CPU the gather writes straight into the arena: the only copy that a parcel makes on the prefill side. On a GPU one
+kernel gathers into device memory and the copy engine brings the bytes over while the next prompt is computed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from prefill_worker.compression.pipeline import Selection
 from prefill_worker.engine import Prefilled
+from shared.kernels.dispatch import kernels_for
 from shared.kv.layout import KVLayout
+from shared.model.spec import TORCH_DTYPES
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Arrival = Callable[[], object]
+"""Waits until the body is complete in host memory; may be called in any thread."""
 
 
 def kept_counts(prefilled: Prefilled, selections: Sequence[Selection]) -> tuple[int, ...]:
@@ -30,27 +37,43 @@ def write_body(
     num_kept: Sequence[int],
     layout: KVLayout,
     body: memoryview,
-) -> None:
+) -> Arrival:
     """Writes the parcel body in the order of `KVLayout.sections`.
 
     Args:
         num_kept: As `kept_counts`.
-        body: Writable, exactly `layout.body_bytes(num_kept)` long.
+        body: Writable, exactly `layout.body_bytes(num_kept)` long; must stay until it has arrived.
     """
-    flat = torch.frombuffer(body, dtype=TORCH_DTYPES[layout.dtype])
-    per_row = layout.head_dim
-    for section in layout.sections(num_kept):
-        start, rows = section.key_offset // layout.row_bytes * per_row, sum(section.rows)
-        keys, values = flat[start : start + 2 * rows * per_row].view(2, layout.num_kv_heads, -1, per_row)
-        indices = selections[section.layer].indices
-        _gather(prefilled.keys[section.layer], indices, keys)
-        _gather(prefilled.values[section.layer], indices, values)
+    keys = [key.contiguous() for key in prefilled.keys]
+    values = [value.contiguous() for value in prefilled.values]
+    indices = torch.cat([_indices(key, selection) for key, selection in zip(keys, selections, strict=True)])
+    target = torch.frombuffer(body, dtype=TORCH_DTYPES[layout.dtype]).view(-1, layout.head_dim)
+    device = keys[0].device
+    kernels = kernels_for(device)
+    if device.type == "cpu":
+        kernels.gather_rows(keys, values, indices, num_kept, target)
+        return lambda: None
+    staging = torch.empty(target.shape, dtype=target.dtype, device=device)
+    kernels.gather_rows(keys, values, indices, num_kept, staging)
+    return _bring_over(staging, target)
 
 
-def _gather(source: torch.Tensor, indices: torch.Tensor | None, out: torch.Tensor) -> None:
-    if indices is None:
-        out.copy_(source)
-    elif source.device == out.device:
-        torch.gather(source, 1, indices[..., None].expand(-1, -1, source.shape[2]), out=out)
-    else:
-        out.copy_(source.gather(1, indices[..., None].expand(-1, -1, source.shape[2])))
+def _indices(key: torch.Tensor, selection: Selection) -> torch.Tensor:
+    """Token indices of one layer, head after head, int32."""
+    num_heads, num_tokens, _ = key.shape
+    if selection.indices is None:
+        return torch.arange(num_tokens, dtype=torch.int32, device=key.device).repeat(num_heads)
+    return selection.indices.flatten().int()
+
+
+def _bring_over(staging: torch.Tensor, target: torch.Tensor) -> Arrival:
+    """Starts the copy in a stream of its own, so that the next prompt's kernels do not queue behind it."""
+    copies = torch.cuda.Stream(staging.device)
+    copies.wait_stream(torch.cuda.current_stream(staging.device))
+    with torch.cuda.stream(copies):
+        target.copy_(staging, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    # its memory is given to nobody else before the copy is done
+    staging.record_stream(copies)
+    return arrived.synchronize

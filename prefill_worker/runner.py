@@ -18,6 +18,7 @@ from shared.errors import DuplicateRequestError
 from shared.kv.layout import KVLayout
 from shared.kv.transport.base import Parcel
 from shared.telemetry.metrics import PrefillMetrics
+from shared.threads import run_to_end
 
 # Ends the event queue of a request.
 _END = None
@@ -46,6 +47,8 @@ class PrefillRunner:
         self._layout = layout
         self._metrics = metrics
         self._preprocess_pool = ThreadPoolExecutor(preprocess_threads, thread_name_prefix="preprocess")
+        # waits for bytes and sums them up while the model thread computes the next prompt
+        self._parcel_thread = ThreadPoolExecutor(1, thread_name_prefix="parcel")
         self._jobs: dict[tuple[str, int], tuple[PrefillJob, asyncio.Task[None]]] = {}
 
     async def stream(self, job: PrefillJob) -> AsyncIterator[Event]:
@@ -86,6 +89,7 @@ class PrefillRunner:
     def close(self) -> None:
         """Ends the threads of a drained worker."""
         self._preprocess_pool.shutdown()
+        self._parcel_thread.shutdown()
         self._scheduler.close()
 
     def check_integrity(self) -> None:
@@ -120,8 +124,9 @@ class PrefillRunner:
                 loop.call_soon_threadsafe(emit, event)
 
             work = partial(self._compute.run, job, prompt, body, emit_here)
-            manifest = await self._scheduler.run(work, num_tokens=num_tokens, cancelled=job.cancelled)
-            if manifest is not None:
+            complete = await self._scheduler.run(work, num_tokens=num_tokens, cancelled=job.cancelled)
+            if complete is not None:
+                manifest = await run_to_end(self._parcel_thread, complete)
                 parcel = Parcel(manifest=manifest, body=body[: manifest.body_bytes], slot=slot)
                 await self._transfer(job, parcel, emit)
         finally:

@@ -14,6 +14,7 @@ from prefill_worker.config import PrefillConfig
 from prefill_worker.engine import PrefillEngine
 from prefill_worker.kv_sender import KVSender
 from prefill_worker.parcel_store import ParcelStore
+from prefill_worker.pinning import pin
 from prefill_worker.prompt import PromptBuilder
 from prefill_worker.runner import PrefillRunner
 from prefill_worker.scheduler import PrefillScheduler
@@ -82,6 +83,8 @@ class PrefillWorker:
         builder = PromptBuilder(model.processor, model.spec, max_images=config.max_images)
         self.metrics = PrefillMetrics(worker=config.name, model=model.identity.name)
         self._arena = Arena(config.arena_mib * MIB)
+        if model.engine.device.type == "cuda":
+            pin(self._arena.memory)
         self._arena_server = ArenaServer.start(config.socket_dir, f"{config.name}-{epoch}", self._arena, epoch)
         self._store = ParcelStore(self._arena)
         self._sender = KVSender(epoch=epoch, metrics=self.metrics, local=local)

@@ -59,6 +59,11 @@ class Arena:
         return self._extents.capacity
 
     @property
+    def memory(self) -> memoryview:
+        """All of it, for whoever must prepare it as a whole."""
+        return memoryview(self._map)
+
+    @property
     def used_bytes(self) -> int:
         """Bytes in slots."""
         return self._extents.used_bytes

@@ -1,4 +1,4 @@
-"""Gathering the kept rows of a prompt into a parcel body, the naive way."""
+"""Gathering the kept rows of a prompt into a parcel body in torch: the CPU's path, and the Triton kernel's twin."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ def gather_rows(
         ValueError: Shapes, strides or counts contradict each other.
     """
     check_gather(keys, values, indices, num_kept, out)
-    num_kv_heads = keys[0].shape[0]
-    picked = indices.split(list(num_kept))
-    rows = []
-    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
-        heads = picked[layer * num_kv_heads : (layer + 1) * num_kv_heads]
-        rows += [key[head, tokens.long()] for head, tokens in enumerate(heads)]
-        rows += [value[head, tokens.long()] for head, tokens in enumerate(heads)]
-    out.copy_(torch.cat(rows))
+    at, begin, counts = 0, 0, list(num_kept)
+    for key, value in zip(keys, values, strict=True):
+        kept, counts = counts[: len(key)], counts[len(key) :]
+        for rows in (key, value):
+            first = begin
+            for head, count in enumerate(kept):
+                torch.index_select(rows[head], 0, indices[first : first + count], out=out[at : at + count])
+                first, at = first + count, at + count
+        begin += sum(kept)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from vlcache.v1 import inference_pb2 as public
@@ -20,7 +21,7 @@ from prefill_worker.runner import PrefillRunner
 from prefill_worker.scheduler import PrefillScheduler
 from shared.errors import RequestCancelledError
 from shared.kv.arena import Arena
-from shared.kv.manifest import TransferId
+from shared.kv.manifest import Manifest, TransferId
 from shared.kv.transport.base import Parcel, SendReport
 from shared.request.params import Budget, Sampling
 from shared.telemetry.metrics import PrefillMetrics
@@ -61,7 +62,7 @@ class Pieces:
     """Everything around the runner, with a stage to stop at in each."""
 
     def __init__(self, arena_bytes: int = 4 * BOUND, max_waiting: int = 4) -> None:
-        self.building, self.computing, self.sending = Stage(), Stage(), Stage()
+        self.building, self.computing, self.arriving, self.sending = Stage(), Stage(), Stage(), Stage()
         self.first, self.ships = FIRST, True
         self.lost: asyncio.Event = asyncio.Event()
         self.sent: list[bytes] = []
@@ -92,8 +93,13 @@ class Pieces:
         if not self.ships:
             return None
         made = manifest()
-        body[: made.body_bytes] = b"k" * made.body_bytes
         emit(Compressed(message=public.Compression(kept_bytes=made.body_bytes)))
+        return partial(self._complete, made, body)
+
+    def _complete(self, made: Manifest, body: memoryview) -> Manifest:
+        """The bytes arrive after the model thread is done, as they do from a GPU."""
+        self.arriving.pass_through()
+        body[: made.body_bytes] = b"k" * made.body_bytes
         return made
 
     @contextlib.asynccontextmanager
@@ -144,7 +150,7 @@ def run(body: Callable[[Pieces], Coroutine[Any, Any, None]], **options: Any) -> 
             pieces.runner.check_integrity()
             assert pieces.store.used_bytes == pieces.scheduler.outstanding_tokens == pieces.kept_alive == 0
         finally:
-            for stage in (pieces.building, pieces.computing, pieces.sending):
+            for stage in (pieces.building, pieces.computing, pieces.arriving, pieces.sending):
                 stage.open.set()
             pieces.runner.close()
             pieces.arena.close()

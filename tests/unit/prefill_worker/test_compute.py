@@ -36,7 +36,8 @@ class Computed:
     def __init__(self, compute: PrefillCompute, job: PrefillJob, prompt: Prompt, room: int) -> None:
         self.events: list[Event] = []
         buffer = memoryview(bytearray(room))
-        self.manifest = compute.run(job, prompt, buffer, self.events.append)
+        complete = compute.run(job, prompt, buffer, self.events.append)
+        self.manifest = complete() if complete else None
         self.first = self.events[0]
         assert isinstance(self.first, FirstToken)
         self.body = buffer[: self.manifest.body_bytes] if self.manifest else None
@@ -124,7 +125,7 @@ def test_what_was_kept_is_reported(compute: PrefillCompute, prompt: Prompt) -> N
 def test_retention_one_observes_nothing_and_ships_everything(
     compute: PrefillCompute, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefill_worker.observer.post_vision_statistics", lambda *_: pytest.fail("observed"))
+    monkeypatch.setattr("prefill_worker.observer.kernels_for", lambda _: pytest.fail("observed"))
     done = run(compute, job(retention=1.0), prompt)
     made: Manifest | None = done.manifest
     assert made is not None

@@ -49,7 +49,7 @@ def test_an_answer_that_ends_with_its_first_token_ships_nothing() -> None:
     run(body)
 
 
-@pytest.mark.parametrize("stage", ["building", "computing", "sending"])
+@pytest.mark.parametrize("stage", ["building", "computing", "arriving", "sending"])
 @pytest.mark.parametrize("error", [InvalidRequestError("bad"), RuntimeError("bug"), UnavailableError("gone")])
 def test_an_error_at_any_stage_reaches_the_caller(stage: str, error: Exception) -> None:
     async def body(pieces: Pieces) -> None:
@@ -64,7 +64,7 @@ def test_an_error_at_any_stage_reaches_the_caller(stage: str, error: Exception) 
     run(body)
 
 
-@pytest.mark.parametrize("stage", ["building", "computing", "sending"])
+@pytest.mark.parametrize("stage", ["building", "computing", "arriving", "sending"])
 def test_leaving_at_any_stage_gives_everything_back(stage: str) -> None:
     async def body(pieces: Pieces) -> None:
         where: Stage = getattr(pieces, stage)
@@ -77,7 +77,7 @@ def test_leaving_at_any_stage_gives_everything_back(stage: str) -> None:
             await task
         assert mine.cancelled.is_set()
         await asyncio.sleep(0.02)
-        if stage == "computing":
+        if stage in ("computing", "arriving"):
             assert pieces.store.used_bytes == BOUND, "the thread still writes there"
             with pytest.raises(DuplicateRequestError):
                 await collect(pieces, job())
