@@ -8,6 +8,12 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 HOST ?= 127.0.0.1
 PORT ?= 50051
+# split: a prefill worker and a decode worker; both: one process in both roles, for a single GPU
+ROLE ?= split
+
+WORKERS_split :=
+WORKERS_both := --prefill-workers 0 --decode-workers 0 --combined-workers 1
+WORKERS = $(if $(filter split both,$(ROLE)),$(WORKERS_$(ROLE)),$(error ROLE is split or both, not $(ROLE)))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,11 +39,11 @@ $(STAMP): pyproject.toml client/pyproject.toml $(wildcard shared/kernels/native/
 	$(BIN)/python -m shared.kernels.native
 	@touch $@
 
-demo: setup ## start router and both workers, ask about sample images, print answers and bytes, stop
-	$(BIN)/python -m deploy.local demo
+demo: setup ## start router and workers (ROLE=both: one), ask about sample images, print answers and bytes, stop
+	$(BIN)/python -m deploy.local demo $(WORKERS)
 
 serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C drains it)
-	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT)
+	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT) $(WORKERS)
 
 test: setup ## the test suite
 	$(BIN)/python -m pytest $(TESTS)

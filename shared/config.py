@@ -42,7 +42,7 @@ class WorkerConfig:
     device: str = "cpu"
     """torch device, such as cpu or cuda:0; decode keeps KV in slabs on a CPU, in blocks on a GPU."""
     threads: int = 0
-    """torch threads; 0 leaves torch's own choice."""
+    """torch threads of each role in the process; 0 leaves torch's own choice."""
     drain_s: float = 30.0
     """Time that running requests get to finish at SIGTERM, seconds."""
 

@@ -86,7 +86,7 @@ class Transferred:
     """How the KV parcel travelled.
 
     transport: name of the transport.
-    sent_bytes: bytes handed to it: parcel, manifest and framing.
+    sent_bytes: bytes handed to it: parcel, manifest and framing; 0 when prefill and decode are one process ("local").
     seconds: time from the first byte to the commit.
     """
 
