@@ -12,7 +12,7 @@ import torch
 from vlcache.v1 import inference_pb2 as public
 
 from prefill_worker.compression.pipeline import Selection, keep_everything, select_tokens
-from prefill_worker.engine import Prefilled, PrefillEngine
+from prefill_worker.engine import PrefillEngine
 from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
 from prefill_worker.parcel_writer import Arrival, kept_counts, write_body
 from prefill_worker.prompt import Prompt
