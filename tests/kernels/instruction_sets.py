@@ -20,6 +20,7 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_int64) for name in COUNTS),
         ("scaling", ctypes.c_float),
         ("is_bf16", ctypes.c_int),
+        ("threads", ctypes.c_int64),
         ("next", ctypes.c_long),
     ]
 
@@ -37,6 +38,6 @@ def function_of(library: Path, name: str) -> Callable[..., None]:
 
     def run(*arguments: object) -> None:
         *values, _parallel, _threads = arguments
-        rows(ctypes.byref(Step(*values, 0)))
+        rows(ctypes.byref(Step(*values, 1, 0)))
 
     return run

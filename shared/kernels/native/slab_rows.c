@@ -211,17 +211,27 @@ INLINE void append_and_attend(const Step *step, int64_t index, const Row row) {
     }
 }
 
-/* Threads take rows one by one: ragged lengths make equal shares unequal work. */
-INLINE void take_rows(Step *step, const int is_bf16) {
+/* Threads take ever shorter runs of rows, for ragged lengths make equal shares unequal work; yet not single rows from
+ * the start, for what one core has just written reaches another only after a while. Returns the run's first row. */
+INLINE int64_t take(Step *step, int64_t *count) {
+    const int64_t left = step->rows - atomic_load(&step->next);
+    *count = left / (4 * step->threads) + 1;
+    return atomic_fetch_add(&step->next, *count);
+}
+
+INLINE void work(Step *step, const int is_bf16) {
     const int dim = (int)step->head_dim;
     const Row row = {dim, dim * (is_bf16 ? 2 : 4), (dim + UNIT - 1) / UNIT * UNIT, is_bf16};
-    for (long index; (index = atomic_fetch_add(&step->next, 1)) < step->rows;) append_and_attend(step, index, row);
+    int64_t count;
+    for (int64_t first; (first = take(step, &count)) < step->rows;)
+        for (int64_t index = first; index < first + count && index < step->rows; index++)
+            append_and_attend(step, index, row);
 }
 
 void WORK(void *data) {
     Step *step = data;
     if (step->is_bf16)
-        take_rows(step, 1);
+        work(step, 1);
     else
-        take_rows(step, 0);
+        work(step, 0);
 }

@@ -15,7 +15,8 @@ typedef struct {
     int64_t rows, group, head_dim;
     float scaling;
     int is_bf16; /* or else fp32 */
-    atomic_long next;
+    int64_t threads;
+    atomic_long next; /* row that no thread has taken */
 } Step;
 
 typedef void (*Work)(void *step);
