@@ -44,7 +44,7 @@ class DecodeScheduler:
 
     `join` and `leave` may be called from any thread and never wait for a step. `deliver` is called from the step
     thread, after every step and when a sequence has left, and must not block. A step waits for nothing: transfers,
-    text and streams are elsewhere. `on_start` is the first thing that the step thread does.
+    text and streams are elsewhere.
     """
 
     def __init__(
@@ -54,9 +54,7 @@ class DecodeScheduler:
         *,
         max_batch: int,
         metrics: DecodeMetrics,
-        on_start: Callable[[], object] = lambda: None,
     ) -> None:
-        self._on_start = on_start
         self._engine = engine
         self._deliver = deliver
         self._max_batch = max_batch
@@ -103,7 +101,6 @@ class DecodeScheduler:
         self._thread.join()
 
     def _loop(self) -> None:
-        self._on_start()
         while (left := self._admit()) is not None:
             if left:
                 # at once: someone may wait for their memory, and need not wait for the step
