@@ -1,4 +1,4 @@
-"""The one door to the kernels: decides once per device whether Triton's or the reference's are used."""
+"""The one door to the kernels: decides once per device whether Triton's, native ones or the reference's are used."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import functools
 import importlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 
-from shared.kernels.reference import append, gather, paged_attention, statistics
+from shared.kernels.native import slab_attention as native_slab_attention
+from shared.kernels.reference import append, gather, paged_attention, slab_attention, statistics
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,22 @@ class PostVisionStatistics(Protocol):
     ) -> statistics.PostVisionStatistics: ...
 
 
+class SlabAttention(Protocol):
+    """See `reference.slab_attention`."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pool: torch.Tensor,
+        key_at: torch.Tensor,
+        value_at: torch.Tensor,
+        lengths: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
     """The kernels of one backend; whoever holds them never asks which one it is."""
@@ -85,6 +102,7 @@ class Kernels:
     append_token: AppendToken
     gather_rows: GatherRows
     post_vision_statistics: PostVisionStatistics
+    slab_attention: SlabAttention
 
 
 REFERENCE = Kernels(
@@ -93,6 +111,7 @@ REFERENCE = Kernels(
     append_token=append.append_token,
     gather_rows=gather.gather_rows,
     post_vision_statistics=statistics.post_vision_statistics,
+    slab_attention=slab_attention.slab_attention,
 )
 
 
@@ -102,14 +121,18 @@ def kernels_for(device: torch.device, backend: Backend = "auto") -> Kernels:
 
     Args:
         device: Where the tensors are.
-        backend: `auto` takes Triton on a CUDA device when it can be imported.
+        backend: `auto` takes Triton on a CUDA device when it can be imported, and what was compiled for a CPU.
 
     Raises:
         ValueError: `triton` was asked for where it cannot run.
     """
-    if backend == "reference" or (backend == "auto" and device.type != "cuda"):
-        log.info("reference kernels on %s: %s", device, "as asked" if backend == "reference" else "no CUDA device")
+    if backend == "reference":
+        log.info("reference kernels on %s: as asked", device)
         return REFERENCE
+    if backend == "auto" and device.type != "cuda":
+        kernels = _cpu_kernels()
+        log.info("%s kernels on %s: no CUDA device", kernels.name, device)
+        return kernels
     try:
         kernels = _triton_kernels(device)
     except (ImportError, ValueError) as error:
@@ -119,6 +142,12 @@ def kernels_for(device: torch.device, backend: Backend = "auto") -> Kernels:
         return REFERENCE
     log.info("Triton's kernels on %s", device)
     return kernels
+
+
+def _cpu_kernels() -> Kernels:
+    if not native_slab_attention.available():
+        return REFERENCE
+    return replace(REFERENCE, name="native", slab_attention=native_slab_attention.slab_attention)
 
 
 def _triton_kernels(device: torch.device) -> Kernels:
@@ -137,4 +166,5 @@ def _triton_kernels(device: torch.device) -> Kernels:
         append_token=importlib.import_module(f"{folder}.append").append_token,
         gather_rows=importlib.import_module(f"{folder}.gather").gather_rows,
         post_vision_statistics=statistics.post_vision_statistics,
+        slab_attention=slab_attention.slab_attention,  # a GPU has no slabs
     )

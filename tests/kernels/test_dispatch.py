@@ -16,6 +16,7 @@ import torch
 
 from shared.kernels import dispatch
 from shared.kernels.dispatch import REFERENCE, kernels_for
+from shared.kernels.native import slab_attention as native_slab_attention
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -38,10 +39,22 @@ def test_importing_the_door_loads_no_triton() -> None:
     assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, check=False).returncode == 0
 
 
-def test_a_cpu_gets_the_reference_and_hears_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cpu_gets_the_reference_and_hears_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native_slab_attention, "available", lambda: False)
     with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         assert kernels_for(CPU) is kernels_for(CPU) is REFERENCE
     assert [record.getMessage() for record in caplog.records] == ["reference kernels on cpu: no CUDA device"]
+
+
+def test_a_cpu_gets_the_native_kernel_where_it_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_slab_attention, "available", lambda: True)
+    kernels = kernels_for(CPU)
+    assert kernels.name == "native"
+    assert kernels.slab_attention is native_slab_attention.slab_attention
+    assert [name for name in NAMES if getattr(kernels, name) is not getattr(REFERENCE, name)] == ["slab_attention"]
+    assert kernels_for(CPU, "reference") is REFERENCE
 
 
 def test_a_gpu_gets_triton() -> None:
@@ -72,6 +85,11 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(environment, "INTERPRETED", False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
         kernels_for(CPU, "triton")
+
+
+def test_the_native_twin_takes_the_same_arguments() -> None:
+    theirs = inspect.signature(native_slab_attention.slab_attention)
+    assert theirs == inspect.signature(REFERENCE.slab_attention)
 
 
 @pytest.mark.parametrize("name", NAMES)
