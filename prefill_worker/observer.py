@@ -9,7 +9,7 @@ import torch
 
 from prefill_worker.compression.policy import LayerStatistics
 from shared.errors import RequestCancelledError
-from shared.kernels.reference.statistics import post_vision_statistics
+from shared.kernels.dispatch import kernels_for
 
 
 class PrefillObserver:
@@ -55,11 +55,12 @@ class PrefillObserver:
     def _observe(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         started = time.monotonic()
         first = self._rows.start
-        columns, counts = post_vision_statistics(query[:, first:], key, first, scaling, self._threshold)
+        kernels = kernels_for(key.device)
+        found = kernels.post_vision_statistics(query[:, first:], key, first, scaling, self._threshold)
         self.statistics.append(
             LayerStatistics(
-                column_mass=columns,
-                kept_entries=counts,
+                column_mass=found.column_sums,
+                kept_entries=found.counts,
                 causal_entries=sum(row + 1 for row in self._rows),
                 row_mass=len(self._rows) * (query.shape[0] // key.shape[0]),
             )

@@ -10,8 +10,7 @@ import torch
 def select_top(scores: torch.Tensor, kept: int, recent_share: float) -> torch.Tensor:
     """The best tokens of each KV head, among them the most recent floor(recent_share * kept).
 
-    Ties go to the lower position (stable sort; `topk` does not promise that). The set for a smaller `kept` lies
-    within the set for a larger one.
+    Ties go to the lower position. The set for a smaller `kept` lies within the set for a larger one.
 
     Args:
         scores: [num_kv_heads, num_tokens].
@@ -25,6 +24,16 @@ def select_top(scores: torch.Tensor, kept: int, recent_share: float) -> torch.Te
     # the decimal that was asked for, not its binary neighbour
     recent = int(Fraction(str(recent_share)) * kept)
     older = num_tokens - recent
-    ranked = torch.sort(scores[:, :older], dim=1, descending=True, stable=True).indices
-    window = torch.arange(older, num_tokens, device=scores.device).expand(num_heads, recent)
-    return torch.cat([ranked[:, : kept - recent], window], dim=1).sort(dim=1).values
+    chosen = torch.ones_like(scores, dtype=torch.bool)
+    chosen[:, :older] = _best(scores[:, :older], kept - recent)
+    return chosen.flatten().nonzero().view(num_heads, kept) % num_tokens
+
+
+def _best(scores: torch.Tensor, wanted: int) -> torch.Tensor:
+    """[num_kv_heads, num_tokens] bool with `wanted` true per head: several times faster than a stable sort."""
+    if wanted == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    lowest = scores.kthvalue(scores.shape[1] - wanted + 1, dim=1, keepdim=True).values
+    better, tied = scores > lowest, scores == lowest
+    missing = wanted - better.sum(dim=1, keepdim=True)
+    return better | (tied & (tied.cumsum(dim=1) <= missing))

@@ -19,7 +19,7 @@ def observed(rows: list[list[float]], threshold: float) -> LayerStatistics:
     """Statistics of one head whose attention rows are given: keys are unit vectors, queries hold the logits."""
     size = len(rows[-1])
     query = torch.tensor([[math.log(value) for value in row] + [0.0] * (size - len(row)) for row in rows])
-    columns, counts = post_vision_statistics(query[None], torch.eye(size)[None], size - len(rows), 1.0, threshold)
+    columns, counts, *_ = post_vision_statistics(query[None], torch.eye(size)[None], size - len(rows), 1.0, threshold)
     entries = sum(len(row) for row in rows)
     return LayerStatistics(column_mass=columns, kept_entries=counts, causal_entries=entries, row_mass=len(rows))
 
