@@ -13,7 +13,8 @@ from vlcache.worker.v1 import kv_pb2 as pb
 
 from shared.errors import DataLossError, InvalidRequestError
 
-CHUNK_BYTES = 1 << 20
+# Half as much costs nearly a tenth more CPU time; 2 MiB gains 2 %, but the tokens of other requests wait longer.
+CHUNK_BYTES = 3 << 19
 
 # PutKVRequest.chunk = 2, length-delimited; KVChunk: offset = 1 varint, checksum = 2 fixed64, data = 3 bytes.
 _TAG_CHUNK, _TAG_OFFSET, _TAG_CHECKSUM, _TAG_DATA = 0x12, 0x08, 0x11, 0x1A

@@ -1,4 +1,4 @@
-"""The gRPC transport: a client stream of 1 MiB chunks. Works everywhere; the default across hosts."""
+"""The gRPC transport: a client stream of 1.5 MiB chunks. Works everywhere; the default across hosts."""
 
 from __future__ import annotations
 
