@@ -165,6 +165,6 @@ def _triton_kernels(device: torch.device) -> Kernels:
         paged_attention=importlib.import_module(f"{folder}.paged_attention").paged_attention,
         append_token=importlib.import_module(f"{folder}.append").append_token,
         gather_rows=importlib.import_module(f"{folder}.gather").gather_rows,
-        post_vision_statistics=statistics.post_vision_statistics,
+        post_vision_statistics=importlib.import_module(f"{folder}.statistics").post_vision_statistics,
         slab_attention=slab_attention.slab_attention,  # a GPU has no slabs
     )
