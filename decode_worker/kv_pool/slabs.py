@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from decode_worker.kv_pool.base import ExportedKV, KVPool, SequenceKV
-from shared.kernels.reference.slab_attention import slab_attention
-from shared.kv.extents import Extent, ExtentAllocator
+from shared.kernels.dispatch import SlabAttention as SlabKernel
+from shared.kernels.dispatch import kernels_for
+from shared.kv.extents import ALIGNMENT, Extent, ExtentAllocator
 from shared.kv.layout import KVLayout
 from shared.model.spec import TORCH_DTYPES
 
@@ -39,8 +40,8 @@ class SlabPool(KVPool[Extent, SlabKV]):
     def __init__(self, capacity: int, layout: KVLayout) -> None:
         self.layout = layout
         self._extents = ExtentAllocator(capacity)
-        # touched now: a page fault costs four times the copy that it interrupts
-        self._bytes = torch.empty(self._extents.capacity, dtype=torch.uint8).fill_(0)
+        self._bytes = _memory(self._extents.capacity)
+        self._kernel = kernels_for(torch.device("cpu")).slab_attention
 
     @property
     def capacity(self) -> int:
@@ -92,7 +93,7 @@ class SlabPool(KVPool[Extent, SlabKV]):
 
     def attention(self, batch: Sequence[SlabKV]) -> SlabAttention:
         """See `KVPool`."""
-        return SlabAttention(self._bytes.view(TORCH_DTYPES[self.layout.dtype]), batch)
+        return SlabAttention(self._bytes.view(TORCH_DTYPES[self.layout.dtype]), batch, self._kernel)
 
     def check_integrity(self) -> None:
         """See `KVPool`."""
@@ -133,10 +134,12 @@ class SlabAttention:
     Args:
         pool: The pool's memory, [elements] of its dtype.
         batch: One entry per query.
+        kernel: Appends and attends.
     """
 
-    def __init__(self, pool: torch.Tensor, batch: Sequence[SlabKV]) -> None:
+    def __init__(self, pool: torch.Tensor, batch: Sequence[SlabKV], kernel: SlabKernel) -> None:
         self._pool = pool
+        self._kernel = kernel
         self._key_at = _by_layer([kv.key_at for kv in batch])
         self._value_at = _by_layer([kv.value_at for kv in batch])
         self._lengths = _by_layer([kv.lengths + 1 for kv in batch])
@@ -153,7 +156,18 @@ class SlabAttention:
         """See `LayerHook.attend`; one query per sequence."""
         assert mask is None, "a ragged batch has no mask"
         slabs = (self._pool, self._key_at[layer], self._value_at[layer], self._lengths[layer])
-        return slab_attention(query[:, :, 0], key[:, :, 0], value[:, :, 0], *slabs, scaling)[:, None]
+        return self._kernel(query[:, :, 0], key[:, :, 0], value[:, :, 0], *slabs, scaling)[:, None]
+
+
+def _memory(nbytes: int) -> torch.Tensor:
+    """Bytes that are touched now, since a page fault costs four times the copy that it interrupts.
+
+    Through numpy, which asks for huge pages: long reads are up to a third faster than over pages of 4 KiB.
+    """
+    padded = np.empty(nbytes + ALIGNMENT, dtype=np.uint8)
+    padded.fill(0)
+    start = -padded.ctypes.data % ALIGNMENT
+    return torch.from_numpy(padded[start : start + nbytes])
 
 
 def _by_layer(arrays: list[np.ndarray]) -> torch.Tensor:

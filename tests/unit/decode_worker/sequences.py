@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from decode_worker.kv_pool.base import KVPool, SequenceKV
 from decode_worker.kv_pool.slabs import SlabAttention, SlabKV
 from decode_worker.sequence import Sequence
+from shared.kernels.reference.slab_attention import slab_attention
 from shared.kv.layout import KVLayout
 from shared.request.params import Sampling
 from tests.unit.decode_worker.parcels import body_of
@@ -91,7 +92,7 @@ class DoublePool:
 
     def attention(self, batch: Items[SlabKV]) -> SlabAttention:
         """See `KVPool`."""
-        return SlabAttention(self._memory, batch)
+        return SlabAttention(self._memory, batch, slab_attention)
 
 
 def pooled(pool: KVPool[Any, Any], prefilled: Prefilled, kept: Kept, growth: int) -> SequenceKV:
