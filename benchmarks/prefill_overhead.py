@@ -1,0 +1,182 @@
+"""What compression adds to a prefill: statistics, selection and writing the parcel, beside the pass itself.
+
+Random weights, one prompt whose last `rows` tokens follow a (pretended) image. In each round every variant runs once,
+interleaved, so that a noisy machine disturbs all alike. On a CPU the differences of whole passes drown in noise all the
+same: judge by the stages' shares there, each taken within one pass, stage over the rest of that pass. On a GPU, where
+stages only launch, there are none: judge by the passes.
+
+    python -m benchmarks.prefill_overhead --kv-heads 2 --prompt 2000 --rows 64 --json -
+    python -m benchmarks.prefill_overhead --device cuda --shape llava-1.6-mistral-7b --prompt 8192 --json -
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks.random_llama import ModelConfig, build_model, device_facts, twin
+from benchmarks.report import table, write_json
+from benchmarks.stopwatch import interleaved_ms, percentiles
+from prefill_worker.compression.pipeline import Selection, select_tokens
+from prefill_worker.compression.policy import Policy, PromptShape
+from prefill_worker.compression.vl_cache import VLCache
+from prefill_worker.engine import Prefilled, PrefillEngine
+from prefill_worker.parcel_writer import kept_counts, write_body
+from prefill_worker.prompt import Prompt
+from shared.model.attention import PREFILL_ATTENTION
+from shared.request.params import Budget
+
+STAGES = ("statistics", "selection", "parcel")
+VARIANTS = ("plain", *STAGES)
+HEADER = ("prefill up to", "p50 ms", "p95 ms", "over plain", "this stage, ms", "over the rest of its pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillOverheadConfig(ModelConfig):
+    """What to measure."""
+
+    prompt: int = 2000
+    """Tokens of the prompt."""
+    rows: int = 64
+    """Tokens after the (pretended) image: the rows that are observed."""
+    retention: float = 0.1
+    """Share of the KV that is kept."""
+    rounds: int = 30
+    """Measured passes of each variant."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rows < self.prompt:
+            raise ValueError(f"rows must lie between 1 and the prompt's {self.prompt} tokens, not {self.rows}")
+
+
+class Passes:
+    """The prefill worker's own steps over one model and one prompt, as far as a variant goes.
+
+    Attributes:
+        stages_ms: Of each stage, one figure per pass that had it.
+        shares: The same over the rest of the pass, which is what a prefill without compression takes.
+    """
+
+    def __init__(self, config: PrefillOverheadConfig) -> None:
+        # no cap of its own: `rows` says how many are observed
+        self._policy, self._layout = VLCache(max_rows=0), config.layout
+        self._budget = Budget(retention=config.retention)
+        self._engine = PrefillEngine(twin(build_model(config, positions=config.prompt), PREFILL_ATTENTION))
+        self._prompt = _prompt(config)
+        self._body = memoryview(bytearray(self._layout.full_bytes(self._budget.kept_tokens_bound(config.prompt))))
+        self.stages_ms: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        self.shares: dict[str, list[float]] = {stage: [] for stage in STAGES}
+
+    def run(self, variant: str) -> None:
+        """One pass with the stages up to `variant`."""
+        seconds: dict[str, float] = {}
+        started = time.perf_counter()
+        prefilled = self._prefill(self._policy if variant != "plain" else None)
+        if variant in STAGES:
+            seconds["statistics"] = prefilled.seconds["statistics"]
+        if variant in STAGES[1:]:
+            with _timed(seconds, "selection"):
+                selections = self._select(prefilled)
+        if variant in STAGES[2:]:
+            with _timed(seconds, "parcel"):
+                self._write(prefilled, selections)
+        rest = time.perf_counter() - started - sum(seconds.values())
+        for stage, duration in seconds.items():
+            self.stages_ms[stage].append(duration * 1000)
+            self.shares[stage].append(duration / rest)
+
+    def _prefill(self, policy: Policy | None) -> Prefilled:
+        return self._engine.prefill(self._prompt, policy, threading.Event())
+
+    def _select(self, prefilled: Prefilled) -> list[Selection]:
+        num_tokens = self._prompt.shape.num_tokens
+        return select_tokens(self._policy, prefilled.statistics, self._budget.share_of(num_tokens), num_tokens)
+
+    def _write(self, prefilled: Prefilled, selections: list[Selection]) -> None:
+        num_kept = kept_counts(prefilled, selections)
+        write_body(prefilled, selections, num_kept, self._layout, self._body[: self._layout.body_bytes(num_kept)])()
+
+
+def measure(config: PrefillOverheadConfig) -> dict[str, Any]:
+    """Medians in ms; overheads are ratios of whole passes to the plain one, minus one."""
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(0)
+    passes = Passes(config)
+    steps = {variant: partial(passes.run, variant) for variant in VARIANTS}
+    times = interleaved_ms(steps, rounds=config.rounds, device=config.torch_device)
+    median = {variant: statistics.median(values) for variant, values in times.items()}
+    return {
+        **{f"{variant}_ms": value for variant, value in median.items()},
+        **{f"{stage}_overhead": median[stage] / median["plain"] - 1 for stage in STAGES},
+        "percentiles_ms": {variant: percentiles(values) for variant, values in times.items()},
+        **({} if config.on_gpu else _within_passes(passes)),
+        "rows": config.rows,
+        "prompt": config.prompt,
+        "dtype": config.dtype,
+        **device_facts(config),
+    }
+
+
+def _within_passes(passes: Passes) -> dict[str, Any]:
+    shares = {stage: percentiles(values) for stage, values in passes.shares.items()}
+    return {
+        "stages_ms": {stage: percentiles(values) for stage, values in passes.stages_ms.items()},
+        "stage_shares": shares,
+        "statistics_and_selection_share": shares["statistics"]["p50"] + shares["selection"]["p50"],
+    }
+
+
+def _prompt(config: PrefillOverheadConfig) -> Prompt:
+    """Random tokens; the policy is told that an image ends `rows` tokens before the end."""
+    visual = config.prompt - config.rows
+    return Prompt(
+        inputs={"input_ids": torch.randint(config.text.vocabulary, (1, config.prompt))},
+        position_ids=torch.arange(config.prompt)[None],
+        next_position=config.prompt,
+        shape=PromptShape(num_tokens=config.prompt, num_visual=visual, last_visual=visual - 1),
+        pixels=(),
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - started
+
+
+def _report(figures: dict[str, Any]) -> str:
+    rows = []
+    for variant, total in figures["percentiles_ms"].items():
+        row = [variant, f"{total['p50']:.1f}", f"{total['p95']:.1f}"]
+        row.append(f"{100 * figures[f'{variant}_overhead']:+.1f} %" if variant in STAGES else "")
+        if variant in figures.get("stages_ms", {}):
+            row += [f"{figures['stages_ms'][variant]['p50']:.2f}"]
+            row += [f"{100 * figures['stage_shares'][variant]['p50']:.2f} %"]
+        rows.append([*row, *[""] * (len(HEADER) - len(row))])
+    return table(HEADER, rows)
+
+
+def main() -> None:
+    """Measures, prints a table, writes JSON."""
+    config = tyro.cli(PrefillOverheadConfig, description=__doc__)
+    figures = measure(config)
+    sys.stdout.write(_report(figures) + "\n")
+    if "statistics_and_selection_share" in figures:
+        share = 100 * figures["statistics_and_selection_share"]
+        sys.stdout.write(f"\nstatistics and selection: {share:.2f} % of a pass without them\n")
+    write_json(config.json, {"benchmark": "prefill_overhead", "workload": config.workload, **figures})
+
+
+if __name__ == "__main__":
+    main()
