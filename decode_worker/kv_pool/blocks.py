@@ -77,9 +77,10 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         dtype = TORCH_DTYPES[layout.dtype]
         self.key_blocks = torch.zeros(shape, dtype=dtype, device=device)
         self.value_blocks = torch.zeros(shape, dtype=dtype, device=device)
-        # a stack: who comes next gets the blocks that were in use last
-        self._free = list(range(self._num_blocks - 1, TRASH_BLOCK, -1))
-        self._used: set[int] = set()
+        # a stack, of which the first `_num_free` are free: who comes next gets the blocks that were in use last
+        self._stack = np.arange(self._num_blocks - 1, TRASH_BLOCK, -1, dtype=np.int32)
+        self._num_free = len(self._stack)
+        self._used = np.zeros(self._num_blocks, dtype=np.bool_)
         self.tables = SlotTables(
             layout=layout,
             slots=max_batch,
@@ -99,7 +100,7 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
     @property
     def used_bytes(self) -> int:
         """See `KVPool`."""
-        return len(self._used) * self._block_bytes
+        return (len(self._stack) - self._num_free) * self._block_bytes
 
     @property
     def fragmentation(self) -> float:
@@ -159,24 +160,26 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
 
     def check_integrity(self) -> None:
         """See `KVPool`."""
-        assert len(self._free) + len(self._used) == self._num_blocks - 1, "blocks were lost"
-        assert len(set(self._free)) == len(self._free), "a block is free twice"
-        assert self._used.isdisjoint(self._free), "a used block is free"
-        assert TRASH_BLOCK not in self._used
+        free = self._stack[: self._num_free]
+        assert len(np.unique(free)) == self._num_free, "a block is free twice"
+        assert not self._used[free].any(), "a used block is free"
+        assert not self._used[TRASH_BLOCK]
+        assert self._num_free + np.count_nonzero(self._used) == len(self._stack), "blocks were lost"
 
     def _allocate(self, nbytes: int) -> BlockAllocation | None:
         count = -(-nbytes // self._block_bytes)
-        if count > len(self._free):
+        if count > self._num_free:
             return None
-        taken = [self._free.pop() for _ in range(count)]
-        self._used.update(taken)
-        return BlockAllocation(blocks=np.array(taken, dtype=np.int32), block_bytes=self._block_bytes)
+        taken = self._stack[self._num_free - count : self._num_free][::-1].copy()
+        self._num_free -= count
+        self._used[taken] = True
+        return BlockAllocation(blocks=taken, block_bytes=self._block_bytes)
 
     def _release(self, blocks: np.ndarray) -> None:
-        numbers = blocks.tolist()
-        assert self._used.issuperset(numbers), "a block was given back twice"
-        self._used.difference_update(numbers)
-        self._free.extend(numbers)
+        assert self._used[blocks].all(), "a block was given back twice"
+        self._used[blocks] = False
+        self._stack[self._num_free : self._num_free + len(blocks)] = blocks
+        self._num_free += len(blocks)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_size)

@@ -76,12 +76,29 @@ def test_nothing_outside_its_blocks_is_written() -> None:
 def test_the_law_notices_a_block_that_two_have() -> None:
     pool = block_pool(TINY)
     allocation = pool.allocate(4096)
-    pool._free.append(int(allocation.blocks[0]))
-    with pytest.raises(AssertionError):
+    pool._stack[0] = allocation.blocks[0]
+    with pytest.raises(AssertionError, match="used block is free"):
         pool.check_integrity()
-    del pool._free[-2:]
+    pool._stack[0] = pool._stack[1]
+    with pytest.raises(AssertionError, match="twice"):
+        pool.check_integrity()
+
+
+def test_the_law_notices_a_lost_block() -> None:
+    pool = block_pool(TINY)
+    pool._num_free -= 1
     with pytest.raises(AssertionError, match="lost"):
         pool.check_integrity()
+    pool._num_free += 1
+    pool.check_integrity()
+
+
+def test_a_block_is_given_back_once() -> None:
+    pool = block_pool(TINY)
+    allocation = pool.allocate(4096)
+    pool.free(allocation)
+    with pytest.raises(AssertionError, match="twice"):
+        pool.free(allocation)
 
 
 def test_a_step_is_split_by_what_is_possible_and_not_by_what_is_there() -> None:
