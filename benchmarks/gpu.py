@@ -1,4 +1,4 @@
-"""Everything that is measured on a GPU, one command: tests, kernels, decode steps, capacity, whole generations.
+"""Everything that is measured on a GPU, one command: tests, kernels, decode steps, prefills, capacity, generations.
 
 Each measurement is a process of its own and ends with one JSON file in the output folder. What has its file is skipped,
 so the command can be stopped and run again; one that fails is reported, and the others go on.
@@ -37,6 +37,7 @@ HEADLINES = {
     "end_to_end": ("ours_s", "hf_s", "speed_up"),
     "capacity": ("sequences_ratio", "throughput_ratio", "roofline_throughput_ratio"),
     "kernels": ("copy_gb_per_s",),
+    "prefill_overhead": ("plain_ms", "statistics_overhead", "selection_overhead", "parcel_overhead"),
     "tests": ("summary",),
 }
 
@@ -95,6 +96,8 @@ def _on_gpu() -> Iterator[Measurement]:
             )
     generation = ("--batch", "64", "--prompt", "2000", "--new-tokens", "100")
     yield Measurement(name="end_to_end", module="benchmarks.end_to_end", arguments=(*mistral, *generation))
+    prefill = ("--prompt", "8192")
+    yield Measurement(name="prefill_overhead", module="benchmarks.prefill_overhead", arguments=(*mistral, *prefill))
     memory = ("--kv-memory-mib", "32768", "--prompt", "2000", "--churn", "100")
     yield Measurement(
         name="capacity",
@@ -110,6 +113,8 @@ def _rehearsal() -> Iterator[Measurement]:
     yield Measurement(name="decode_step", module="benchmarks.decode_step", arguments=(*TINY, *steps))
     generation = ("--batch", "2", "--prompt", "90", "--rows", "10", "--new-tokens", "4", "--rounds", "2")
     yield Measurement(name="end_to_end", module="benchmarks.end_to_end", arguments=(*TINY, *generation))
+    prefill = ("--prompt", "60", "--rows", "10", "--rounds", "2")
+    yield Measurement(name="prefill_overhead", module="benchmarks.prefill_overhead", arguments=(*TINY, *prefill))
     memory = ("--kv-memory-mib", "1", "--prompt", "100", "--new-tokens", "6", "--churn", "4")
     yield Measurement(name="capacity", module="benchmarks.capacity", arguments=(*TINY, *memory))
 
@@ -175,7 +180,7 @@ def headlines(config: GpuConfig) -> str:
 def _shown(figures: dict[str, Any], keys: Sequence[str]) -> Iterator[str]:
     for key in keys:
         value = figures[key]
-        yield f"{key} {value:.2f}" if isinstance(value, float) else str(value)
+        yield f"{key} {value:.3f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import tyro
 
-from benchmarks import capacity, decode_step, end_to_end, gpu
+from benchmarks import capacity, decode_step, end_to_end, gpu, prefill_overhead
 from benchmarks.gpu import GpuConfig, Measurement, headlines, measurements, run_all, run_process
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels.config import KernelsConfig
@@ -25,6 +25,7 @@ MODULES: dict[str, tuple[Any, Any]] = {
     "benchmarks.kernels": (kernels, KernelsConfig),
     "benchmarks.decode_step": (decode_step, decode_step.DecodeStepConfig),
     "benchmarks.end_to_end": (end_to_end, end_to_end.EndToEndConfig),
+    "benchmarks.prefill_overhead": (prefill_overhead, prefill_overhead.PrefillOverheadConfig),
     "benchmarks.capacity": (capacity, capacity.CapacityConfig),
 }
 DEVICE_BYTES = 139 << 30
@@ -59,7 +60,7 @@ def test_it_fits_on_the_device(measurement: Measurement) -> None:
         kv = 2 * config.kv_memory_mib << 20
     else:
         full, growth = even(config.layout, [config.prompt] * config.layout.num_layers), 200
-        kv = pool_bytes(config, full, growth, config.batch)
+        kv = pool_bytes(config, full, growth, getattr(config, "batch", 1))
     embedding = 2 * config.text.vocabulary * config.text.hidden
     # activations of a prefill of the whole batch, or one layer's KV while a dynamic cache grows
     room = 20 << 30
