@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from decode_worker.kv_pool.base import ExportedKV, KVPool
 from decode_worker.reservations import Reservation, Reservations
 from decode_worker.sequence import Sequence
 from shared.errors import ResourceExhaustedError
 from shared.threads import run_to_end
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class Parking:
@@ -28,6 +33,7 @@ class Parking:
         promised_tokens: Room that a sequence comes back with, at least.
         make_room: Asks a running sequence that came after the given one to leave; called again when memory came free.
         rejoin: Takes a sequence that is back in the pool.
+        fail: Ends a request whose KV could not be copied.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class Parking:
         promised_tokens: int,
         make_room: Callable[[Reservation], object],
         rejoin: Callable[[Reservation], object],
+        fail: Callable[[Reservation], object],
     ) -> None:
         self._pool = pool
         self._reservations = reservations
@@ -46,39 +53,41 @@ class Parking:
         self._promised_tokens = promised_tokens
         self._make_room = make_room
         self._rejoin = rejoin
+        self._fail = fail
         self._queue: list[Reservation] = []
+        self._moving_out: set[Reservation] = set()
         self._copies: set[asyncio.Task[None]] = set()
         reservations.on_free = self.restore
 
     def park(self, reservation: Reservation) -> None:
         """Moves a sequence out; the step thread no longer touches it, but `in_use` still stands."""
+        self._moving_out.add(reservation)
         self._start(self._move_out(reservation))
 
     def restore(self) -> None:
-        """Brings back whoever fits, in order."""
+        """Brings back whoever fits, in order; to be called when memory came free, or someone might have to leave."""
         self._queue = [reservation for reservation in self._queue if not reservation.ended]
         while self._queue:
             head = self._queue[0]
             assert head.parked is not None
             assert head.sequence is not None
+            if any(leaving.arrival < head.arrival for leaving in self._moving_out):
+                return
             room = self._room(head.sequence)
             try:
                 self._reservations.occupy(head, self._pool.sequence_bytes(head.parked.num_kept, room))
             except ResourceExhaustedError:
-                self._make_room(head)
+                if not self._moving_out:  # which brings memory, maybe enough
+                    self._make_room(head)
                 return
             parked, head.parked, head.in_use = head.parked, None, True
             self._queue.pop(0)
             self._start(self._move_in(head, parked, room))
 
-    async def close(self) -> None:
-        """Waits for the copies under way."""
-        while self._copies:
-            await asyncio.wait(self._copies)
-
     async def _move_out(self, reservation: Reservation) -> None:
         assert reservation.sequence is not None
-        parked = await run_to_end(self._thread, partial(self._pool.export, reservation.sequence.kv))
+        parked = await self._copy(reservation, partial(self._pool.export, reservation.sequence.kv))
+        self._moving_out.remove(reservation)
         reservation.in_use = False
         if reservation.ended:
             self._reservations.release_memory(reservation)
@@ -90,18 +99,28 @@ class Parking:
     async def _move_in(self, reservation: Reservation, parked: ExportedKV, room: int) -> None:
         assert reservation.sequence is not None
         install = partial(self._pool.install, reservation.allocation, parked.num_kept, parked.body, room)
-        reservation.sequence.kv = await run_to_end(self._thread, install)
-        if reservation.ended:
+        kv = await self._copy(reservation, install)
+        if kv is None or reservation.ended:
             self._reservations.release_memory(reservation)
-        else:
-            self._rejoin(reservation)
+            return
+        reservation.sequence.kv = kv
+        self._rejoin(reservation)
+
+    async def _copy(self, reservation: Reservation, work: Callable[[], Result]) -> Result | None:
+        """Runs `work` in the thread; None when it failed, which has ended the request."""
+        try:
+            return await run_to_end(self._thread, work)
+        except Exception:
+            log.exception("the KV of request %s could not be copied", reservation.request_id)
+            self._fail(reservation)
+            return None
 
     def _room(self, sequence: Sequence) -> int:
         """At least doubles, so that a long answer moves only a few times."""
         left = sequence.sampling.max_new_tokens - sequence.generated
         return min(left, max(self._promised_tokens, sequence.generated))
 
-    def _start(self, copy: Any) -> None:
+    def _start(self, copy: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(copy)
         self._copies.add(task)
         task.add_done_callback(self._copies.discard)

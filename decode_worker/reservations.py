@@ -217,7 +217,9 @@ class Reservations:
     @property
     def parked_bytes(self) -> int:
         """Bytes of KV outside the pool."""
-        return sum(len(held.parked.body) for held in self._by_token.values() if held.parked)
+        # read from the metrics' thread, too: through one copy, and each reservation once
+        parked = [held.parked for held in tuple(self._by_token.values())]
+        return sum(len(kv.body) for kv in parked if kv)
 
     def check_integrity(self) -> None:
         """Asserts the conservation law."""

@@ -65,6 +65,7 @@ class DecodeRunner:
             promised_tokens=promised_tokens or 1,
             make_room=self._evict_younger,
             rejoin=self._join,
+            fail=self._fail,
         )
 
     def connect(self, scheduler: DecodeScheduler) -> None:
@@ -82,6 +83,7 @@ class DecodeRunner:
         Raises:
             FailedPreconditionError: Another model, or another transfer.
             InvalidRequestError: It is larger than the reservation, or no step could be made of it.
+            TooLargeError: The whole pool has no room for it and all its new tokens.
         """
         manifest.check_compatible(compatibility=self._identity.compatibility, layout=self._identity.layout)
         transfer = manifest.transfer
@@ -99,6 +101,8 @@ class DecodeRunner:
             raise InvalidRequestError("more new tokens than were reserved", reason="OVER_RESERVATION")
         if self._bytes_needed(manifest) > reservation.pool_bytes:
             raise InvalidRequestError("the parcel is larger than its reservation", reason="OVER_RESERVATION")
+        # the promise holds fewer new tokens: outgrown, such a sequence would wait for ever
+        self._pool.check_fits(self._pool.sequence_bytes(manifest.num_kept, manifest.sampling.max_new_tokens - 1))
 
     async def install(
         self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool = True
@@ -215,6 +219,11 @@ class DecodeRunner:
         reservation.in_use = True
         self._joined[reservation.sequence] = reservation
         self._scheduler.join(reservation.sequence)
+        # whoever came before and waits may need its memory
+        self._parking.restore()
+
+    def _fail(self, reservation: Reservation) -> None:
+        self.end(reservation, InternalError("the KV could not be moved; the worker's log has the details"))
 
     def _evict_younger(self, waiting: Reservation) -> None:
         """Asks the youngest running sequence to leave for an older one; one at a time, since it may suffice."""

@@ -101,12 +101,20 @@ class DecodeScheduler:
         self._thread.join()
 
     def _loop(self) -> None:
-        while (left := self._admit()) is not None:
-            if left:
-                # at once: someone may wait for their memory, and need not wait for the step
-                self._deliver(StepOutcome(left=left))
-            if self._running:
-                self._deliver(self._step(self._running))
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """One step and what comes before it; False when the scheduler is closed."""
+        left = self._admit()
+        if left is None:
+            return False
+        if left:
+            # at once: someone may wait for their memory, and need not wait for the step
+            self._deliver(StepOutcome(left=left))
+        if self._running:
+            self._deliver(self._step(self._running))
+        return True
 
     def _admit(self) -> list[Sequence] | None:
         """Waits for work; returns the sequences that left, or None when the scheduler is closed."""
