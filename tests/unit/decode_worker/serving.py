@@ -22,6 +22,7 @@ from shared.rpc.server import RpcServer
 from shared.rpc.status import from_rpc_error
 
 TIMEOUT_S = 20.0
+BuildEngine = Callable[[DecodeConfig, LoadedModel], tuple[Any, Any]]
 EPOCH = "prefill"
 
 
@@ -37,15 +38,17 @@ class TokenStream:
         self._call = stub.StreamTokens()
         self.messages: list[pb.TokenStreamResponse] = []
         self._reader = asyncio.create_task(self._read())
+        self._one_writes = asyncio.Lock()
 
     async def attach(self, handle: int, token: bytes) -> None:
-        await self._call.write(pb.TokenStreamRequest(attach=pb.Attach(handle=handle, token=token)))
+        await self.write(pb.TokenStreamRequest(attach=pb.Attach(handle=handle, token=token)))
 
     async def cancel(self, handle: int) -> None:
-        await self._call.write(pb.TokenStreamRequest(cancel=pb.Cancel(handle=handle)))
+        await self.write(pb.TokenStreamRequest(cancel=pb.Cancel(handle=handle)))
 
     async def write(self, command: pb.TokenStreamRequest) -> None:
-        await self._call.write(command)
+        async with self._one_writes:
+            await self._call.write(command)
 
     def updates(self, handle: int) -> list[pb.SequenceUpdate]:
         return [update for message in self.messages for update in message.updates if update.handle == handle]
@@ -154,9 +157,9 @@ async def failure(call: Awaitable[Any]) -> ServiceError:
 
 
 @contextlib.asynccontextmanager
-async def serving(loaded: LoadedModel, **settings: Any) -> AsyncIterator[Served]:
+async def serving(loaded: LoadedModel, *, build: BuildEngine = build_engine, **settings: Any) -> AsyncIterator[Served]:
     config = DecodeConfig(model="tiny", **({"kv_memory_mib": 1} | settings))
-    pool, engine = build_engine(config, loaded)
+    pool, engine = build(config, loaded)
     worker = DecodeWorker(config, loaded, pool, getattr(loaded, "engine", engine))
     server = await RpcServer.start(name="d", host="127.0.0.1", port=0, register=worker.register, services=[])
     try:
