@@ -21,7 +21,7 @@ class ServeBenchConfig:
 
     address: str = ""
     """host:port of a stack that runs; a stack of its own is started when empty."""
-    kv_memory_mib: int = 12
+    kv_memory_mib: int = 14
     """Own stack: memory of each decode worker for KV, MiB."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Own stack: precision of weights and KV."""
