@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,6 +30,8 @@ from shared.model.identity import ModelIdentity
 from shared.model.text_stream import TextStream
 from shared.telemetry.metrics import DecodeMetrics
 from shared.threads import run_to_end
+
+log = logging.getLogger(__name__)
 
 
 class DecodeRunner:
@@ -64,7 +67,7 @@ class DecodeRunner:
             thread=self._install_thread,
             promised_tokens=promised_tokens or 1,
             make_room=self._evict_younger,
-            rejoin=self._join,
+            rejoin=partial(self._join, first=True),
             fail=self._fail,
         )
 
@@ -171,9 +174,7 @@ class DecodeRunner:
     def deliver(self, outcome: StepOutcome) -> None:
         """Takes the outcome of one step; runs on the event loop."""
         for new_token in outcome.tokens:
-            reservation = self._joined[new_token.sequence]
-            if not reservation.ended:
-                self._send(reservation, new_token)
+            self._pass_on(self._joined[new_token.sequence], new_token)
         for sequence in outcome.failed:
             self.end(self._joined[sequence], InternalError("the decode step failed; the worker's log has the details"))
         for sequence in (*outcome.left, *outcome.failed):
@@ -214,11 +215,11 @@ class DecodeRunner:
         if reservation.sequence is not None and reservation.subscription is not None:
             self._join(reservation)
 
-    def _join(self, reservation: Reservation) -> None:
+    def _join(self, reservation: Reservation, *, first: bool = False) -> None:
         assert reservation.sequence is not None
         reservation.in_use = True
         self._joined[reservation.sequence] = reservation
-        self._scheduler.join(reservation.sequence)
+        self._scheduler.join(reservation.sequence, first=first)
         # whoever came before and waits may need its memory
         self._parking.restore()
 
@@ -243,6 +244,16 @@ class DecodeRunner:
         else:
             self._metrics.labelled(self._metrics.preemptions, reason=reason).inc()
             self._parking.park(reservation)
+
+    def _pass_on(self, reservation: Reservation, new: NewToken) -> None:
+        if reservation.ended:
+            return
+        try:
+            self._send(reservation, new)
+        except Exception:
+            # a bug, but not one that may hang the rest of the batch
+            log.exception("the text of request %s failed", reservation.request_id)
+            self.end(reservation, InternalError("the text failed; the worker's log has the details"))
 
     def _send(self, reservation: Reservation, new: NewToken) -> None:
         assert reservation.text is not None

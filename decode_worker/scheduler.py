@@ -78,13 +78,20 @@ class DecodeScheduler:
         """Sequences that wait for a place in the batch."""
         return len(self._joining)
 
-    def join(self, sequence: Sequence) -> None:
-        """Adds a sequence before the next step; it has room for that one."""
+    def join(self, sequence: Sequence, *, first: bool = False) -> None:
+        """Adds a sequence before the next step in which there is a place; it has room for that one.
+
+        Args:
+            first: Before all others that wait for a place: someone is in the middle of reading it.
+        """
         assert not sequence.kv.full, "a step would write beyond the sequence's memory"
         with self._changed:
             # asked when it was out already
             self._leaving.discard(sequence)
-            self._joining.append(sequence)
+            if first:
+                self._joining.appendleft(sequence)
+            else:
+                self._joining.append(sequence)
             self._changed.notify()
 
     def leave(self, sequence: Sequence) -> None:

@@ -175,6 +175,32 @@ def test_a_failed_step_is_told_and_the_worker_goes_on(
     assert "secret detail" in caplog.text
 
 
+def test_text_that_fails_ends_its_sequence_alone(
+    loaded: LoadedModel, shipment: Shipment, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, engine = scripted(loaded)
+
+    async def body(served: Served) -> None:
+        stream = served.stream()
+        engine.gate.shut()
+        for handle in range(3):
+            token = await deliver(served, shipment, str(handle), seed=handle)
+            await stream.attach(handle, token)
+            if handle == 1:
+                served.held.find(token).text._decode = lambda tokens: 1 // 0  # type: ignore[union-attr]
+        await engine.gate.reached()
+        await until(lambda: served.worker.servicer._scheduler.waiting == 2)
+        engine.gate.open()
+        (update,) = await stream.finished(1)
+        assert update.error.code == grpc.StatusCode.INTERNAL.value[0]
+        for handle in (0, 2):
+            assert len(await stream.tokens(handle)) == 7
+        await served.nothing_is_held()
+
+    run(model, body)
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_what_a_worker_says_about_itself(loaded: LoadedModel, shipment: Shipment) -> None:
     model, engine = scripted(loaded)
 

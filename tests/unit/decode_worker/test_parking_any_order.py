@@ -165,7 +165,7 @@ def test_a_crowd_that_never_fits_is_served_to_the_last(storage: str, seed: int) 
         assert not wanted, "someone was never admitted"
         it.finish(rounds=1)
         assert it.preemptions("outgrown") > 20
-        assert it.preemptions("evicted") > 5
+        assert it.preemptions("evicted") > 0
 
 
 def test_the_pool_s_capacity_is_what_the_text_says() -> None:

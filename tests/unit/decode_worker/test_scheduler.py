@@ -190,6 +190,23 @@ def test_a_leave_that_came_too_late_is_forgotten_when_it_joins_again() -> None:
         assert it.left == []
 
 
+def test_who_comes_back_goes_before_those_that_have_not_begun() -> None:
+    """A pause in the middle of an answer is worse than a late start."""
+    with running(max_batch=1) as it:
+        moved, waiting = sequence(room=1), sequence()
+        it.scheduler.join(moved)
+        it.in_step()
+        it.scheduler.join(waiting)
+        it.scheduler.join(sequence())
+        assert it.step().outgrown == [moved]
+        it.in_step()
+        moved.kv.room += 2
+        it.scheduler.join(moved, first=True)
+        it.scheduler.leave(waiting)
+        it.step()
+        assert stepped(it.step()) == [moved]
+
+
 def test_who_has_no_room_may_not_join() -> None:
     """It would write into its neighbour's memory."""
     with running() as it, pytest.raises(AssertionError, match="beyond"):
