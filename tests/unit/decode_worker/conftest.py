@@ -1,5 +1,6 @@
 """One tiny checkpoint for all tests of a directory."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from decode_worker.config import DecodeConfig
 from decode_worker.worker import LoadedModel, load_model
+from tests.unit.decode_worker.hand_driven import HandDriven, hand_driven
+from tests.unit.decode_worker.old_and_young import PROMISED, pool_of
 from tests.unit.decode_worker.sequences import prefill, text_ids
 from tests.unit.decode_worker.shipment import Shipment
 from tests.unit.decode_worker.tiny import load_whole, save_checkpoint
@@ -30,3 +33,10 @@ def loaded(checkpoint: Path) -> LoadedModel:
 @pytest.fixture(scope="session")
 def shipment(checkpoint: Path, loaded: LoadedModel) -> Shipment:
     return Shipment(prefill(load_whole(checkpoint), text_ids(0, 40)), loaded)
+
+
+@pytest.fixture(params=["slabs", "blocks"])
+def it(request: pytest.FixtureRequest) -> Iterator[HandDriven]:
+    """A worker over either storage with room for the old and the young request, without what they will generate."""
+    with hand_driven(pool_of(request.param, tokens=8), promised_tokens=PROMISED) as driven:
+        yield driven

@@ -8,31 +8,22 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import torch
 from vlcache.worker.v1 import decode_pb2 as pb
 
 from decode_worker.config import DecodeConfig
-from decode_worker.reservations import Reservation
 from decode_worker.scheduler import DecodeScheduler, StepOutcome
-from decode_worker.sequence import Sequence
 from decode_worker.token_outbox import TokenOutbox
 from decode_worker.worker import DecodeWorker, LoadedModel
 from shared.errors import NotFoundError
-from shared.kv.layout import KVLayout
-from shared.kv.manifest import Manifest, TransferId
 from shared.model.identity import ModelIdentity
-from shared.request.params import Sampling
-from tests.unit.decode_worker.parcels import body_of, manifest_of
+from tests.unit.decode_worker.marks import EOS, LAYOUT, Client, MarkingEngine, manifest_for, num_kept, parcel_body
 from tests.unit.decode_worker.pools import Pool
 from tests.unit.decode_worker.serving import EPOCH, frames
 
-LAYOUT = KVLayout(num_layers=1, num_kv_heads=2, head_dim=4, dtype="float32")
-FIRST_TOKEN, EOS = 5, 1
 # more turns of the event loop than any chain of tasks of the worker takes
 SETTLING = 12
 
@@ -66,89 +57,6 @@ class HeldScheduler(DecodeScheduler):
     def turn(self) -> None:
         if self._joining or self._leaving or self._running:
             self._turn()
-
-
-class MarkingEngine:
-    """Writes rows that say whose they are and which, and reads all of a sequence's rows back at every step."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self.fails = False
-        self.batches: list[list[int]] = []
-
-    def step(self, batch: list[Sequence]) -> list[int]:
-        if self.fails:
-            self.fails = False
-            raise RuntimeError("a bug")
-        self.batches.append([each.sampling.seed for each in batch])
-        attention = self._pool.attention([each.kv for each in batch])
-        new = torch.stack([marked(each.sampling.seed, each.generated - 1)[-1:] for each in batch])
-        key = new[:, None].expand(-1, LAYOUT.num_kv_heads, -1, -1)
-        attention.attend(0, torch.zeros(len(batch), 4, 1, LAYOUT.head_dim), key, -key, None, 1.0)
-        for each in batch:
-            each.kv.appended += 1
-            assert bytes(self._pool.export(each.kv).body) == parcel_body(each.sampling.seed, each.generated)
-        return [answer(each.sampling.seed)[each.generated - 1] for each in batch]
-
-
-def num_kept(seed: int) -> tuple[int, int]:
-    return 1 + seed % 5, 1 + seed * 3 % 7
-
-
-def marked(seed: int, appended: int, kept: int = 0) -> torch.Tensor:
-    """Rows of a KV head, [kept + 1 + appended, head_dim]; the generated ones are marked by their number."""
-    marks = [*range(1000, 1000 + kept), *range(1 + appended)]
-    return (torch.tensor(marks, dtype=torch.float32) + seed * 2000)[:, None].repeat(1, LAYOUT.head_dim)
-
-
-def parcel_body(seed: int, appended: int) -> bytes:
-    """K and V of both heads after so many steps; V is -K."""
-    heads = [torch.cat([marked(seed, -1, kept), marked(seed, appended - 1)]) for kept in num_kept(seed)]
-    return bytes(body_of([(rows, -rows) for rows in heads], LAYOUT))
-
-
-def answer(seed: int) -> list[int]:
-    """What a sequence says after its first token; some end by themselves."""
-    tokens = [10 + (7 * seed + number) % 80 for number in range(100)]
-    return [*tokens[: seed % 11 + 1], EOS] if seed % 4 == 3 else tokens
-
-
-@dataclass(eq=False)
-class Client:
-    """One request, its reader and what it heard."""
-
-    seed: int
-    max_new_tokens: int
-    token: bytes
-    stream: int
-    held: Reservation
-    put: asyncio.Task[Any] | None = None
-    attached: bool = False
-    left: bool = False
-    tokens: list[int] = field(default_factory=list)
-    finished: bool = False
-    error: str = ""
-
-    @property
-    def expected(self) -> list[int]:
-        said = answer(self.seed)[: self.max_new_tokens - 1]
-        return said[: said.index(EOS) + 1] if EOS in said else said
-
-    @property
-    def delivered(self) -> bool:
-        return self.held.sequence is not None
-
-
-def manifest_for(client: Client) -> Manifest:
-    """Of the parcel that belongs to a reservation."""
-    return manifest_of(
-        LAYOUT,
-        num_kept(client.seed),
-        memoryview(parcel_body(client.seed, 0)),
-        transfer=TransferId(request_id=str(client.seed), attempt=1, prefill_epoch=EPOCH),
-        first_token=FIRST_TOKEN,
-        sampling=Sampling(max_new_tokens=client.max_new_tokens, seed=client.seed),
-    )
 
 
 class HandDriven:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shared.errors import ResourceExhaustedError, TooLargeError
-from tests.unit.decode_worker.hand_driven import LAYOUT, Client, HandDriven, hand_driven
+from tests.unit.decode_worker.hand_driven import HandDriven, hand_driven
+from tests.unit.decode_worker.marks import LAYOUT, Client
 from tests.unit.decode_worker.pools import Pool, block_pool, poison, slab_pool
 
 ENDS = ("cancel", "release", "stream break", "expiry")

@@ -2,96 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
-import threading
-from collections.abc import Iterator
 
-import numpy as np
 import pytest
 from vlcache.v1 import inference_pb2 as public
 
-from decode_worker.kv_pool.base import SequenceKV
-from decode_worker.scheduler import DecodeScheduler, StepOutcome
 from decode_worker.sequence import Sequence
-from shared.request.params import Sampling
-from shared.telemetry.metrics import DecodeMetrics
-
-WAIT_S = 10
-EOS = 99
-
-
-class Engine:
-    """Takes one permit per step; notes the batch; answers with what `answers` says, else 1."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[Sequence]] = []
-        self.permits = threading.Semaphore(0)
-        self.stepping = threading.Semaphore(0)
-        self.answers: dict[Sequence, list[int]] = {}
-        self.error: Exception | None = None
-
-    def step(self, batch: list[Sequence]) -> list[int]:
-        self.stepping.release()
-        assert self.permits.acquire(timeout=WAIT_S)
-        self.batches.append(list(batch))
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
-        for each in batch:
-            each.kv.appended += 1
-        return [self.answers[each].pop(0) if self.answers.get(each) else 1 for each in batch]
-
-
-class Running:
-    """A scheduler, its engine, and what it delivered."""
-
-    def __init__(self, max_batch: int) -> None:
-        self.engine = Engine()
-        self.outcomes: queue.Queue[StepOutcome] = queue.Queue()
-        self.left: list[Sequence] = []
-        """Who left between two steps, so far."""
-        metrics = DecodeMetrics(worker="d", model="m")
-        deliver = self.outcomes.put
-        self.scheduler = DecodeScheduler(self.engine, deliver, max_batch=max_batch, metrics=metrics)  # type: ignore[arg-type]
-
-    def step(self) -> StepOutcome:
-        """Lets one step happen and returns its outcome."""
-        self.engine.permits.release()
-        while True:
-            outcome = self.outcomes.get(timeout=WAIT_S)
-            if outcome.tokens or outcome.failed:
-                return outcome
-            self.left += outcome.left
-
-    def in_step(self) -> None:
-        """Waits until the thread is inside a step; what happens now belongs to the next one."""
-        assert self.engine.stepping.acquire(timeout=WAIT_S)
-
-
-@contextlib.contextmanager
-def running(max_batch: int = 8) -> Iterator[Running]:
-    made = Running(max_batch)
-    try:
-        yield made
-    finally:
-        made.engine.permits.release(1000)
-        made.scheduler.close()
-        assert not made.scheduler._thread.is_alive()
-
-
-def sequence(max_new_tokens: int = 100, room: int = 1000, **changes: bool) -> Sequence:
-    return Sequence(
-        kv=SequenceKV(kept=np.ones((1, 1), dtype=np.int64), room=room),
-        sampling=Sampling(max_new_tokens=max_new_tokens, **changes),
-        eos_token_ids=frozenset({EOS}),
-        last_token=0,
-        next_position=10,
-    )
-
-
-def stepped(outcome: StepOutcome) -> list[Sequence]:
-    return [new.sequence for new in outcome.tokens]
+from tests.unit.decode_worker.stepping import EOS, WAIT_S, running, sequence, stepped
 
 
 def test_sequences_join_between_steps() -> None:
@@ -134,83 +51,6 @@ def test_who_leaves_is_handed_back_before_the_next_step_ends() -> None:
         it.in_step()
         assert it.outcomes.get(timeout=WAIT_S).left == [first]
         assert it.engine.batches == [[first]], "the second is still being stepped"
-
-
-def test_an_outgrown_sequence_is_handed_back_with_its_last_step() -> None:
-    with running() as it:
-        small, large = sequence(room=2), sequence()
-        it.scheduler.join(small)
-        it.in_step()
-        it.scheduler.join(large)
-        first = it.step()
-        assert (stepped(first), first.outgrown, small.kv.full) == ([small], [], False)
-        second = it.step()
-        assert (stepped(second), second.outgrown, second.left) == ([small, large], [small], [])
-        assert stepped(it.step()) == [large]
-        assert (it.scheduler.running, it.left) == (1, [])
-
-
-def test_two_may_outgrow_and_one_finish_in_one_step() -> None:
-    with running() as it:
-        made = [sequence(room=1), sequence(max_new_tokens=2, room=1), sequence(room=1), sequence()]
-        it.scheduler.join(made[3])
-        it.in_step()
-        for each in made[:3]:
-            it.scheduler.join(each)
-        it.step()
-        outcome = it.step()
-        assert stepped(outcome) == [made[3], *made[:3]]
-        assert (outcome.outgrown, outcome.left) == ([made[0], made[2]], [made[1]]), "a finished one has not outgrown"
-
-
-def test_an_outgrown_batch_leaves_the_thread_idle() -> None:
-    with running() as it:
-        only = sequence(room=1)
-        it.scheduler.join(only)
-        assert it.step().outgrown == [only]
-        assert it.scheduler.running == 0
-        only.kv.room += 1
-        it.scheduler.join(only)
-        assert stepped(it.step()) == [only], "back with more room"
-
-
-def test_a_leave_that_came_too_late_is_forgotten_when_it_joins_again() -> None:
-    with running() as it:
-        moved, other = sequence(room=1), sequence()
-        it.scheduler.join(moved)
-        it.in_step()
-        it.scheduler.join(other)
-        assert it.step().outgrown == [moved]
-        it.in_step()
-        it.scheduler.leave(moved)
-        moved.kv.room += 5
-        it.scheduler.join(moved)
-        it.step()
-        assert stepped(it.step()) == [other, moved]
-        assert it.left == []
-
-
-def test_who_comes_back_goes_before_those_that_have_not_begun() -> None:
-    """A pause in the middle of an answer is worse than a late start."""
-    with running(max_batch=1) as it:
-        moved, waiting = sequence(room=1), sequence()
-        it.scheduler.join(moved)
-        it.in_step()
-        it.scheduler.join(waiting)
-        it.scheduler.join(sequence())
-        assert it.step().outgrown == [moved]
-        it.in_step()
-        moved.kv.room += 2
-        it.scheduler.join(moved, first=True)
-        it.scheduler.leave(waiting)
-        it.step()
-        assert stepped(it.step()) == [moved]
-
-
-def test_who_has_no_room_may_not_join() -> None:
-    """It would write into its neighbour's memory."""
-    with running() as it, pytest.raises(AssertionError, match="beyond"):
-        it.scheduler.join(sequence(room=0))
 
 
 def test_a_full_batch_lets_the_others_wait_in_order() -> None:
