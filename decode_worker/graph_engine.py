@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from decode_worker.engine import draw, forward, greedy
+from decode_worker.engine import draw, forward, highest_tokens
 from decode_worker.kv_pool.blocks import BlockAttention, BlockPool
 from decode_worker.sequence import Sequence
 
@@ -79,7 +79,7 @@ class GraphEngine:
             def step() -> tuple[torch.Tensor, torch.Tensor]:
                 attention = BlockAttention(self._pool, slots)
                 logits = forward(self._model, tokens[:, None], positions[:, None], attention)
-                return logits, greedy(logits)
+                return logits, highest_tokens(logits)
 
             logits, greedy, replay = self._record(step)
         return StepGraph(inputs=inputs, logits=logits, greedy=greedy, replay=replay)

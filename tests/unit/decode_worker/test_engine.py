@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from decode_worker.engine import EagerEngine, greedy
+from decode_worker.engine import EagerEngine, highest_tokens
 from decode_worker.sequence import Sequence
 from shared.model.loading import load_decode_model, load_processor
 from shared.model.sampler import sample
@@ -241,5 +241,5 @@ def test_a_sampled_stream_depends_on_its_seed_alone(single: Recorded, pool: Pool
 def test_greedy_takes_the_first_of_equals(dtype: torch.dtype) -> None:
     logits = torch.randn(9, 5000, generator=torch.Generator().manual_seed(1)).to(dtype)
     logits[1:, [7, 40, 4999]] = 9.0
-    assert greedy(logits).tolist() == logits.float().argmax(dim=-1).tolist()
-    assert greedy(logits)[1:].tolist() == [7] * 8
+    assert highest_tokens(logits).tolist() == logits.float().argmax(dim=-1).tolist()
+    assert highest_tokens(logits)[1:].tolist() == [7] * 8
