@@ -40,11 +40,13 @@ class ExtentAllocator:
         self.capacity = capacity - capacity % ALIGNMENT
         self._free: list[Extent] = [Extent(0, self.capacity)]
         self._allocated: dict[int, Extent] = {}
+        # counted, not summed up: the metrics' thread reads it at any time
+        self._used = 0
 
     @property
     def used_bytes(self) -> int:
         """Allocated bytes, alignment included."""
-        return sum(extent.nbytes for extent in self._allocated.values())
+        return self._used
 
     @property
     def free_bytes(self) -> int:
@@ -70,6 +72,7 @@ class ExtentAllocator:
             self._insert(Extent(piece.offset + wanted, piece.nbytes - wanted))
         extent = Extent(piece.offset, wanted)
         self._allocated[extent.offset] = extent
+        self._used += wanted
         return extent
 
     def shrink(self, extent: Extent, nbytes: int) -> Extent:
@@ -78,6 +81,7 @@ class ExtentAllocator:
         kept = Extent(extent.offset, aligned(max(nbytes, 1)))
         assert kept.nbytes <= extent.nbytes, "shrink cannot grow"
         self._allocated[kept.offset] = kept
+        self._used += kept.nbytes
         if kept.nbytes < extent.nbytes:
             self._release(Extent(kept.end, extent.nbytes - kept.nbytes))
         return kept
@@ -96,12 +100,14 @@ class ExtentAllocator:
             assert piece.nbytes > 0
             position = piece.end
         assert position == self.capacity, "bytes were lost"
+        assert self._used == sum(extent.nbytes for extent in self._allocated.values())
         for left, right in itertools.pairwise(self._free):
             assert left.end < right.offset, "free neighbours were not merged"
 
     def _take(self, extent: Extent) -> None:
         assert self._allocated.get(extent.offset) == extent, f"{extent} is not allocated"
         del self._allocated[extent.offset]
+        self._used -= extent.nbytes
 
     def _release(self, extent: Extent) -> None:
         index = bisect.bisect_left(self._free, extent.offset, key=lambda free: free.offset)
