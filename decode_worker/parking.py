@@ -59,6 +59,11 @@ class Parking:
         self._copies: set[asyncio.Task[None]] = set()
         reservations.on_free = self.restore
 
+    @property
+    def waiting(self) -> int:
+        """Sequences outside the pool."""
+        return len(self._queue)
+
     def park(self, reservation: Reservation) -> None:
         """Moves a sequence out; the step thread no longer touches it, but `in_use` still stands."""
         self._moving_out.add(reservation)

@@ -75,6 +75,11 @@ class DecodeRunner:
         """Names the scheduler that delivers here; each of the two needs the other."""
         self._scheduler = scheduler
 
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a place in the batch or, parked, for memory."""
+        return self._scheduler.waiting + self._parking.waiting
+
     def promised(self, max_new_tokens: int) -> int:
         """New tokens whose room comes with a reservation; the KV of the last token is never needed."""
         growth = max_new_tokens - 1

@@ -77,7 +77,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             state="draining" if self._draining else "ready",
             model=self._identity.to_proto(),
             requests_running=self._scheduler.running,
-            requests_waiting=self._scheduler.waiting,
+            requests_waiting=self._runner.waiting,
             kv=public.KVBytes(capacity=self._pool.capacity, **held),
             version=VERSION,
         )

@@ -140,7 +140,7 @@ class DecodeWorker:
         self.metrics.cache_usage.set_function(lambda: pool.used_bytes / pool.capacity)
         self.metrics.fragmentation.set_function(lambda: pool.fragmentation)
         self.metrics.requests_running.set_function(lambda: scheduler.running)
-        self.metrics.requests_waiting.set_function(lambda: scheduler.waiting)
+        self.metrics.requests_waiting.set_function(lambda: self.runner.waiting)
 
     def register(self, server: grpc.aio.Server) -> None:
         """Adds the worker's services to a server."""

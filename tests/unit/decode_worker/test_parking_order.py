@@ -20,6 +20,7 @@ from tests.unit.decode_worker.old_and_young import (
 
 def test_no_reservation_is_accepted_while_someone_waits(it: HandDriven) -> None:
     old, young = bring_to("parked", it)
+    assert it.runner.waiting == len(parked(it)) > 0, "who is parked counts as waiting"
     more = {"attempt": 1, "prefill_epoch": "", "max_new_tokens": 2, "arena": None, "now": 0.0}
     with pytest.raises(ResourceExhaustedError, match="wait") as caught:
         it.reservations.reserve(request_id="third", nbytes=TOKEN_BYTES, **more)
