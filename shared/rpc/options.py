@@ -16,12 +16,14 @@ def message_limits(max_bytes: int) -> list[Option]:
     return [("grpc.max_receive_message_length", limit), ("grpc.max_send_message_length", limit)]
 
 
-# glibc's defaults give the memory of every chunk back to the kernel and fault it in again: 38 instead of 29 ms for
-# 50 MB. The environment of a worker's process, to be set before it starts; larger values gain nothing more.
+# The environment of a worker's process, to be set before it starts. glibc's defaults give the memory of every chunk
+# back to the kernel and fault it in again (38 instead of 29 ms for 50 MB; larger values gain nothing more), and spread
+# it over the heaps of many threads instead of using warm memory again (6 % more time).
 MALLOC_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * MIB),
     "MALLOC_TRIM_THRESHOLD_": str(64 * MIB),
     "MALLOC_TOP_PAD_": str(16 * MIB),
+    "MALLOC_ARENA_MAX": "1",
 }
 
 # A reader that takes 1 MiB at a time gains a few percent where malloc is not tuned, and loses nothing elsewhere.
