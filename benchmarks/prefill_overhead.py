@@ -2,8 +2,8 @@
 
 Random weights, one prompt whose last `rows` tokens follow a (pretended) image. In each round every variant runs once,
 interleaved, so that a noisy machine disturbs all alike. On a CPU the differences of whole passes drown in noise all the
-same: judge by the stages' shares there, each taken within one pass, stage over the rest of that pass. On a GPU, where
-stages only launch, there are none: judge by the passes.
+same: judge by the stages' shares there, CPU time of the stage over CPU time of the rest of the same pass. On a GPU,
+where stages only launch, there are none: judge by the passes.
 
     python -m benchmarks.prefill_overhead --kv-heads 2 --prompt 2000 --rows 64 --json -
     python -m benchmarks.prefill_overhead --device cuda --shape llava-1.6-mistral-7b --prompt 8192 --json -
@@ -11,6 +11,7 @@ stages only launch, there are none: judge by the passes.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import threading
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import tyro
@@ -27,18 +29,21 @@ import tyro
 from benchmarks.random_llama import ModelConfig, build_model, device_facts, twin
 from benchmarks.report import table, write_json
 from benchmarks.stopwatch import interleaved_ms, percentiles
+from prefill_worker import observer
 from prefill_worker.compression.pipeline import Selection, select_tokens
 from prefill_worker.compression.policy import Policy, PromptShape
 from prefill_worker.compression.vl_cache import VLCache
 from prefill_worker.engine import Prefilled, PrefillEngine
 from prefill_worker.parcel_writer import kept_counts, write_body
 from prefill_worker.prompt import Prompt
+from shared.kernels.dispatch import Kernels, kernels_for
+from shared.kernels.reference.statistics import PostVisionStatistics
 from shared.model.attention import PREFILL_ATTENTION
 from shared.request.params import Budget
 
 STAGES = ("statistics", "selection", "parcel")
 VARIANTS = ("plain", *STAGES)
-HEADER = ("prefill up to", "p50 ms", "p95 ms", "over plain", "this stage, ms", "over the rest of its pass")
+HEADER = ("prefill up to", "p50 ms", "p95 ms", "over plain", "this stage, CPU ms", "over the rest of its pass")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +64,39 @@ class PrefillOverheadConfig(ModelConfig):
             raise ValueError(f"rows must lie between 1 and the prompt's {self.prompt} tokens, not {self.rows}")
 
 
+class StatisticsProbe:
+    """Stands before the kernel and adds up the CPU time that it takes."""
+
+    def __init__(self, device: torch.device) -> None:
+        kernels = kernels_for(device)
+        self._kernel = kernels.post_vision_statistics
+        self._probed = dataclasses.replace(kernels, post_vision_statistics=self._observe)
+        self.seconds = 0.0
+
+    def kernels_for(self, device: torch.device) -> Kernels:
+        """Takes the place of the door to the kernels."""
+        return self._probed
+
+    def _observe(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        first_row: int,
+        scaling: float,
+        threshold: float,
+        visual: torch.Tensor | None = None,
+    ) -> PostVisionStatistics:
+        started = time.process_time()
+        found = self._kernel(query, key, first_row, scaling, threshold, visual)
+        self.seconds += time.process_time() - started
+        return found
+
+
 class Passes:
     """The prefill worker's own steps over one model and one prompt, as far as a variant goes.
 
     Attributes:
-        stages_ms: Of each stage, one figure per pass that had it.
+        stages_ms: CPU time of each stage, one figure per pass that had it.
         shares: The same over the rest of the pass, which is what a prefill without compression takes.
     """
 
@@ -72,6 +105,7 @@ class Passes:
         self._policy, self._layout = VLCache(max_rows=0), config.layout
         self._budget = Budget(retention=config.retention)
         self._engine = PrefillEngine(twin(build_model(config, positions=config.prompt), PREFILL_ATTENTION))
+        self._probe = StatisticsProbe(self._engine.device)
         self._prompt = _prompt(config)
         self._body = memoryview(bytearray(self._layout.full_bytes(self._budget.kept_tokens_bound(config.prompt))))
         self.stages_ms: dict[str, list[float]] = {stage: [] for stage in STAGES}
@@ -80,23 +114,24 @@ class Passes:
     def run(self, variant: str) -> None:
         """One pass with the stages up to `variant`."""
         seconds: dict[str, float] = {}
-        started = time.perf_counter()
+        started, self._probe.seconds = time.process_time(), 0.0
         prefilled = self._prefill(self._policy if variant != "plain" else None)
         if variant in STAGES:
-            seconds["statistics"] = prefilled.seconds["statistics"]
+            seconds["statistics"] = self._probe.seconds
         if variant in STAGES[1:]:
             with _timed(seconds, "selection"):
                 selections = self._select(prefilled)
         if variant in STAGES[2:]:
             with _timed(seconds, "parcel"):
                 self._write(prefilled, selections)
-        rest = time.perf_counter() - started - sum(seconds.values())
+        rest = time.process_time() - started - sum(seconds.values())
         for stage, duration in seconds.items():
             self.stages_ms[stage].append(duration * 1000)
             self.shares[stage].append(duration / rest)
 
     def _prefill(self, policy: Policy | None) -> Prefilled:
-        return self._engine.prefill(self._prompt, policy, threading.Event())
+        with mock.patch.object(observer, "kernels_for", self._probe.kernels_for):
+            return self._engine.prefill(self._prompt, policy, threading.Event())
 
     def _select(self, prefilled: Prefilled) -> list[Selection]:
         num_tokens = self._prompt.shape.num_tokens
@@ -130,7 +165,7 @@ def measure(config: PrefillOverheadConfig) -> dict[str, Any]:
 def _within_passes(passes: Passes) -> dict[str, Any]:
     shares = {stage: percentiles(values) for stage, values in passes.shares.items()}
     return {
-        "stages_ms": {stage: percentiles(values) for stage, values in passes.stages_ms.items()},
+        "stages_cpu_ms": {stage: percentiles(values) for stage, values in passes.stages_ms.items()},
         "stage_shares": shares,
         "statistics_and_selection_share": shares["statistics"]["p50"] + shares["selection"]["p50"],
     }
@@ -150,9 +185,9 @@ def _prompt(config: PrefillOverheadConfig) -> Prompt:
 
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.perf_counter()
+    started = time.process_time()
     yield
-    seconds[stage] = time.perf_counter() - started
+    seconds[stage] = time.process_time() - started
 
 
 def _report(figures: dict[str, Any]) -> str:
@@ -160,8 +195,8 @@ def _report(figures: dict[str, Any]) -> str:
     for variant, total in figures["percentiles_ms"].items():
         row = [variant, f"{total['p50']:.1f}", f"{total['p95']:.1f}"]
         row.append(f"{100 * figures[f'{variant}_overhead']:+.1f} %" if variant in STAGES else "")
-        if variant in figures.get("stages_ms", {}):
-            row += [f"{figures['stages_ms'][variant]['p50']:.2f}"]
+        if variant in figures.get("stages_cpu_ms", {}):
+            row += [f"{figures['stages_cpu_ms'][variant]['p50']:.2f}"]
             row += [f"{100 * figures['stage_shares'][variant]['p50']:.2f} %"]
         rows.append([*row, *[""] * (len(HEADER) - len(row))])
     return table(HEADER, rows)
