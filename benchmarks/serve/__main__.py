@@ -76,7 +76,7 @@ def _sentence(compared: dict[str, Any]) -> str:
 
 def _title(config: ServeBenchConfig) -> str:
     objectives = ", ".join(config.goodput) or "no objective"
-    return f"The same stack at every retention, {config.max_new_tokens} tokens per answer; goodput within {objectives}"
+    return f"One stack, {config.max_new_tokens} tokens per answer; goodput within {objectives} ms"
 
 
 def _workload(config: ServeBenchConfig) -> dict[str, Any]:
