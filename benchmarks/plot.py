@@ -7,17 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH, MARGIN = 760, 20
-LABEL_WIDTH, VALUE_WIDTH = 150, 90
+LABEL_WIDTH, VALUE_WIDTH = 190, 80
 BAR_HEIGHT, BAR_GAP, GROUP_GAP, PANEL_GAP = 16, 3, 12, 18
-LINE_HEIGHT = 24
+LINE_HEIGHT, NOTE_HEIGHT = 24, 18
+MOST_SERIES = 4
 STYLE = """
     text { font: 13px system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #24292f }
     .title { font-size: 15px; font-weight: 600 }
     .panel { font-weight: 600 }
+    .note { font-size: 12px; fill: #57606a }
+    .page { fill: #ffffff }
     .axis { stroke: #8c959f }
     .s0 { fill: #8c959f } .s1 { fill: #2f6feb } .s2 { fill: #1a7f5a } .s3 { fill: #bf8700 }
     @media (prefers-color-scheme: dark) {
       text { fill: #d0d7de }
+      .note { fill: #8b949e }
+      .page { fill: #0d1117 }
       .s0 { fill: #6e7781 } .s1 { fill: #58a6ff } .s2 { fill: #3fb68b } .s3 { fill: #d29922 }
     }
 """
@@ -29,43 +34,54 @@ class Panel:
 
     Attributes:
         title: Quantity and unit.
-        groups: Per label, one value per series, none negative; None where there is none.
+        groups: Per label, values by series, none negative; None where there is none. A series left out has no bar.
         digits: Decimals of the values.
     """
 
     title: str
-    groups: Mapping[str, Sequence[float | None]]
+    groups: Mapping[str, Mapping[str, float | None]]
     digits: int = 1
 
 
-def bar_chart(*, title: str, series: Sequence[str], panels: Sequence[Panel]) -> str:
+def bar_chart(*, title: str, notes: Sequence[str], series: Sequence[str], panels: Sequence[Panel]) -> str:
     """SVG of horizontal bars: panels from top to bottom, in each its groups, in each a bar per series with its value.
 
     Args:
         title: What was measured.
-        series: Names for the legend, four at most; the first one is drawn in grey, as what the others compare with.
+        notes: Lines below it: of what, where.
+        series: Names for the legend; the first one is drawn in grey, as what the others compare with.
+        panels: Of these series.
+
+    Raises:
+        ValueError: More series than colours.
     """
-    parts = [_text(MARGIN, MARGIN + 14, title, kind="title"), _legend(series, MARGIN + LINE_HEIGHT)]
-    top = MARGIN + 2 * LINE_HEIGHT + PANEL_GAP
+    if len(series) > MOST_SERIES:
+        raise ValueError(f"{MOST_SERIES} series at most have a colour, not {len(series)}: {', '.join(series)}")
+    parts, top = [_text(MARGIN, MARGIN + 14, title, kind="title")], MARGIN + LINE_HEIGHT
+    for note in notes:
+        parts.append(_text(MARGIN, top + 12, note, kind="note"))
+        top += NOTE_HEIGHT
+    parts.append(_legend(series, top))
+    top += LINE_HEIGHT + PANEL_GAP
     for panel in panels:
-        drawn, top = _panel(panel, top)
+        drawn, top = _panel(panel, series, top)
         parts.append(drawn)
     size = f'width="{WIDTH}" height="{top}" viewBox="0 0 {WIDTH} {top}"'
-    body = "\n".join(parts)
+    body = "\n".join(['<rect class="page" width="100%" height="100%"/>', *parts])
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n<style>{STYLE}</style>\n{body}\n</svg>\n'
 
 
 def _legend(series: Sequence[str], top: int) -> str:
-    step = (WIDTH - 2 * MARGIN) // 4
+    step = (WIDTH - 2 * MARGIN) // MOST_SERIES
     return "\n".join(
         _bar(MARGIN + index * step, top + 4, 12, index) + _text(MARGIN + index * step + 18, top + 16, name)
         for index, name in enumerate(series)
     )
 
 
-def _panel(panel: Panel, top: int) -> tuple[str, int]:
+def _panel(panel: Panel, series: Sequence[str], top: int) -> tuple[str, int]:
     """The panel, and where the next one begins."""
-    largest = max((value or 0.0 for values in panel.groups.values() for value in values), default=0.0)
+    largest = max((value or 0.0 for values in panel.groups.values() for value in values.values()), default=0.0)
     scale = (WIDTH - 2 * MARGIN - LABEL_WIDTH - VALUE_WIDTH) / (largest or 1.0)
     parts, left = [_text(MARGIN, top + 12, panel.title, kind="panel")], MARGIN + LABEL_WIDTH
     top += LINE_HEIGHT
@@ -73,8 +89,9 @@ def _panel(panel: Panel, top: int) -> tuple[str, int]:
     for label, values in panel.groups.items():
         height = len(values) * (BAR_HEIGHT + BAR_GAP)
         parts.append(_text(left - 10, top + height // 2 + 3, label, anchor="end"))
-        for index, value in enumerate(values):
-            parts.append(_valued_bar(left, top + index * (BAR_HEIGHT + BAR_GAP), value, scale, index, panel.digits))
+        for row, (name, value) in enumerate(values.items()):
+            at = top + row * (BAR_HEIGHT + BAR_GAP)
+            parts.append(_valued_bar(left, at, value, scale, series.index(name), panel.digits))
         top += height + GROUP_GAP
     parts.append(f'<line class="axis" x1="{left}" y1="{begin - 4}" x2="{left}" y2="{top - GROUP_GAP + 1}"/>')
     return "\n".join(parts), top + PANEL_GAP

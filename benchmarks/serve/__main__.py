@@ -12,7 +12,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -21,7 +20,7 @@ import vlcache
 from benchmarks.report import write_json
 from benchmarks.serve.config import ServeBenchConfig
 from benchmarks.serve.measure import measure
-from benchmarks.serve.report import chart, ratios, tables
+from benchmarks.serve.report import ratios, tables
 from deploy.local.stack import Modules, run_stack
 
 # 128 + SIGINT, as shells count
@@ -29,7 +28,7 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None, *, modules: Modules | None = None) -> int:
-    """Measures, prints tables, writes JSON and SVG; returns the exit code."""
+    """Measures, prints tables, writes JSON; returns the exit code."""
     try:
         config = tyro.cli(ServeBenchConfig, args=argv, description=__doc__)
     except ValueError as error:
@@ -62,8 +61,6 @@ def _show(config: ServeBenchConfig, found: dict[str, Any]) -> None:
     rows = found["results"]
     compared = ratios(rows)
     sys.stdout.write(f"{tables(rows)}\n\n{_sentence(compared)}\n")
-    if config.svg is not None:
-        Path(config.svg).write_text(chart(rows, title=_title(config)), encoding="utf-8")
     write_json(config.json, {"benchmark": "serve", "workload": _workload(config), **compared, **found})
 
 
@@ -74,13 +71,8 @@ def _sentence(compared: dict[str, Any]) -> str:
     return f"smallest over largest retention, each at its best load: goodput {goodput}, throughput {throughput}"
 
 
-def _title(config: ServeBenchConfig) -> str:
-    objectives = ", ".join(config.goodput) or "no objective"
-    return f"One stack, {config.max_new_tokens} tokens per answer; goodput within {objectives} ms"
-
-
 def _workload(config: ServeBenchConfig) -> dict[str, Any]:
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("json", "svg")}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "json"}
     return {**settings, "model": os.path.relpath(config.model)}
 
 

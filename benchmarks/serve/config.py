@@ -57,8 +57,6 @@ class ServeBenchConfig:
     """Objectives of goodput in ms, of ttft, tpot and e2el."""
     seed: int = 11
     """Seed of prompts and arrivals."""
-    svg: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Where to draw the figures."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE|-")] = None
     """Where to write the figures; `-` prints them as the last line."""
 

@@ -1,4 +1,4 @@
-"""The figures for people: tables, ratios and a picture."""
+"""The figures for people: tables and ratios."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from vlcache.cli.formatting import format_bytes
 
-from benchmarks.plot import Panel, bar_chart
 from benchmarks.report import table
 
 Rows = Sequence[dict[str, Any]]
@@ -77,27 +76,6 @@ def _memory(rows: Rows) -> str:
     ]
     return "KV of all prompts; then means over time: pool, sequences being decoded, prompts being computed\n\n" + table(
         header, lines
-    )
-
-
-def chart(rows: Rows, *, title: str) -> str:
-    """SVG of throughput, goodput and TTFT by load, a bar per retention."""
-    loads = list(dict.fromkeys(row["load"] for row in rows))
-    retentions = list(dict.fromkeys(row["retention"] for row in rows))
-    found = {(row["load"], row["retention"]): row for row in rows}
-
-    def panel(name: str, key: str, digits: int) -> Panel:
-        groups = {load: [found[load, retention][key] for retention in retentions] for load in loads}
-        return Panel(title=name, groups=groups, digits=digits)
-
-    return bar_chart(
-        title=title,
-        series=[f"retention {retention:g}" for retention in retentions],
-        panels=[
-            panel("goodput, requests/s", "request_goodput", 2),
-            panel("throughput, requests/s", "request_throughput", 2),
-            panel("median TTFT, ms", "median_ttft_ms", 0),
-        ],
     )
 
 

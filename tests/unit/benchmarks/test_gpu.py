@@ -17,6 +17,7 @@ from benchmarks import capacity, decode_step, end_to_end, gpu, prefill_overhead
 from benchmarks.gpu import GpuConfig, Measurement, headlines, measurements, run_all, run_process
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels.config import KernelsConfig
+from benchmarks.picture import picture
 from benchmarks.random_kv import even, pool_bytes
 from benchmarks.random_llama import ModelConfig, build_model, weight_bytes
 from benchmarks.report import environment
@@ -68,7 +69,7 @@ def test_it_fits_on_the_device(measurement: Measurement) -> None:
 
 
 @pytest.mark.parametrize("measurement", REHEARSALS, ids=lambda measurement: measurement.name)
-def test_every_benchmark_leaves_a_result_with_its_headlines(
+def test_every_benchmark_leaves_a_result_with_its_headlines_and_a_picture(
     measurement: Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process; what `run_process` does is start `python -m` with the same arguments."""
@@ -76,6 +77,7 @@ def test_every_benchmark_leaves_a_result_with_its_headlines(
     monkeypatch.setattr(sys, "argv", [measurement.module, *measurement.arguments, "--json", str(result)])
     MODULES[measurement.module][0].main()
     assert f"| {measurement.name} | " in headlines(GpuConfig(out=tmp_path, device="cpu"))
+    assert picture(json.loads(result.read_text())).startswith("<svg")
 
 
 class FakeRun:

@@ -1,17 +1,16 @@
-"""Ratios, tables, picture and settings of the serving benchmark."""
+"""Ratios, tables and settings of the serving benchmark."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks.serve.config import ServeBenchConfig
 from benchmarks.serve.figures import OK, Outcome, figures
 from benchmarks.serve.load import ClosedLoop, OpenLoop
-from benchmarks.serve.report import chart, ratios, tables
+from benchmarks.serve.report import ratios, tables
 
 
 def row(load: str, retention: float, *, good: int, slow: int, failed: int = 0) -> dict[str, Any]:
@@ -65,16 +64,6 @@ def test_tables_show_failures_by_code_and_gaps_as_dashes() -> None:
 def test_tables_survive_a_load_without_an_answer() -> None:
     nothing = {**row("8 clients", 1.0, good=0, slow=0, failed=1), "kv_bytes_per_sequence": None}
     assert "| 8 clients | 1 | - / - | - / - |" in tables([nothing])
-
-
-def test_the_picture_has_a_bar_per_load_retention_and_quantity() -> None:
-    root = ElementTree.fromstring(chart(ROWS, title="Load & <answers>"))
-    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert "Load & <answers>" in texts
-    assert {"retention 1", "retention 0.1", "2 clients", "8 clients", "0.40", "1.20", "100"} <= set(texts)
-    bars = [element for element in root.iter("{http://www.w3.org/2000/svg}rect")]
-    legend, quantities = 2, 3
-    assert len(bars) == legend + quantities * len(ROWS)
 
 
 def test_concurrency_is_a_closed_loop_and_a_rate_an_open_one() -> None:

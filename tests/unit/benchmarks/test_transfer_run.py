@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.picture import picture
 from benchmarks.transfer.__main__ import TransferConfig, main
 from benchmarks.transfer.methods import METHODS
 from benchmarks.transfer.processes import Peer
@@ -35,6 +36,7 @@ def test_every_method_moves_a_parcel_and_tokens_arrive(
     assert (late["idle"]["parcels"], late["idle"]["tokens"] > 10) == (0, True)
     assert min(late["grpc"]["parcels"], late["memory"]["parcels"], late["grpc"]["tokens"]) > 0
     assert figures["congestion_control"]["tcp"]
+    assert "A parcel of 2 MB" in picture(figures)
     printed = capsys.readouterr().out
     assert "| 2 MB | memory_in_place |" in printed
     assert "| grpc_over_bare_grpc | >= 0.95 |" in printed

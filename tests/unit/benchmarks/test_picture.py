@@ -1,0 +1,143 @@
+"""Pictures of results: the committed ones are what their JSON gives, and each benchmark shows its telling figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks import picture as command
+from benchmarks.charts import CHARTS
+from benchmarks.picture import picture
+from benchmarks.plot import WIDTH
+
+RESULTS = Path(command.__file__).parent / "results"
+COMMITTED = sorted(RESULTS.glob("*.svg"))
+SVG = "{http://www.w3.org/2000/svg}"
+# Pixels per character of a wide font (DejaVu Sans), and a tenth more.
+CHARACTER = {"title": 9.3, "panel": 8.2, "note": 6.9, "": 7.7}
+
+
+def stored(benchmark: str) -> Any:
+    """One committed result."""
+    return json.loads(next(iter(sorted(RESULTS.glob(f"{benchmark}_*.json")))).read_text())
+
+
+def root_of(found: Any) -> ElementTree.Element:
+    return ElementTree.fromstring(picture(found))
+
+
+def texts(root: ElementTree.Element) -> list[str | None]:
+    return [element.text for element in root.iter(f"{SVG}text")]
+
+
+def bars(root: ElementTree.Element) -> list[str]:
+    """Series of the bars, legend first."""
+    return [bar.attrib["class"] for bar in root.iter(f"{SVG}rect") if bar.attrib["class"] != "page"]
+
+
+@pytest.mark.parametrize("svg", COMMITTED, ids=lambda svg: svg.stem)
+def test_a_committed_picture_is_what_its_result_gives(svg: Path) -> None:
+    found = json.loads(svg.with_suffix(".json").read_text(encoding="utf-8"))
+    assert svg.read_bytes() == picture(found).encode()
+
+
+@pytest.mark.parametrize("svg", COMMITTED, ids=lambda svg: svg.stem)
+def test_no_text_of_a_committed_picture_is_cut(svg: Path) -> None:
+    for text in ElementTree.fromstring(svg.read_text(encoding="utf-8")).iter(f"{SVG}text"):
+        x, width = float(text.attrib["x"]), CHARACTER[text.attrib["class"]] * len(text.text or "")
+        left = x - width if text.attrib["text-anchor"] == "end" else x
+        assert 0 <= left < left + width <= WIDTH, text.text
+
+
+@pytest.mark.parametrize("svg", COMMITTED, ids=lambda svg: svg.stem)
+def test_a_committed_picture_is_shown_beside_its_tables(svg: Path) -> None:
+    assert f"]({svg.name})" in svg.with_suffix(".md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("benchmark", ["capacity", "decode_step", "prefill_overhead", "quality", "serve", "transfer"])
+def test_every_benchmark_that_has_results_has_a_committed_picture(benchmark: str) -> None:
+    assert any(svg.stem.startswith(f"{benchmark}_") for svg in COMMITTED)
+
+
+@pytest.mark.parametrize("benchmark", ["capacity", "decode_step"])
+def test_the_roofline_has_a_bar_of_its_own(benchmark: str) -> None:
+    found = stored(benchmark)
+    roofline = found["roofline_throughput_ratio" if benchmark == "capacity" else "roofline_ratio"]
+    root = root_of(found)
+    assert texts(root)[-2:] == ["roofline", f"{roofline:.2f}"]
+    assert bars(root)[-1] == "s0"
+
+
+def test_a_gpu_gives_its_name_and_prefills_without_stages() -> None:
+    runs = stored("prefill_overhead")
+    with_stages = len(bars(root_of(runs)))
+    for run in runs:
+        del run["stage_shares"], run["stages_cpu_ms"]
+        run["device"] = "A Fast One"
+    root = root_of(runs)
+    assert with_stages - len(bars(root)) == 3 * len(runs)
+    assert any((text or "").startswith("A Fast One; commit ") for text in texts(root))
+    assert {"2 KV heads", "8 KV heads"} <= set(texts(root))
+
+
+def test_one_policy_is_shown_by_task_and_several_by_policy() -> None:
+    found = stored("quality")
+    tasks = {row["task"] for row in found["results"]}
+    assert tasks <= set(texts(root_of(found)))
+    other = [{**row, "policy": "other", "exact_match": 0.123} for row in found["results"]]
+    root = root_of({**found, "results": [*found["results"], *other]})
+    assert not tasks & set(texts(root))
+    assert {"vl_cache", "other", "12.3"} <= set(texts(root))
+    legend, settings = 2, 4
+    assert len(bars(root)) == legend + settings
+
+
+def test_serving_has_a_bar_per_load_retention_and_quantity() -> None:
+    found = stored("serve")
+    root = root_of(found)
+    assert {"retention 1", "retention 0.1", "2 clients", "8 clients", "3.19", "6449"} <= set(texts(root))
+    legend, quantities = 2, 3
+    assert len(bars(root)) == legend + quantities * len(found["results"])
+
+
+def test_what_nobody_answered_has_no_bar() -> None:
+    found = stored("serve")
+    found["results"][0] |= {"median_ttft_ms": None, "request_goodput": None}
+    found["workload"]["goodput"] = []
+    assert texts(root_of(found)).count("none") == 2
+    assert "goodput within no objective: requests/s" in texts(root_of(found))
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [],
+        {"benchmark": "dance"},
+        [{"benchmark": "capacity"}, {"benchmark": "serve"}],
+        [{"benchmark": "capacity"}, {"benchmark": "capacity"}],
+    ],
+)
+def test_what_cannot_be_drawn_is_a_sentence(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = tmp_path / "a.json"
+    result.write_text(json.dumps(runs))
+    monkeypatch.setattr(sys, "argv", ["picture", str(result), "--svg", str(tmp_path / "a.svg")])
+    with pytest.raises(SystemExit, match=r"^no picture of .*a\.json: [a-z]+ .*(needed|run)"):
+        command.main()
+    assert not (tmp_path / "a.svg").exists()
+
+
+def test_the_command_draws_a_stored_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = tmp_path / "a.svg"
+    monkeypatch.setattr(sys, "argv", ["picture", str(COMMITTED[0].with_suffix(".json")), "--svg", str(drawn)])
+    command.main()
+    assert drawn.read_bytes() == COMMITTED[0].read_bytes()
+
+
+def test_charts_are_named_as_their_benchmarks() -> None:
+    for name in CHARTS:
+        assert (RESULTS.parent / f"{name}.py").exists() or (RESULTS.parent / name / "__main__.py").exists()
