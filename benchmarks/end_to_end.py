@@ -32,9 +32,9 @@ from benchmarks.report import table, write_json
 from benchmarks.stopwatch import elapsed_ms, release_memory
 from decode_worker.kv_pool.base import Allocation
 from decode_worker.sequence import Sequence
-from prefill_worker.compression.pipeline import keep_everything, select_tokens
-from prefill_worker.compression.policy import PromptShape
-from prefill_worker.compression.vl_cache import VLCache
+from prefill_worker.compression.pipeline import keep_everything, select_tokens, statistics_for
+from prefill_worker.compression.policies.vl_cache import VLCache
+from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.engine import PrefillEngine
 from prefill_worker.parcel_writer import kept_counts, write_body
 from prefill_worker.prompt import Prompt
@@ -89,7 +89,7 @@ class Ours:
         self._prefill = PrefillEngine(twin(model, PREFILL_ATTENTION))
         decode = twin(model, model.config._attn_implementation)
         pack_linears(decode)
-        bound = self._budget.kept_tokens_bound(config.prompt)
+        bound = self._budget.kept_tokens_bound(0, config.prompt)
         # a block more for every row: kept counts are ragged, and each row ends within a block
         rows = even(self._layout, [bound + config.block_size] * self._layout.num_layers)
         self._pool = build_pool(
@@ -119,17 +119,15 @@ class Ours:
         return tokens
 
     def _admit(self, prompt: torch.Tensor) -> Installed:
-        num_tokens = prompt.shape[1]
-        compress = self._config.retention < 1
+        described, compress = self._describe(prompt), self._config.retention < 1
         with self._stage("prefill"):
-            policy = self._policy if compress else None
-            prefilled = self._prefill.prefill(self._describe(prompt), policy, threading.Event())
+            statistics = statistics_for(self._policy, described.shape) if compress else ()
+            prefilled = self._prefill.prefill(described, statistics, threading.Event())
             first = int(prefilled.logits.argmax())
         with self._stage("parcel"):
             selections = keep_everything(self._layout.num_layers)
             if compress:
-                retention = self._budget.share_of(num_tokens)
-                selections = select_tokens(self._policy, prefilled.statistics, retention, num_tokens)
+                selections = select_tokens(self._policy, prefilled.observed(described.shape), self._budget)
             num_kept = kept_counts(prefilled, selections)
             body = self._body[: self._layout.body_bytes(num_kept)]
             write_body(prefilled, selections, num_kept, self._layout, body)()
@@ -141,19 +139,19 @@ class Ours:
             sampling=Sampling(max_new_tokens=self._config.new_tokens),
             eos_token_ids=frozenset(),
             last_token=first,
-            next_position=num_tokens,
+            next_position=prompt.shape[1],
         )
         return Installed(sequence=sequence, allocation=allocation)
 
     def _describe(self, prompt: torch.Tensor) -> Prompt:
         """The policy is told that an image ends `rows` tokens before the end."""
         num_tokens = prompt.shape[1]
-        visual = num_tokens - self._config.rows
+        positions = torch.arange(num_tokens)
         return Prompt(
             inputs={"input_ids": prompt},
-            position_ids=torch.arange(num_tokens)[None],
-            next_position=num_tokens,
-            shape=PromptShape(num_tokens=num_tokens, num_visual=visual, last_visual=visual - 1),
+            position_ids=positions[None],
+            next_position=prompt.shape[1],
+            shape=PromptShape(visual=positions < num_tokens - self._config.rows),
             pixels=(),
         )
 

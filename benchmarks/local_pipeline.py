@@ -78,7 +78,8 @@ class LocalPipeline:
             transfer=TRANSFER, messages=(), sampling=sampling, budget=budget, policy=policy, ticket=NO_TICKET
         )
         layout, events = self._spec.layout, list[Event]()
-        bound = layout.full_bytes(budget.kept_tokens_bound(prompt.shape.num_tokens))
+        visual = prompt.shape.num_visual
+        bound = layout.full_bytes(budget.kept_tokens_bound(prompt.shape.num_tokens - visual, visual))
         body = memoryview(bytearray(bound))
         complete = self._compute.run(job, prompt, body, events.append)
         first = next(event for event in events if isinstance(event, FirstToken))

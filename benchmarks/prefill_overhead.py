@@ -29,10 +29,11 @@ import tyro
 from benchmarks.random_llama import ModelConfig, build_model, device_facts, twin
 from benchmarks.report import table, write_json
 from benchmarks.stopwatch import interleaved_ms, percentiles
-from prefill_worker import observer
-from prefill_worker.compression.pipeline import Selection, select_tokens
-from prefill_worker.compression.policy import Policy, PromptShape
-from prefill_worker.compression.vl_cache import VLCache
+from prefill_worker.compression import attention
+from prefill_worker.compression.pipeline import Selection, select_tokens, statistics_for
+from prefill_worker.compression.policies.vl_cache import VLCache
+from prefill_worker.compression.policy import Policy
+from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.engine import Prefilled, PrefillEngine
 from prefill_worker.parcel_writer import kept_counts, write_body
 from prefill_worker.prompt import Prompt
@@ -107,7 +108,8 @@ class Passes:
         self._engine = PrefillEngine(twin(build_model(config, positions=config.prompt), PREFILL_ATTENTION))
         self._probe = StatisticsProbe(self._engine.device)
         self._prompt = _prompt(config)
-        self._body = memoryview(bytearray(self._layout.full_bytes(self._budget.kept_tokens_bound(config.prompt))))
+        bound = self._budget.kept_tokens_bound(config.rows, config.prompt - config.rows)
+        self._body = memoryview(bytearray(self._layout.full_bytes(bound)))
         self.stages_ms: dict[str, list[float]] = {stage: [] for stage in STAGES}
         self.shares: dict[str, list[float]] = {stage: [] for stage in STAGES}
 
@@ -130,12 +132,12 @@ class Passes:
             self.shares[stage].append(duration / rest)
 
     def _prefill(self, policy: Policy | None) -> Prefilled:
-        with mock.patch.object(observer, "kernels_for", self._probe.kernels_for):
-            return self._engine.prefill(self._prompt, policy, threading.Event())
+        statistics = statistics_for(policy, self._prompt.shape) if policy else ()
+        with mock.patch.object(attention, "kernels_for", self._probe.kernels_for):
+            return self._engine.prefill(self._prompt, statistics, threading.Event())
 
     def _select(self, prefilled: Prefilled) -> list[Selection]:
-        num_tokens = self._prompt.shape.num_tokens
-        return select_tokens(self._policy, prefilled.statistics, self._budget.share_of(num_tokens), num_tokens)
+        return select_tokens(self._policy, prefilled.observed(self._prompt.shape), self._budget)
 
     def _write(self, prefilled: Prefilled, selections: list[Selection]) -> None:
         num_kept = kept_counts(prefilled, selections)
@@ -173,12 +175,12 @@ def _within_passes(passes: Passes) -> dict[str, Any]:
 
 def _prompt(config: PrefillOverheadConfig) -> Prompt:
     """Random tokens; the policy is told that an image ends `rows` tokens before the end."""
-    visual = config.prompt - config.rows
+    positions = torch.arange(config.prompt)
     return Prompt(
         inputs={"input_ids": torch.randint(config.text.vocabulary, (1, config.prompt))},
-        position_ids=torch.arange(config.prompt)[None],
+        position_ids=positions[None],
         next_position=config.prompt,
-        shape=PromptShape(num_tokens=config.prompt, num_visual=visual, last_visual=visual - 1),
+        shape=PromptShape(visual=positions < config.prompt - config.rows),
         pixels=(),
     )
 

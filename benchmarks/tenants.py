@@ -107,7 +107,7 @@ class Tenants:
             request_id=str(next(self._numbers)),
             attempt=0,
             prefill_epoch="",
-            nbytes=self.pool.bound_bytes(self._budget.kept_tokens_bound(prompt), growth),
+            nbytes=self.pool.bound_bytes(self._budget.kept_tokens_bound(0, prompt), growth),
             max_new_tokens=growth + 1,
             arena=None,
             now=0.0,

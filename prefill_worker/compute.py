@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from vlcache.v1 import inference_pb2 as public
 
-from prefill_worker.compression.pipeline import Selection, keep_everything, select_tokens
+from prefill_worker.compression.pipeline import (
+    Selection,
+    asked_retention,
+    keep_everything,
+    select_tokens,
+    statistics_for,
+)
 from prefill_worker.engine import PrefillEngine
 from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
 from prefill_worker.parcel_writer import Arrival, kept_counts, write_body
@@ -58,10 +64,9 @@ class PrefillCompute:
         Raises:
             RequestCancelledError: The job was cancelled.
         """
-        num_tokens = prompt.shape.num_tokens
-        retention = job.retention(num_tokens)
-        policy = job.policy if retention < 1 else None
-        prefilled = self._engine.prefill(prompt, policy, job.cancelled)
+        whole = asked_retention(prompt.shape, job.budget) >= 1
+        statistics = () if whole else statistics_for(job.policy, prompt.shape)
+        prefilled = self._engine.prefill(prompt, statistics, job.cancelled)
         for stage, seconds in prefilled.seconds.items():
             self._metrics.observe_stage(stage, seconds)
         first = self._first_token(job, prompt, prefilled.logits)
@@ -69,10 +74,10 @@ class PrefillCompute:
         if first.finish_reason:
             return None
         started = time.monotonic()
-        if policy is None:
+        if whole:
             selections = keep_everything(self._identity.layout.num_layers)
         else:
-            selections = select_tokens(policy, prefilled.statistics, retention, num_tokens)
+            selections = select_tokens(job.policy, prefilled.observed(prompt.shape), job.budget)
         num_kept = kept_counts(prefilled, selections)
         draft = self._draft(job, prompt, num_kept, selections, first.token)
         used = body[: draft.body_bytes]
@@ -120,7 +125,7 @@ class PrefillCompute:
             logical_length=num_tokens,
             next_position=prompt.next_position,
             policy=job.policy.name,
-            requested_retention=float(job.retention(num_tokens)),
+            requested_retention=float(asked_retention(prompt.shape, job.budget)),
             realised_retention=layout.realised_retention(num_kept, num_tokens),
             layer_attention_mass=tuple(selection.attention_mass for selection in selections),
             body_bytes=layout.body_bytes(num_kept),

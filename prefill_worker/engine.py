@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from prefill_worker.compression.policy import LayerStatistics, Policy
+from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.compression.statistics import ObservedLayer, Statistic
 from prefill_worker.observer import PrefillObserver
 from prefill_worker.prompt import Prompt
 from shared.errors import RequestCancelledError
@@ -23,15 +26,20 @@ class Prefilled:
         logits: [vocab] fp32, of the first generated token.
         keys: Per layer [num_kv_heads, num_tokens, head_dim], rotated.
         values: As `keys`.
-        statistics: Per layer; empty when nothing was observed.
+        measured: Per layer, each statistic's value; empty when nothing was observed.
         seconds: Duration of the stages vision_encode, prefill and statistics.
     """
 
     logits: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
-    statistics: list[LayerStatistics]
+    measured: list[dict[Statistic[Any], Any]]
     seconds: dict[str, float]
+
+    def observed(self, prompt: PromptShape) -> list[ObservedLayer]:
+        """The layers as a policy sees them."""
+        parts = zip(self.keys, self.values, self.measured, strict=True)
+        return [ObservedLayer(prompt=prompt, key=key, value=value, measured=measured) for key, value, measured in parts]
 
 
 class PrefillEngine:
@@ -46,12 +54,12 @@ class PrefillEngine:
         return self._model.device
 
     @torch.inference_mode()
-    def prefill(self, prompt: Prompt, policy: Policy | None, cancelled: threading.Event) -> Prefilled:
+    def prefill(self, prompt: Prompt, statistics: Collection[Statistic[Any]], cancelled: threading.Event) -> Prefilled:
         """One pass.
 
         Args:
             prompt: One unpadded prompt.
-            policy: Says which rows to observe; None observes nothing (retention 1).
+            statistics: What is measured in each layer; none at retention 1.
             cancelled: Checked at the start and before every layer.
 
         Raises:
@@ -61,8 +69,7 @@ class PrefillEngine:
             # while it waited in the queue; the vision tower would run before the first layer looks
             raise RequestCancelledError("cancelled before it began")
         started = time.monotonic()
-        rows = policy.rows(prompt.shape) if policy else range(0)
-        observer = PrefillObserver(rows, policy.threshold if policy else 1.0, cancelled)
+        observer = PrefillObserver(prompt.shape, statistics, cancelled)
         # without a config: sliding layers, too, keep every token until the selection
         cache = DynamicCache()
         output = self._model(
@@ -76,7 +83,7 @@ class PrefillEngine:
             logits=output.logits[0, -1].float(),
             keys=[layer.keys[0] for layer in cache.layers],
             values=[layer.values[0] for layer in cache.layers],
-            statistics=observer.statistics,
+            measured=observer.measured,
             seconds=_stage_seconds(started, observer),
         )
 
@@ -93,6 +100,6 @@ def _stage_seconds(started: float, observer: PrefillObserver) -> dict[str, float
     first_layer = observer.first_layer_at or now
     return {
         "vision_encode": first_layer - started,
-        "prefill": now - first_layer - observer.statistics_seconds,
-        "statistics": observer.statistics_seconds,
+        "prefill": now - first_layer - observer.seconds,
+        "statistics": observer.seconds,
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 from vlcache.v1 import inference_pb2 as public
 from vlcache.worker.v1 import prefill_pb2 as pb
@@ -48,10 +47,6 @@ class PrefillJob:
             policy=build_policy(compression.policy, _parameters(compression)),
             ticket=Ticket.from_proto(message.ticket),
         )
-
-    def retention(self, prompt_tokens: int) -> Fraction:
-        """The kept share for a prompt of that length; 1 bypasses the policy."""
-        return self.budget.share_of(prompt_tokens)
 
 
 def _parameters(compression: public.CompressionParams) -> dict[str, object]:

@@ -1,15 +1,18 @@
-"""The attention of the prefill pass: plain SDPA, and statistics of the rows that the policy observes."""
+"""The attention of the prefill pass: plain SDPA, after the statistics that the policy asked for were measured."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Collection
+from typing import Any
 
 import torch
 
-from prefill_worker.compression.policy import LayerStatistics
+from prefill_worker.compression.attention import LayerAttention
+from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.compression.statistics import Statistic, measure_all
 from shared.errors import RequestCancelledError
-from shared.kernels.dispatch import kernels_for
 
 
 class PrefillObserver:
@@ -18,17 +21,22 @@ class PrefillObserver:
     Cancellation is checked before every layer, so a departed client costs at most one layer of compute.
 
     Args:
-        rows: Positions whose attention rows are observed; empty observes nothing.
-        threshold: Share of a row's maximum below which an entry does not count.
+        prompt: The prompt that passes.
+        statistics: What is measured in each layer; none observes nothing.
         cancelled: Set from another thread to stop the pass.
+
+    Attributes:
+        measured: Per layer that has passed, each statistic's value.
+        seconds: Time that measuring took.
+        first_layer_at: When the vision tower was done; None before.
     """
 
-    def __init__(self, rows: range, threshold: float, cancelled: threading.Event) -> None:
-        self._rows = rows
-        self._threshold = threshold
+    def __init__(self, prompt: PromptShape, statistics: Collection[Statistic[Any]], cancelled: threading.Event) -> None:
+        self._prompt = prompt
+        self._statistics = statistics
         self._cancelled = cancelled
-        self.statistics: list[LayerStatistics] = []
-        self.statistics_seconds = 0.0
+        self.measured: list[dict[Statistic[Any], Any]] = []
+        self.seconds = 0.0
         self.first_layer_at: float | None = None
 
     def attend(
@@ -45,24 +53,15 @@ class PrefillObserver:
             raise RequestCancelledError(f"cancelled before layer {layer}")
         if self.first_layer_at is None:
             self.first_layer_at = time.monotonic()
-        if self._rows:
-            self._observe(query[0], key[0], scaling)
+        if self._statistics:
+            self._measure(query[0], key[0], value[0], scaling)
         output = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         )
         return output.transpose(1, 2)
 
-    def _observe(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+    def _measure(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> None:
         started = time.monotonic()
-        first = self._rows.start
-        kernels = kernels_for(key.device)
-        found = kernels.post_vision_statistics(query[:, first:], key, first, scaling, self._threshold)
-        self.statistics.append(
-            LayerStatistics(
-                column_mass=found.column_sums,
-                kept_entries=found.counts,
-                causal_entries=sum(row + 1 for row in self._rows),
-                row_mass=len(self._rows) * (query.shape[0] // key.shape[0]),
-            )
-        )
-        self.statistics_seconds += time.monotonic() - started
+        layer = LayerAttention(prompt=self._prompt, query=query, key=key, value=value, scaling=scaling)
+        self.measured.append(measure_all(self._statistics, layer))
+        self.seconds += time.monotonic() - started

@@ -22,12 +22,8 @@ Arrival = Callable[[], object]
 
 def kept_counts(prefilled: Prefilled, selections: Sequence[Selection]) -> tuple[int, ...]:
     """Rows kept per layer and KV head, layer-major."""
-    counts = []
-    for key, selection in zip(prefilled.keys, selections, strict=True):
-        num_heads, num_tokens, _ = key.shape
-        kept = num_tokens if selection.indices is None else selection.indices.shape[1]
-        counts += [kept] * num_heads
-    return tuple(counts)
+    layers = zip(prefilled.keys, selections, strict=True)
+    return tuple(count for key, selection in layers for count in selection.num_kept(*key.shape[:2]))
 
 
 @torch.inference_mode()
@@ -46,24 +42,22 @@ def write_body(
     """
     keys = [key.contiguous() for key in prefilled.keys]
     values = [value.contiguous() for value in prefilled.values]
-    indices = torch.cat([_indices(key, selection) for key, selection in zip(keys, selections, strict=True)])
+    indices = torch.cat([selection.indices(key) for key, selection in zip(keys, selections, strict=True)])
     target = torch.frombuffer(body, dtype=TORCH_DTYPES[layout.dtype]).view(-1, layout.head_dim)
     device = keys[0].device
     kernels = kernels_for(device)
-    if device.type == "cpu":
-        kernels.gather_rows(keys, values, indices, num_kept, target)
-        return lambda: None
-    staging = torch.empty(target.shape, dtype=target.dtype, device=device)
-    kernels.gather_rows(keys, values, indices, num_kept, staging)
-    return _bring_over(staging, target)
+    out = target if device.type == "cpu" else torch.empty(target.shape, dtype=target.dtype, device=device)
+    kernels.gather_rows(keys, values, indices, num_kept, out)
+    _put_merged(selections, layout, num_kept, out)
+    return (lambda: None) if out is target else _bring_over(out, target)
 
 
-def _indices(key: torch.Tensor, selection: Selection) -> torch.Tensor:
-    """Token indices of one layer, head after head, int32."""
-    num_heads, num_tokens, _ = key.shape
-    if selection.indices is None:
-        return torch.arange(num_tokens, dtype=torch.int32, device=key.device).repeat(num_heads)
-    return selection.indices.flatten().int()
+def _put_merged(selections: Sequence[Selection], layout: KVLayout, num_kept: Sequence[int], out: torch.Tensor) -> None:
+    """Rows that dropped tokens were merged into take the place of those that were gathered."""
+    for section, selection in zip(layout.sections(num_kept), selections, strict=True):
+        if selection.merged is not None:
+            first, last = section.key_offset // layout.row_bytes, section.end // layout.row_bytes
+            torch.cat(selection.merged, out=out[first:last])
 
 
 def _bring_over(staging: torch.Tensor, target: torch.Tensor) -> Arrival:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 from jinja2.exceptions import TemplateError
 from PIL import Image
 from vlcache.v1 import inference_pb2 as pb
 
-from prefill_worker.compression.policy import PromptShape
+from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.images import open_images
 from shared.errors import ContextTooLongError, InvalidRequestError
 from shared.model.spec import VLMSpec
@@ -65,7 +66,7 @@ class PromptBuilder:
             inputs=inputs,
             position_ids=torch.arange(num_tokens)[None],
             next_position=num_tokens,
-            shape=self._shape(inputs["input_ids"][0]),
+            shape=self._shape(inputs),
             pixels=tuple(image.width * image.height for image in images),
         )
 
@@ -80,7 +81,7 @@ class PromptBuilder:
         # the marker of the last image is the longest one: it may carry the image's number
         last = len(self._render([_empty_message(self._max_images)]).encode())
         marker = last - len(self._render([_empty_message(self._max_images - 1)]).encode())
-        return self._shape(inputs["input_ids"][0]).num_visual + marker
+        return self._shape(inputs).num_visual + marker
 
     def _check_messages(self, messages: Sequence[pb.Message]) -> None:
         # joined: the template puts the parts of a message together, and so would a reserved token that was cut in two
@@ -128,10 +129,11 @@ class PromptBuilder:
                 f"the prompt has {num_tokens} tokens and max_new_tokens is {max_new_tokens}; the context is {limit}"
             )
 
-    def _shape(self, input_ids: torch.Tensor) -> PromptShape:
-        visual = (input_ids == self._spec.image_token_id).nonzero().flatten()
-        last = int(visual[-1]) if len(visual) else None
-        return PromptShape(num_tokens=len(input_ids), num_visual=len(visual), last_visual=last)
+    def _shape(self, inputs: dict[str, torch.Tensor]) -> PromptShape:
+        seed = xxhash.xxh3_64()
+        for name in sorted(inputs):
+            seed.update(inputs[name].contiguous().numpy().data)
+        return PromptShape(visual=inputs["input_ids"][0] == self._spec.image_token_id, seed=seed.intdigest())
 
 
 def _content(part: pb.Part) -> dict[str, str]:

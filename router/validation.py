@@ -63,12 +63,14 @@ def accept(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> Accept
     _fill_sampling(message, model)
     budget = _fill_compression(message, model)
     message.model = model.name
-    prompt_tokens_bound = _prompt_tokens_bound(message, model)
+    # whether the prompt fits the context is known to the prefill worker alone: loose bounds are cut, not refused
+    text = min(_text_tokens_bound(message, model), model.context_tokens)
+    visual = min(_num_images(message) * model.max_tokens_per_image, model.context_tokens - text)
     return AcceptedRequest(
         message=message,
         model=model,
-        prompt_tokens_bound=prompt_tokens_bound,
-        kept_tokens_bound=budget.kept_tokens_bound(prompt_tokens_bound),
+        prompt_tokens_bound=text + visual,
+        kept_tokens_bound=budget.kept_tokens_bound(text, visual),
     )
 
 
@@ -105,16 +107,10 @@ def _fill_compression(message: pb.GenerateRequest, model: worker_pb2.ServedModel
     return budget
 
 
-def _prompt_tokens_bound(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> int:
-    """A byte is at least as long as a token, and every message brings its own piece of the template.
-
-    Loose for long texts, hence only good for reserving: whether the prompt fits the context is known to the prefill
-    worker alone.
-    """
+def _text_tokens_bound(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> int:
+    """A byte is at least as long as a token, and every message brings its own piece of the template."""
     text_bytes = sum(len(part.text.encode()) for entry in message.messages for part in entry.parts)
-    template = model.template_tokens * len(message.messages)
-    bound = text_bytes + template + _num_images(message) * model.max_tokens_per_image
-    return min(bound, model.context_tokens)
+    return text_bytes + model.template_tokens * len(message.messages)
 
 
 def _num_images(message: pb.GenerateRequest) -> int:

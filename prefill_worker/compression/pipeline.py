@@ -1,14 +1,19 @@
-"""Runs a policy over the statistics of one prompt: score, allocate, select."""
+"""Runs a policy over one prompt: observe -> score -> allocate -> select -> [merge]."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 
-from prefill_worker.compression.policy import LayerStatistics, Policy, TokenBudget
+from prefill_worker.compression.policy import Policy, TokenBudget
+from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.compression.rows import post_vision_rows
+from prefill_worker.compression.statistics import ColumnSums, ObservedLayer, Statistic
+from shared.request.params import Budget, BudgetScope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,29 +21,66 @@ class Selection:
     """What is kept of one layer.
 
     Attributes:
-        indices: [num_kv_heads, kept] int64, ascending; None keeps everything.
-        attention_mass: Share of the observed attention that falls on kept tokens.
+        chosen: [num_kv_heads, num_tokens] bool; None keeps everything.
+        attention_mass: Share of the post-vision attention that falls on kept tokens.
+        merged: Keys and values [kept rows, head_dim] that take the kept tokens' place, head after head; None ships
+            the tokens as they are.
     """
 
-    indices: torch.Tensor | None
+    chosen: torch.Tensor | None
     attention_mass: float
+    merged: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def num_kept(self, num_kv_heads: int, num_tokens: int) -> list[int]:
+        """Tokens of each KV head."""
+        if self.chosen is None:
+            return [num_tokens] * num_kv_heads
+        return self.chosen.sum(dim=1).tolist()
+
+    def indices(self, key: torch.Tensor) -> torch.Tensor:
+        """Positions of the kept tokens in `key` [num_kv_heads, num_tokens, ..], head after head, ascending; int32."""
+        num_heads, num_tokens = key.shape[:2]
+        if self.chosen is None:
+            return torch.arange(num_tokens, dtype=torch.int32, device=key.device).repeat(num_heads)
+        return (self.chosen.flatten().nonzero().flatten() % num_tokens).int()
 
 
-def select_tokens(
-    policy: Policy, layers: Sequence[LayerStatistics], retention: Fraction, num_tokens: int
-) -> list[Selection]:
-    """One selection per layer. Deterministic; nothing is mixed across requests."""
-    budget = TokenBudget(retention=retention, num_tokens=num_tokens, num_layers=len(layers))
-    kept = policy.allocate(layers, budget)
-    return [_select_layer(policy, layer, count) for layer, count in zip(layers, kept, strict=True)]
+def statistics_for(policy: Policy, prompt: PromptShape) -> tuple[Statistic[Any], ...]:
+    """What is measured in each layer: the policy's statistics, and what says how much attention was kept."""
+    return tuple(dict.fromkeys((*policy.needs(prompt), _attention(prompt))))
+
+
+def asked_retention(prompt: PromptShape, budget: Budget) -> Fraction:
+    """The kept share that the budget means, of all tokens or of the visual ones; 1 bypasses every policy."""
+    tokens = prompt.num_visual if budget.scope is BudgetScope.VISUAL else prompt.num_tokens
+    return budget.share_of(tokens) if tokens else Fraction(1)
 
 
 def keep_everything(num_layers: int) -> list[Selection]:
     """Retention 1."""
-    return [Selection(indices=None, attention_mass=1.0)] * num_layers
+    return [Selection(chosen=None, attention_mass=1.0)] * num_layers
 
 
-def _select_layer(policy: Policy, layer: LayerStatistics, kept: int) -> Selection:
-    indices = policy.select(policy.score(layer), kept)
-    mass = layer.column_mass.gather(1, indices).sum(dim=1).mean().item() / layer.row_mass
-    return Selection(indices=indices, attention_mass=min(1.0, mass))
+def select_tokens(policy: Policy, layers: Sequence[ObservedLayer], budget: Budget) -> list[Selection]:
+    """One selection per layer; nothing is mixed across requests."""
+    prompt = layers[0].prompt
+    text = prompt.num_tokens - prompt.num_visual if budget.scope is BudgetScope.VISUAL else 0
+    retention, scored = asked_retention(prompt, budget), prompt.num_tokens - text
+    kept = policy.allocate(layers, TokenBudget(retention=retention, num_tokens=scored, num_layers=len(layers)))
+    return [_select_layer(policy, layer, text + count, text > 0) for layer, count in zip(layers, kept, strict=True)]
+
+
+def _select_layer(policy: Policy, layer: ObservedLayer, kept: int, keep_text: bool) -> Selection:
+    scores = policy.score(layer)
+    if keep_text:
+        scores = scores.masked_fill(~layer.prompt.visual.to(scores.device), torch.inf)
+    shares = policy.share_heads(scores, kept)
+    chosen = policy.select(scores, shares)
+    assert chosen.sum(dim=1).tolist() == list(shares), "a score is not a number, or a policy miscounts"
+    received = layer[_attention(layer.prompt)]
+    mass = (received * chosen).sum().item() / received.sum().item()
+    return Selection(chosen=chosen, attention_mass=min(1.0, mass), merged=policy.merge(layer, chosen))
+
+
+def _attention(prompt: PromptShape) -> ColumnSums:
+    return ColumnSums(post_vision_rows(prompt))

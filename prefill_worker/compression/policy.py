@@ -1,7 +1,8 @@
-"""What a compression policy is: which rows it observes, and how it scores, allocates and selects.
+"""What a compression policy is. The pipeline (`pipeline.py`) runs its stages; a policy overrides what is its own.
 
-Stages: observe -> score -> allocate -> select. The pipeline (`pipeline.py`) runs them; a policy is one short file
-that overrides what is its own. retention = 1 bypasses every policy.
+    observe -> score -> allocate -> select -> [merge]
+
+retention = 1 bypasses every policy.
 """
 
 from __future__ import annotations
@@ -10,40 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-
-@dataclass(frozen=True, kw_only=True)
-class PromptShape:
-    """Where things lie in a prompt of `num_tokens`; `last_visual` is the index of the last visual token or None."""
-
-    num_tokens: int
-    num_visual: int
-    last_visual: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerStatistics:
-    """What was observed of one layer's attention in the rows that the policy asked for.
-
-    Attributes:
-        column_mass: [num_kv_heads, num_tokens] fp32, attention received per key, summed over rows and group.
-        kept_entries: [num_query_heads] int64, entries above the policy's threshold.
-        causal_entries: Entries under the causal mask in the observed rows, per query head.
-        row_mass: Sum of column_mass of one KV head: rows times group size.
-    """
-
-    column_mass: torch.Tensor
-    kept_entries: torch.Tensor
-    causal_entries: int
-    row_mass: float
-
-    def sparsity(self) -> float:
-        """Share of causal entries below the threshold, mean over query heads (gamma')."""
-        kept = self.kept_entries.double().mean().item()
-        return 1.0 - kept / self.causal_entries
+from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.compression.selection import best_tokens
+from prefill_worker.compression.statistics import ObservedLayer, Statistic
+from shared.errors import InvalidRequestError
+from shared.request.params import MIN_KEPT_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,25 +35,59 @@ class TokenBudget:
         """Tokens of all layers together; rounded down, so bytes never exceed the target."""
         return int(self.retention * self.num_layers * self.num_tokens)
 
+    def uniform(self, min_tokens: int = MIN_KEPT_TOKENS) -> list[int]:
+        """The same number of tokens in every layer, rounded down."""
+        kept = max(int(self.retention * self.num_tokens), min(self.num_tokens, min_tokens))
+        return [kept] * self.num_layers
+
 
 class Policy(ABC):
-    """A compression policy; a frozen dataclass whose fields are its request parameters."""
+    """A compression policy; a frozen dataclass whose fields are its request parameters.
+
+    Deterministic: the same prompt gives the same choice. Nothing is kept between requests.
+    """
 
     name: ClassVar[str]
-    threshold: float
+
+    def needs(self, prompt: PromptShape) -> tuple[Statistic[Any], ...]:
+        """What is measured in each layer; a cheap function of the prompt's shape."""
+        return ()
 
     @abstractmethod
-    def rows(self, prompt: PromptShape) -> range:
-        """Positions of the rows whose attention is observed; they end with the prompt."""
+    def score(self, layer: ObservedLayer) -> torch.Tensor:
+        """Worth of each token, [num_kv_heads, num_tokens] fp32; infinity for what must stay, never NaN."""
 
-    @abstractmethod
-    def score(self, layer: LayerStatistics) -> torch.Tensor:
-        """Worth of each token, [num_kv_heads, num_tokens] fp32."""
+    def allocate(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
+        """Tokens to keep in each layer, mean over its KV heads, each between 1 and num_tokens; by default the same."""
+        return budget.uniform()
 
-    @abstractmethod
-    def allocate(self, layers: Sequence[LayerStatistics], budget: TokenBudget) -> list[int]:
-        """Tokens to keep in each layer, each between 1 and num_tokens."""
+    def share_heads(self, scores: torch.Tensor, kept: int) -> list[int]:
+        """Tokens to keep in each KV head of a layer that keeps `kept` on average; by default the same.
 
-    @abstractmethod
-    def select(self, scores: torch.Tensor, kept: int) -> torch.Tensor:
-        """Indices of `kept` tokens per KV head, [num_kv_heads, kept] int64, ascending; deterministic."""
+        The sum must be kept times the number of heads at most, and each between 1 and num_tokens.
+        """
+        return [kept] * len(scores)
+
+    def select(self, scores: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
+        """Which tokens stay: [num_kv_heads, num_tokens] bool with `kept` true per head; by default the best scores."""
+        return best_tokens(scores, kept)
+
+    def merge(self, layer: ObservedLayer, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What the kept rows become when dropped tokens are merged into them; None ships them as they are.
+
+        Args:
+            chosen: As `select` returned it.
+
+        Returns:
+            Keys and values [sum of kept, head_dim], head after head, positions ascending.
+        """
+        return None
+
+    def require(self, condition: bool, message: str) -> None:
+        """Refuses a parameter.
+
+        Raises:
+            InvalidRequestError: The condition does not hold.
+        """
+        if not condition:
+            raise InvalidRequestError(f"{self.name}: {message}", reason="POLICY_PARAMETER")

@@ -1,38 +1,56 @@
-"""Choosing tokens by score: deterministic, with a recent window, nested in the number kept."""
+"""Choosing tokens by score: deterministic, ties to the lower position."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
 
+# Shared out among recent tokens: far above every other score, and below infinity, which is what must stay.
+RECENT = torch.finfo(torch.float32).max
 
-def select_top(scores: torch.Tensor, kept: int, recent_share: float) -> torch.Tensor:
-    """The best tokens of each KV head, among them the most recent floor(recent_share * kept).
 
-    Ties go to the lower position. The set for a smaller `kept` lies within the set for a larger one.
+def best_tokens(scores: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
+    """The best tokens of each KV head. The set for a smaller count lies within the set for a larger one.
 
     Args:
         scores: [num_kv_heads, num_tokens].
-        kept: Between 1 and num_tokens.
-        recent_share: In [0, 1], share of `kept` that always goes to the last tokens.
+        kept: Per head, between 1 and num_tokens.
 
     Returns:
-        [num_kv_heads, kept] int64, ascending.
+        [num_kv_heads, num_tokens] bool with `kept` true per head.
     """
-    num_heads, num_tokens = scores.shape
-    # the decimal that was asked for, not its binary neighbour
-    recent = int(Fraction(str(recent_share)) * kept)
-    older = num_tokens - recent
-    chosen = torch.ones_like(scores, dtype=torch.bool)
-    chosen[:, :older] = _best(scores[:, :older], kept - recent)
-    return chosen.flatten().nonzero().view(num_heads, kept) % num_tokens
+    if len(set(kept)) == 1:
+        return _best(scores, kept[0])
+    return torch.cat([_best(row[None], count) for row, count in zip(scores, kept, strict=True)])
+
+
+def with_recent(scores: torch.Tensor, window: int) -> torch.Tensor:
+    """The scores with the last `window` tokens, the latest first, above all others but those that must stay."""
+    if window == 0:
+        return scores
+    raised = scores.clone()
+    recency = torch.arange(1, window + 1, device=scores.device) / window * RECENT
+    raised[:, -window:] = torch.maximum(raised[:, -window:], recency)
+    return raised
+
+
+def with_sinks(scores: torch.Tensor, sinks: int) -> torch.Tensor:
+    """The scores with the first `sinks` tokens staying whatever comes."""
+    raised = scores.clone()
+    raised[:, :sinks] = torch.inf
+    return raised
+
+
+def share_of(kept: int, share: float) -> int:
+    """floor(share * kept) for the decimal that was asked for, not its binary neighbour."""
+    return int(Fraction(str(share)) * kept)
 
 
 def _best(scores: torch.Tensor, wanted: int) -> torch.Tensor:
-    """[num_kv_heads, num_tokens] bool with `wanted` true per head: several times faster than a stable sort."""
-    if wanted == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
+    """Several times faster than a stable sort."""
+    assert 1 <= wanted <= scores.shape[1]
     lowest = scores.kthvalue(scores.shape[1] - wanted + 1, dim=1, keepdim=True).values
     better, tied = scores > lowest, scores == lowest
     missing = wanted - better.sum(dim=1, keepdim=True)

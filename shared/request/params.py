@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -76,12 +77,20 @@ class Sampling:
         )
 
 
+class BudgetScope(enum.Enum):
+    """What a budget is a share of: the whole prompt's KV, or that of its visual tokens, all text being kept."""
+
+    CACHE = "cache"
+    VISUAL = "visual"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """How much of the prompt's KV is kept: a share (`retention`, in (0, 1]) or a token count per layer."""
 
     retention: float | None = None
     max_kept_tokens: int | None = None
+    scope: BudgetScope = BudgetScope.CACHE
 
     def __post_init__(self) -> None:
         if self.retention is not None:
@@ -102,22 +111,27 @@ class Budget:
             return cls(max_kept_tokens=message.max_kept_tokens)
         return cls(retention=message.retention if kind == "retention" else default_retention)
 
-    def share_of(self, prompt_tokens: int) -> Fraction:
-        """The retention that this budget means for a prompt of `prompt_tokens`.
+    def share_of(self, num_tokens: int) -> Fraction:
+        """The retention that this budget means for `num_tokens`, those of its scope.
 
         Exact: 0.29 means 29/100, not its binary neighbour, so that rounding down never loses a token.
         """
         if self.max_kept_tokens is not None:
-            return min(Fraction(1), Fraction(self.max_kept_tokens, prompt_tokens))
+            return min(Fraction(1), Fraction(self.max_kept_tokens, num_tokens))
         return Fraction(str(self.retention))
 
-    def kept_tokens_bound(self, prompt_tokens: int) -> int:
-        """Upper bound of the mean number of kept tokens per layer, given an upper bound of the prompt's.
+    def kept_tokens_bound(self, text_tokens: int, visual_tokens: int) -> int:
+        """Upper bound of the mean number of kept tokens per layer, given upper bounds of the prompt's.
 
         Every policy stays below it: whatever it gives a layer beyond its share is at most the floor.
         """
-        floor = max(math.ceil(prompt_tokens * FLOOR_SHARE), MIN_KEPT_TOKENS)
-        return min(prompt_tokens, math.ceil(self.share_of(prompt_tokens) * prompt_tokens) + floor)
+        if self.scope is BudgetScope.CACHE:
+            return self._bound(text_tokens + visual_tokens)
+        return text_tokens + (self._bound(visual_tokens) if visual_tokens else 0)
+
+    def _bound(self, num_tokens: int) -> int:
+        floor = max(math.ceil(num_tokens * FLOOR_SHARE), MIN_KEPT_TOKENS)
+        return min(num_tokens, math.ceil(self.share_of(num_tokens) * num_tokens) + floor)
 
 
 def _require(condition: bool, message: str) -> None:

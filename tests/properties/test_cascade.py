@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from prefill_worker.compression.budget import FLOOR, _water_fill, strict_budget
 from prefill_worker.compression.policy import TokenBudget
-from prefill_worker.compression.selection import select_top
+from prefill_worker.compression.selection import best_tokens, share_of, with_recent
 
 RECENT = 0.1
 
@@ -53,13 +53,19 @@ def test_a_cascade_ends_with_the_sets_of_one_shot(prompt: tuple[list[float], tor
         held = [_truncate(scores[i], tokens, limits[i]) for i, tokens in enumerate(held)]
     for layer, kept in enumerate(final):
         assert kept <= held[layer].shape[1]
-        one_shot = select_top(scores[layer], kept, RECENT)
+        one_shot = select_top(scores[layer], kept)
         assert torch.equal(_truncate(scores[layer], held[layer], kept), one_shot)
     allowed = max(retention, low) + 1 / num_layers + 1 / num_tokens
     assert peak <= allowed * num_layers * num_tokens + 1e-6
 
 
+def select_top(scores: torch.Tensor, kept: int) -> torch.Tensor:
+    """Positions [heads, kept] of the best tokens and the recent window."""
+    chosen = best_tokens(with_recent(scores, share_of(kept, RECENT)), [kept] * len(scores))
+    return chosen.nonzero()[:, 1].view(len(scores), kept)
+
+
 def _truncate(scores: torch.Tensor, held: torch.Tensor, kept: int) -> torch.Tensor:
     """The best `kept` of the tokens still held."""
     kept = min(kept, held.shape[1])
-    return held.gather(1, select_top(scores.gather(1, held), kept, RECENT))
+    return held.gather(1, select_top(scores.gather(1, held), kept))

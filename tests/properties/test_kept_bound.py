@@ -23,14 +23,14 @@ def test_no_allocation_keeps_more_than_the_bound(
     budget: Budget, layers: list[float], prompt: int, overestimate: int
 ) -> None:
     asked = TokenBudget(retention=budget.share_of(prompt), num_tokens=prompt, num_layers=len(layers))
-    bound = budget.kept_tokens_bound(prompt + overestimate) * len(layers)
+    bound = budget.kept_tokens_bound(overestimate, prompt) * len(layers)
     assert sum(strict_budget(layers, asked, MIN_KEPT_TOKENS)) <= bound
     assert sum(paper_budget(layers, asked, MIN_KEPT_TOKENS)) <= bound
 
 
 @given(budgets, st.integers(1, 100_000))
 def test_the_bound_covers_the_share_and_never_exceeds_the_prompt(budget: Budget, prompt: int) -> None:
-    bound = budget.kept_tokens_bound(prompt)
+    bound = budget.kept_tokens_bound(0, prompt)
     assert budget.share_of(prompt) * prompt <= bound <= prompt
 
 

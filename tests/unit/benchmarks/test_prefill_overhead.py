@@ -29,8 +29,10 @@ def test_a_variant_has_the_stages_up_to_its_own(variant: str) -> None:
 def test_all_rows_after_the_image_are_observed() -> None:
     config = PrefillOverheadConfig(**{**SMALL, "prompt": 200, "rows": 130})
     passes = Passes(config)
-    statistics = passes._prefill(passes._policy).statistics
-    assert [layer.row_mass for layer in statistics] == [130 * 2] * 3
+    prefilled = passes._prefill(passes._policy)
+    for layer in prefilled.observed(passes._prompt.shape):
+        mass = passes._policy.score(layer).sum().item()
+        assert mass == pytest.approx(130 * config.text.query_heads, rel=1e-4)
 
 
 def test_figures() -> None:

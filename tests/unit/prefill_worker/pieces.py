@@ -11,8 +11,7 @@ from typing import Any
 
 from vlcache.v1 import inference_pb2 as public
 
-from prefill_worker.compression.policy import PromptShape
-from prefill_worker.compression.vl_cache import VLCache
+from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
 from prefill_worker.kv_sender import Ticket
 from prefill_worker.parcel_store import ParcelStore
@@ -25,11 +24,12 @@ from shared.kv.manifest import Manifest, TransferId
 from shared.kv.transport.base import Parcel, SendReport
 from shared.request.params import Budget, Sampling
 from shared.telemetry.metrics import PrefillMetrics
+from tests.unit.prefill_worker.compression.observing import prompt_shape
 from tests.unit.prefill_worker.manifests import LAYOUT, manifest
 from tests.unit.prefill_worker.prompts import raw_prompt
 
 TOKENS = 40
-BOUND = LAYOUT.full_bytes(Budget(retention=0.5).kept_tokens_bound(TOKENS))
+BOUND = LAYOUT.full_bytes(Budget(retention=0.5).kept_tokens_bound(TOKENS, 0))
 FIRST = FirstToken(
     token=5, text="a", finish_reason=public.FINISH_REASON_UNSPECIFIED, prompt_tokens=TOKENS, visual_tokens=0
 )
@@ -83,7 +83,7 @@ class Pieces:
 
     def build(self, messages: Any, *, max_new_tokens: int) -> Prompt:
         self.building.pass_through()
-        return raw_prompt([1] * TOKENS, PromptShape(num_tokens=TOKENS, num_visual=0, last_visual=None))
+        return raw_prompt([1] * TOKENS, prompt_shape(TOKENS))
 
     def run(self, job: PrefillJob, prompt: Prompt, body: memoryview, emit: Callable[[Event], None]) -> Any:
         emit(self.first)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from vlcache.v1 import inference_pb2 as pb
 
-from prefill_worker.compression.policy import PromptShape
+from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.prompt import Prompt
 
 QUESTION = "How many red circles are there in the image? Answer with one number."

@@ -11,8 +11,8 @@ import pytest
 import torch
 from vlcache.v1 import inference_pb2 as public
 
-from prefill_worker.compression.pipeline import select_tokens
-from prefill_worker.compression.vl_cache import VLCache
+from prefill_worker.compression.pipeline import select_tokens, statistics_for
+from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.engine import PrefillEngine
 from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
@@ -24,6 +24,7 @@ from shared.model.sampler import sample
 from shared.request.params import Budget, Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.tiny import tokenizer
+from tests.unit.prefill_worker.compression.observing import positions
 from tests.unit.prefill_worker.pieces import job as plain_job
 from tests.unit.prefill_worker.prompts import QUESTION, encoded, picture, user
 
@@ -62,7 +63,7 @@ def job(retention: float = 0.3, **sampling: Any) -> PrefillJob:
 
 
 def room_for(compute: PrefillCompute, work: PrefillJob, prompt: Prompt) -> int:
-    bound = work.budget.kept_tokens_bound(prompt.shape.num_tokens)
+    bound = work.budget.kept_tokens_bound(0, prompt.shape.num_tokens)
     return compute._identity.layout.full_bytes(bound)
 
 
@@ -71,7 +72,7 @@ def run(compute: PrefillCompute, work: PrefillJob, prompt: Prompt) -> Computed:
 
 
 def logits_of(engine: PrefillEngine, prompt: Prompt) -> torch.Tensor:
-    return engine.prefill(prompt, None, threading.Event()).logits
+    return engine.prefill(prompt, (), threading.Event()).logits
 
 
 def test_the_parcel_holds_what_the_policy_selects(
@@ -90,15 +91,16 @@ def test_the_parcel_holds_what_the_policy_selects(
     assert sum(made.num_kept) == layout.num_kv_heads * int(Fraction(3, 10) * layout.num_layers * tokens)
     assert made.realised_retention == sum(made.num_kept) / (layout.num_layers * layout.num_kv_heads * tokens)
 
-    prefilled = engine.prefill(prompt, POLICY, threading.Event())
-    selections = select_tokens(POLICY, prefilled.statistics, Fraction(3, 10), tokens)
+    prefilled = engine.prefill(prompt, statistics_for(POLICY, prompt.shape), threading.Event())
+    selections = select_tokens(POLICY, prefilled.observed(prompt.shape), Budget(retention=0.3))
     assert made.layer_attention_mass == tuple(chosen.attention_mass for chosen in selections)
     rows = np.frombuffer(done.body, dtype=np.float32).reshape(-1, layout.head_dim)
     at = 0
     for keys, values, chosen in zip(prefilled.keys, prefilled.values, selections, strict=True):
+        kept = positions(chosen)
         for tensor in (keys, values):
             for head in range(layout.num_kv_heads):
-                wanted = tensor[head][chosen.indices[head]]
+                wanted = tensor[head][kept[head]]
                 np.testing.assert_array_equal(rows[at : at + len(wanted)], wanted)
                 at += len(wanted)
     assert at == len(rows)
@@ -125,7 +127,7 @@ def test_what_was_kept_is_reported(compute: PrefillCompute, prompt: Prompt) -> N
 def test_retention_one_observes_nothing_and_ships_everything(
     compute: PrefillCompute, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefill_worker.observer.kernels_for", lambda _: pytest.fail("observed"))
+    monkeypatch.setattr("prefill_worker.compression.attention.kernels_for", lambda _: pytest.fail("observed"))
     done = run(compute, job(retention=1.0), prompt)
     made: Manifest | None = done.manifest
     assert made is not None

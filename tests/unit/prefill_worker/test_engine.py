@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from prefill_worker.compression.vl_cache import VLCache
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.compression.pipeline import statistics_for
+from prefill_worker.compression.policies.vl_cache import VLCache
+from prefill_worker.engine import Prefilled, PrefillEngine
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import RequestCancelledError
 from tests.unit.decode_worker.tiny import HEAD_DIM, KV_HEADS, LAYERS
@@ -26,6 +27,10 @@ def text_only(builder: PromptBuilder) -> Prompt:
     return builder.build(turns, max_new_tokens=1)
 
 
+def observed(engine: PrefillEngine, prompt: Prompt) -> Prefilled:
+    return engine.prefill(prompt, statistics_for(POLICY, prompt.shape), threading.Event())
+
+
 PROMPTS = pytest.mark.parametrize("make", [with_image, text_only])
 
 
@@ -35,7 +40,7 @@ def test_logits_and_kv_are_those_of_transformers(
     engine: PrefillEngine, whole: Any, builder: PromptBuilder, make: Any, policy: VLCache | None
 ) -> None:
     prompt, cache = make(builder), DynamicCache()
-    prefilled = engine.prefill(prompt, policy, threading.Event())
+    prefilled = engine.prefill(prompt, statistics_for(policy, prompt.shape) if policy else (), threading.Event())
     with torch.inference_mode():
         output = whole(**prompt.inputs, past_key_values=cache, use_cache=True)
     torch.testing.assert_close(prefilled.logits, output.logits[0, -1], rtol=2e-4, atol=2e-4)
@@ -47,29 +52,28 @@ def test_logits_and_kv_are_those_of_transformers(
 
 
 def test_a_request_is_not_affected_by_the_one_before(engine: PrefillEngine, builder: PromptBuilder) -> None:
-    alone = engine.prefill(text_only(builder), POLICY, threading.Event())
-    engine.prefill(with_image(builder), POLICY, threading.Event())
-    after = engine.prefill(text_only(builder), POLICY, threading.Event())
+    alone, _, after = (observed(engine, make(builder)) for make in (text_only, with_image, text_only))
     assert torch.equal(alone.logits, after.logits)
-    for first, second in zip(alone.statistics, after.statistics, strict=True):
-        assert torch.equal(first.column_mass, second.column_mass)
-        assert torch.equal(first.kept_entries, second.kept_entries)
+    (sweep,) = POLICY.needs(text_only(builder).shape)
+    for first, second in zip(alone.measured, after.measured, strict=True):
+        assert torch.equal(first[sweep].column_sums, second[sweep].column_sums)
+        assert torch.equal(first[sweep].counts, second[sweep].counts)
 
 
 def test_two_images_are_told_apart(engine: PrefillEngine, builder: PromptBuilder) -> None:
     prompts = [builder.build([user(encoded(picture(seed)), QUESTION)], max_new_tokens=1) for seed in (1, 2)]
-    first, second = (engine.prefill(prompt, POLICY, threading.Event()).logits for prompt in prompts)
+    first, second = (observed(engine, prompt).logits for prompt in prompts)
     assert not torch.allclose(first, second, atol=1e-2)
 
 
 def test_without_a_policy_nothing_is_observed(engine: PrefillEngine, builder: PromptBuilder) -> None:
-    prefilled = engine.prefill(with_image(builder), None, threading.Event())
-    assert prefilled.statistics == []
+    prefilled = engine.prefill(with_image(builder), (), threading.Event())
+    assert prefilled.measured == []
     assert prefilled.seconds["statistics"] == 0
 
 
 def test_every_stage_has_a_duration(engine: PrefillEngine, builder: PromptBuilder) -> None:
-    seconds = engine.prefill(with_image(builder), POLICY, threading.Event()).seconds
+    seconds = observed(engine, with_image(builder)).seconds
     assert {name for name, value in seconds.items() if value > 0} == {"vision_encode", "prefill", "statistics"}
 
 
@@ -96,7 +100,7 @@ def test_a_cancelled_pass_ends_before_the_next_layer(
 ) -> None:
     cancelled = layers_before(engine, monkeypatch, cancel_at=layer)
     with pytest.raises(RequestCancelledError, match=f"before layer {layer + 1}"):
-        engine.prefill(with_image(builder), POLICY, cancelled)
+        engine.prefill(with_image(builder), (), cancelled)
 
 
 def test_a_pass_cancelled_in_the_queue_does_not_even_look_at_the_image(
@@ -106,4 +110,4 @@ def test_a_pass_cancelled_in_the_queue_does_not_even_look_at_the_image(
     cancelled = threading.Event()
     cancelled.set()
     with pytest.raises(RequestCancelledError):
-        engine.prefill(with_image(builder), POLICY, cancelled)
+        engine.prefill(with_image(builder), (), cancelled)

@@ -1,5 +1,7 @@
 """The body of a parcel against plain indexing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,11 +20,14 @@ def prefilled(layout: KVLayout, tokens: int) -> Prefilled:
     generator = torch.Generator().manual_seed(tokens)
     shape = (layout.num_kv_heads, tokens, layout.head_dim)
     tensors = [torch.randn(shape, generator=generator).to(DTYPES[layout.dtype]) for _ in range(2 * layout.num_layers)]
-    return Prefilled(logits=torch.zeros(1), keys=tensors[::2], values=tensors[1::2], statistics=[], seconds={})
+    return Prefilled(logits=torch.zeros(1), keys=tensors[::2], values=tensors[1::2], measured=[], seconds={})
 
 
-def selection(indices: list[list[int]]) -> Selection:
-    return Selection(indices=torch.tensor(indices), attention_mass=1.0)
+def selection(kept: list[list[int]], tokens: int) -> Selection:
+    chosen = torch.zeros(len(kept), tokens, dtype=torch.bool)
+    for head, places in enumerate(kept):
+        chosen[head, places] = True
+    return Selection(chosen=chosen, attention_mass=1.0)
 
 
 def written(source: Prefilled, selections: list[Selection], layout: KVLayout) -> bytes:
@@ -46,7 +51,7 @@ def expected(source: Prefilled, selections: list[Selection]) -> bytes:
     for keys, values, chosen in zip(source.keys, source.values, selections, strict=True):
         for tensor in (keys, values):
             for head, rows in enumerate(tensor):
-                pieces.append(rows if chosen.indices is None else rows[chosen.indices[head]])
+                pieces.append(rows if chosen.chosen is None else rows[chosen.chosen[head]])
     return b"".join(piece.contiguous().view(torch.uint8).numpy().tobytes() for piece in pieces)
 
 
@@ -61,9 +66,8 @@ def cases(draw: st.DrawFn) -> tuple[KVLayout, int, list[Selection]]:
     tokens = draw(st.integers(1, 70))
     selections = []
     for _ in range(layout.num_layers):
-        kept = draw(st.integers(1, tokens))
-        heads = st.lists(st.integers(0, tokens - 1), min_size=kept, max_size=kept, unique=True).map(sorted)
-        selections.append(selection([draw(heads) for _ in range(layout.num_kv_heads)]))
+        heads = st.sets(st.integers(0, tokens - 1), min_size=1).map(sorted)
+        selections.append(selection([draw(heads) for _ in range(layout.num_kv_heads)], tokens))
     return layout, tokens, selections
 
 
@@ -84,11 +88,11 @@ def test_retention_one_writes_everything(dtype: str, tokens: int) -> None:
     assert len(body) == layout.full_bytes(tokens)
 
 
-def test_layers_may_keep_different_counts() -> None:
+def test_layers_and_heads_may_keep_different_counts() -> None:
     layout = KVLayout(num_layers=2, num_kv_heads=2, head_dim=4, dtype="bfloat16")
     source = prefilled(layout, 9)
-    selections = [selection([[0, 4, 8], [1, 2, 3]]), selection([[7], [0]])]
-    assert kept_counts(source, selections) == (3, 3, 1, 1)
+    selections = [selection([[0, 4, 8], [1, 2, 3]], 9), selection([[7], [0, 3]], 9)]
+    assert kept_counts(source, selections) == (3, 3, 1, 2)
     assert written(source, selections, layout) == expected(source, selections)
 
 
@@ -96,6 +100,17 @@ def test_a_model_s_strided_cache_is_written_in_order() -> None:
     """transformers hands out transposed views; the parcel is contiguous."""
     layout = KVLayout(num_layers=1, num_kv_heads=3, head_dim=4, dtype="float32")
     strided = torch.randn(11, 3, 4).transpose(0, 1)
-    source = Prefilled(logits=torch.zeros(1), keys=[strided], values=[strided * 2], statistics=[], seconds={})
-    for selections in ([selection([[0, 5], [2, 10], [3, 4]])], keep_everything(1)):
+    source = Prefilled(logits=torch.zeros(1), keys=[strided], values=[strided * 2], measured=[], seconds={})
+    for selections in ([selection([[0, 5], [2, 10], [3, 4]], 11)], keep_everything(1)):
         assert written(source, selections, layout) == expected(source, selections)
+
+
+def test_merged_rows_take_the_place_of_the_tokens_they_were_merged_into() -> None:
+    layout = KVLayout(num_layers=2, num_kv_heads=2, head_dim=4, dtype="bfloat16")
+    source = prefilled(layout, 9)
+    plain = [selection([[0, 4, 8], [1, 2, 3]], 9), selection([[7], [0, 3]], 9)]
+    keys, values = torch.randn(2, 3, 4).bfloat16()
+    merged = [plain[0], replace(plain[1], merged=(keys, values))]
+    body, unmerged = written(source, merged, layout), written(source, plain, layout)
+    tail = torch.cat([keys, values]).view(torch.uint8).numpy().tobytes()
+    assert body == unmerged[: -len(tail)] + tail

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from vlcache.v1 import inference_pb2 as pb
 
-from prefill_worker.compression.policy import PromptShape
 from prefill_worker.prompt import MAX_BYTES_PER_TOKEN, Prompt, PromptBuilder
 from shared.errors import ContextTooLongError, InvalidRequestError, ServiceError
 from tests.unit.decode_worker.tiny import CONTEXT, VISUAL_TOKENS, processor, tokenizer
@@ -32,7 +31,7 @@ def test_a_prompt_is_the_template_filled_in(builder: PromptBuilder) -> None:
     assert set(prompt.inputs) == {"input_ids"}, "no mask: one unpadded prompt"
     assert prompt.position_ids.tolist() == [[*range(len(ids))]]
     assert prompt.next_position == len(ids)
-    assert prompt.shape == PromptShape(num_tokens=len(ids), num_visual=0, last_visual=None)
+    assert (prompt.shape.num_tokens, prompt.shape.num_visual, prompt.shape.last_visual) == (len(ids), 0, None)
     assert prompt.pixels == ()
 
 
@@ -52,7 +51,9 @@ def test_an_image_becomes_its_visual_tokens(builder: PromptBuilder) -> None:
     ids = prompt.inputs["input_ids"][0].tolist()
     positions = [at for at, token in enumerate(ids) if token == IMAGE]
     assert len(positions) == VISUAL_TOKENS
-    assert prompt.shape == PromptShape(num_tokens=len(ids), num_visual=VISUAL_TOKENS, last_visual=positions[-1])
+    assert (prompt.shape.num_tokens, prompt.shape.num_visual) == (len(ids), VISUAL_TOKENS)
+    assert prompt.shape.visual.nonzero().flatten().tolist() == positions
+    assert prompt.shape.last_visual == positions[-1]
     assert prompt.inputs["pixel_values"].shape == (1, 3, 28, 28)
     assert prompt.position_ids.tolist() == [[*range(len(ids))]]
     assert prompt.next_position == len(ids)

@@ -11,6 +11,7 @@ from vlcache.v1 import inference_pb2 as public
 from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, kv_pb2_grpc, prefill_pb2_grpc, worker_pb2
 from vlcache.worker.v1 import prefill_pb2 as pb
 
+from prefill_worker.compression.registry import POLICIES
 from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import LoadedModel, PrefillWorker, load_model
 from shared.kv.manifest import Manifest
@@ -110,7 +111,11 @@ def test_what_a_worker_says_about_itself(loaded: LoadedModel, tmp_path: Path) ->
         model = stack.info.model
         assert (stack.info.role, stack.info.state, stack.info.kv.retained) == ("prefill", "ready", 0)
         assert (model.name, model.context_tokens, model.max_images) == (loaded.identity.name, CONTEXT, 2)
-        assert (list(model.policies), model.default_policy, model.default_retention) == (["vl_cache"], "vl_cache", 0.1)
+        assert (list(model.policies), model.default_policy, model.default_retention) == (
+            sorted(POLICIES),
+            "vl_cache",
+            0.1,
+        )
         assert model.max_tokens_per_image >= VISUAL_TOKENS
         assert stack.info.arena_socket.startswith(str(tmp_path))
 

@@ -117,10 +117,10 @@ def test_shares_are_exact_also_for_tiny_retentions() -> None:
 
 @pytest.mark.parametrize("prompt", [1, MIN_KEPT_TOKENS - 1, MIN_KEPT_TOKENS])
 def test_short_prompts_may_be_kept_whole(prompt: int) -> None:
-    assert Budget(retention=0.01).kept_tokens_bound(prompt) == prompt
+    assert Budget(retention=0.01).kept_tokens_bound(0, prompt) == prompt
 
 
 def test_the_bound_saves_memory_on_long_prompts() -> None:
-    assert Budget(retention=0.1).kept_tokens_bound(10_000) == 1_000 + 100
-    assert Budget(max_kept_tokens=200).kept_tokens_bound(10_000) == 200 + 100
-    assert Budget(retention=1.0).kept_tokens_bound(10_000) == 10_000
+    assert Budget(retention=0.1).kept_tokens_bound(0, 10_000) == 1_000 + 100
+    assert Budget(max_kept_tokens=200).kept_tokens_bound(0, 10_000) == 200 + 100
+    assert Budget(retention=1.0).kept_tokens_bound(0, 10_000) == 10_000

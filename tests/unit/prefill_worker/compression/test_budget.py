@@ -107,10 +107,10 @@ def test_no_policy_exceeds_what_the_router_reserves(
     densities: list[float], retention: float, tokens: int, min_tokens: int, mode: str
 ) -> None:
     kept = BUDGETS[mode](densities, token_budget(densities, retention, tokens), min_tokens)
-    bound = Budget(retention=retention).kept_tokens_bound(tokens)
+    bound = Budget(retention=retention).kept_tokens_bound(0, tokens)
     assert sum(kept) <= bound * len(densities)
     # and it may be computed from an upper bound of the prompt's length
-    assert bound <= Budget(retention=retention).kept_tokens_bound(tokens + 100)
+    assert bound <= Budget(retention=retention).kept_tokens_bound(0, tokens + 100)
 
 
 @given(densities=DENSITIES, count=st.integers(1, 5000), tokens=TOKENS, mode=MODES)
@@ -120,7 +120,7 @@ def test_a_budget_in_tokens_is_kept_like_a_share(densities: list[float], count: 
     if share == 1:
         return
     kept = BUDGETS[mode](densities, TokenBudget(retention=share, num_tokens=tokens, num_layers=len(densities)), 1)
-    assert sum(kept) <= asked.kept_tokens_bound(tokens) * len(densities)
+    assert sum(kept) <= asked.kept_tokens_bound(0, tokens) * len(densities)
     if mode == "strict":
         assert sum(kept) == count * len(densities)
 

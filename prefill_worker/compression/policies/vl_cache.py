@@ -20,10 +20,11 @@ from typing import ClassVar
 import torch
 
 from prefill_worker.compression.budget import paper_budget, strict_budget
-from prefill_worker.compression.observation import post_vision_rows
-from prefill_worker.compression.policy import LayerStatistics, Policy, PromptShape, TokenBudget
-from prefill_worker.compression.selection import select_top
-from shared.errors import InvalidRequestError
+from prefill_worker.compression.policy import Policy, TokenBudget
+from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.compression.rows import MAX_ROWS, post_vision_rows
+from prefill_worker.compression.selection import best_tokens, share_of, with_recent
+from prefill_worker.compression.statistics import ObservedLayer, Sweep
 from shared.request.params import MIN_KEPT_TOKENS
 
 BUDGETS = {"strict": strict_budget, "paper": paper_budget}
@@ -39,7 +40,7 @@ class VLCache(Policy):
     """How layer shares are clipped: `strict` (exact total) or `paper`."""
     threshold: float = 0.01
     """p: an attention entry below p times its row's maximum counts as zero; in (0, 1]."""
-    max_rows: int = 64
+    max_rows: int = MAX_ROWS
     """Post-vision rows observed at most, the last ones; 0 = all."""
     recent_share: float = 0.1
     """Share of a layer's tokens that goes to the most recent ones; in [0, 1]."""
@@ -49,36 +50,36 @@ class VLCache(Policy):
     """One selection for all KV heads of a layer instead of one per head."""
 
     def __post_init__(self) -> None:
-        _require(self.budget in BUDGETS, f"budget must be one of {', '.join(BUDGETS)}, not {self.budget!r}")
-        _require(0 < self.threshold <= 1, f"threshold must lie in (0, 1], not {self.threshold}")
-        _require(self.max_rows >= 0, f"max_rows must not be negative, not {self.max_rows}")
-        _require(0 <= self.recent_share <= 1, f"recent_share must lie in [0, 1], not {self.recent_share}")
-        _require(
-            1 <= self.min_tokens <= MIN_KEPT_TOKENS,
-            f"min_tokens must lie in [1, {MIN_KEPT_TOKENS}], not {self.min_tokens}",
-        )
+        self.require(self.budget in BUDGETS, f"budget must be one of {', '.join(BUDGETS)}, not {self.budget!r}")
+        self.require(0 < self.threshold <= 1, f"threshold must lie in (0, 1], not {self.threshold}")
+        self.require(self.max_rows >= 0, f"max_rows must not be negative, not {self.max_rows}")
+        self.require(0 <= self.recent_share <= 1, f"recent_share must lie in [0, 1], not {self.recent_share}")
+        allowed = 1 <= self.min_tokens <= MIN_KEPT_TOKENS
+        self.require(allowed, f"min_tokens must lie in [1, {MIN_KEPT_TOKENS}], not {self.min_tokens}")
 
-    def rows(self, prompt: PromptShape) -> range:
+    def needs(self, prompt: PromptShape) -> tuple[Sweep]:
         """Post-vision rows, capped."""
-        return post_vision_rows(prompt, self.max_rows)
+        return (self._sweep(prompt),)
 
-    def score(self, layer: LayerStatistics) -> torch.Tensor:
+    def score(self, layer: ObservedLayer) -> torch.Tensor:
         """Attention received, per KV head or shared."""
-        if self.shared_heads:
-            return layer.column_mass.sum(dim=0, keepdim=True).expand_as(layer.column_mass)
-        return layer.column_mass
+        sums = layer[self._sweep(layer.prompt)].column_sums
+        return sums.sum(dim=0, keepdim=True).expand_as(sums) if self.shared_heads else sums
 
-    def allocate(self, layers: Sequence[LayerStatistics], budget: TokenBudget) -> list[int]:
+    def allocate(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
         """By density, `strict` or `paper`."""
-        # never zero: every row keeps its own maximum
-        densities = [1.0 - layer.sparsity() for layer in layers]
+        densities = [1.0 - self.sparsity(layer) for layer in layers]
         return BUDGETS[self.budget](densities, budget, self.min_tokens)
 
-    def select(self, scores: torch.Tensor, kept: int) -> torch.Tensor:
+    def select(self, scores: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
         """The highest scores and a recent window."""
-        return select_top(scores, kept, self.recent_share)
+        return best_tokens(with_recent(scores, share_of(kept[0], self.recent_share)), kept)
 
+    def sparsity(self, layer: ObservedLayer) -> float:
+        """gamma': share of causal entries below the threshold; below 1, since every row keeps its maximum."""
+        sweep = self._sweep(layer.prompt)
+        entries = sum(row + 1 for row in sweep.rows)
+        return 1.0 - layer[sweep].counts.double().mean().item() / entries
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InvalidRequestError(f"vl_cache: {message}", reason="POLICY_PARAMETER")
+    def _sweep(self, prompt: PromptShape) -> Sweep:
+        return Sweep(post_vision_rows(prompt, self.max_rows), self.threshold)

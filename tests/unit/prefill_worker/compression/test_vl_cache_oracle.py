@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from prefill_worker.compression.pipeline import select_tokens
-from prefill_worker.compression.policy import PromptShape
-from prefill_worker.compression.vl_cache import VLCache
+from prefill_worker.compression.pipeline import Selection, select_tokens, statistics_for
+from prefill_worker.compression.policies.vl_cache import VLCache
+from prefill_worker.compression.statistics import ObservedLayer
 from prefill_worker.engine import PrefillEngine
 from prefill_worker.prompt import Prompt, PromptBuilder
+from shared.request.params import Budget
 from tests.unit.decode_worker.tiny import KV_HEADS, LAYERS, tokenizer
-from tests.unit.prefill_worker import oracle
+from tests.unit.prefill_worker.compression import vl_cache_oracle as oracle
+from tests.unit.prefill_worker.compression.observing import positions, prompt_shape
 from tests.unit.prefill_worker.prompts import QUESTION, encoded, picture, raw_prompt, user
 
 IMAGE = tokenizer().convert_tokens_to_ids("<image>")
@@ -27,7 +29,7 @@ def prompt_of(kind: str, builder: PromptBuilder) -> Prompt:
         first = builder.build([user(image, QUESTION)], max_new_tokens=1)
         ids = [token for token in first.inputs["input_ids"][0].tolist() if token != IMAGE]
         ids += [IMAGE] * first.shape.num_visual
-        shape = PromptShape(num_tokens=len(ids), num_visual=first.shape.num_visual, last_visual=len(ids) - 1)
+        shape = prompt_shape(len(ids), range(len(ids) - first.shape.num_visual, len(ids)))
         return raw_prompt(ids, shape, pixel_values=first.inputs["pixel_values"])
     parts = {
         "image": (image, QUESTION),
@@ -48,6 +50,15 @@ def visual_positions(prompt: Prompt) -> list[int]:
     return [at for at, token in enumerate(prompt.inputs["input_ids"][0].tolist()) if token == IMAGE]
 
 
+def observe(engine: PrefillEngine, prompt: Prompt, policy: VLCache) -> list[ObservedLayer]:
+    prefilled = engine.prefill(prompt, statistics_for(policy, prompt.shape), threading.Event())
+    return prefilled.observed(prompt.shape)
+
+
+def select(engine: PrefillEngine, prompt: Prompt, policy: VLCache, retention: str) -> list[Selection]:
+    return select_tokens(policy, observe(engine, prompt, policy), Budget(retention=float(retention)))
+
+
 @pytest.mark.parametrize("max_rows", [64, 0, 5])
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_statistics_are_those_of_the_attention_matrix(
@@ -55,14 +66,13 @@ def test_statistics_are_those_of_the_attention_matrix(
 ) -> None:
     prompt, policy = prompt_of(kind, builder), VLCache(max_rows=max_rows, threshold=0.05)
     rows = oracle.observed_rows(visual_positions(prompt), prompt.shape.num_tokens, max_rows)
-    statistics = engine.prefill(prompt, policy, threading.Event()).statistics
-    assert len(statistics) == LAYERS
-    for layer, attention in zip(statistics, attention_of(whole, prompt), strict=True):
-        assert layer.sparsity() == pytest.approx(oracle.sparsity(attention, rows, 0.05), abs=1e-12)
+    layers = observe(engine, prompt, policy)
+    assert len(layers) == LAYERS
+    for layer, attention in zip(layers, attention_of(whole, prompt), strict=True):
+        assert policy.sparsity(layer) == pytest.approx(oracle.sparsity(attention, rows, 0.05), abs=1e-12)
         np.testing.assert_allclose(
-            layer.column_mass, oracle.token_scores(attention, rows, KV_HEADS), rtol=1e-4, atol=1e-4
+            policy.score(layer), oracle.token_scores(attention, rows, KV_HEADS), rtol=1e-4, atol=1e-4
         )
-        assert layer.row_mass == pytest.approx(layer.column_mass[0].sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("budget", ["strict", "paper"])
@@ -73,8 +83,7 @@ def test_budgets_and_kept_sets_are_those_of_the_naive_method(
 ) -> None:
     prompt, policy = prompt_of(kind, builder), VLCache(budget=budget, min_tokens=1, threshold=0.05)
     tokens, share = prompt.shape.num_tokens, Fraction(retention)
-    statistics = engine.prefill(prompt, policy, threading.Event()).statistics
-    selections = select_tokens(policy, statistics, share, tokens)
+    selections = select(engine, prompt, policy, retention)
 
     attention = attention_of(whole, prompt)
     rows = oracle.observed_rows(visual_positions(prompt), tokens)
@@ -84,8 +93,7 @@ def test_budgets_and_kept_sets_are_those_of_the_naive_method(
     for selection, layer, count in zip(selections, attention, kept, strict=True):
         scores = oracle.token_scores(layer, rows, KV_HEADS)
         expected = [oracle.kept_tokens(head, count, recent_tenths=1) for head in scores]
-        assert selection.indices is not None
-        assert selection.indices.tolist() == expected
+        assert positions(selection) == expected
         mass = sum(sum(head[at] for at in chosen) for head, chosen in zip(scores, expected, strict=True))
         assert selection.attention_mass == pytest.approx(mass / sum(map(sum, scores)), abs=1e-5)
 
@@ -94,11 +102,9 @@ def test_shared_heads_score_by_the_sum_over_all_heads(
     engine: PrefillEngine, whole: Any, builder: PromptBuilder
 ) -> None:
     prompt, policy = prompt_of("image", builder), VLCache(shared_heads=True, min_tokens=2, recent_share=0.0)
-    statistics = engine.prefill(prompt, policy, threading.Event()).statistics
-    selections = select_tokens(policy, statistics, Fraction(1, 4), prompt.shape.num_tokens)
+    selections = select(engine, prompt, policy, "0.25")
     rows = oracle.observed_rows(visual_positions(prompt), prompt.shape.num_tokens)
     for selection, attention in zip(selections, attention_of(whole, prompt), strict=True):
-        assert selection.indices is not None
         (scores,) = oracle.token_scores(attention, rows, 1)
-        expected = oracle.kept_tokens(scores, selection.indices.shape[1], recent_tenths=0)
-        assert selection.indices.tolist() == [expected] * KV_HEADS
+        kept = selection.num_kept(KV_HEADS, prompt.shape.num_tokens)
+        assert positions(selection) == [oracle.kept_tokens(scores, kept[0], recent_tenths=0)] * KV_HEADS

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from vlcache.v1 import inference_pb2 as public
 from vlcache.worker.v1 import prefill_pb2 as pb
 
+from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.registry import DEFAULT_POLICY, POLICIES, build_policy
-from prefill_worker.compression.vl_cache import VLCache
 from prefill_worker.job import PrefillJob
 from shared.errors import InvalidRequestError, ServiceError
 
@@ -163,4 +163,4 @@ def test_any_budget_is_taken_or_refused(retention: float | None, tokens: int | N
     budget = {"max_kept_tokens": tokens} if tokens is not None else {"retention": retention}
     given = {name: value for name, value in budget.items() if value is not None}
     outcome = outcome_of(lambda: read_job(prefill_request(**given)))
-    assert isinstance(outcome, InvalidRequestError) or 0 < outcome.retention(100) <= 1
+    assert isinstance(outcome, InvalidRequestError) or 0 < outcome.budget.share_of(100) <= 1

@@ -1,0 +1,36 @@
+"""Where things lie in a prompt: all that a compression policy knows of it beside attention and KV."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptShape:
+    """One unpadded prompt.
+
+    Attributes:
+        visual: [num_tokens] bool, which tokens stand for images; on the CPU.
+        seed: Hash of the prompt's content: what a policy draws at random is the same for the same prompt.
+    """
+
+    visual: torch.Tensor
+    seed: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.visual)
+
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens among them."""
+        return int(self.visual.sum())
+
+    @property
+    def last_visual(self) -> int | None:
+        """Index of the last visual token; None without any."""
+        places = self.visual.nonzero()
+        return int(places[-1]) if len(places) else None

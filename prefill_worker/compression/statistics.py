@@ -1,0 +1,76 @@
+"""What a policy may ask to be measured in each layer. Equal statistics are measured once, whoever asks.
+
+A policy whose method needs something else defines its own statistic beside its formula: a frozen dataclass with one
+method. It must reduce: what it returns is held for all layers until the budgets are known.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+
+from prefill_worker.compression.attention import LayerAttention
+from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.compression.rows import Rows
+from shared.kernels.reference.statistics import PostVisionStatistics
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Statistic(ABC, Generic[T_co]):
+    """A frozen, hashable description of a measurement."""
+
+    @abstractmethod
+    def measure(self, layer: LayerAttention) -> T_co:
+        """Called once per layer in the model thread, right before the layer attends."""
+
+
+@dataclass(frozen=True)
+class ColumnSums(Statistic[torch.Tensor]):
+    """Attention that each key receives from `rows`, [num_kv_heads, num_tokens] fp32, summed over the group."""
+
+    rows: Rows
+
+    def measure(self, layer: LayerAttention) -> torch.Tensor:
+        """See the class."""
+        return layer.column_sums(self.rows)
+
+
+@dataclass(frozen=True)
+class Sweep(Statistic[PostVisionStatistics]):
+    """Column sums, and per query head how many entries reach `threshold` times their row's maximum."""
+
+    rows: range
+    threshold: float
+
+    def measure(self, layer: LayerAttention) -> PostVisionStatistics:
+        """See the class."""
+        return layer.sweep(self.rows, self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservedLayer:
+    """What a policy sees of a layer when it scores.
+
+    Attributes:
+        key: [num_kv_heads, num_tokens, head_dim], rotated.
+        value: As `key`.
+    """
+
+    prompt: PromptShape
+    key: torch.Tensor
+    value: torch.Tensor
+    measured: Mapping[Statistic[Any], Any]
+
+    def __getitem__(self, statistic: Statistic[T_co]) -> T_co:
+        """What was measured; the policy must have declared it."""
+        return cast("T_co", self.measured[statistic])
+
+
+def measure_all(statistics: Iterable[Statistic[Any]], layer: LayerAttention) -> dict[Statistic[Any], Any]:
+    """Each statistic once, in the order of their declaration."""
+    return {statistic: statistic.measure(layer) for statistic in statistics}
