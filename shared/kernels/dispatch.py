@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 
 from shared.kernels.native import slab_attention as native_slab_attention
+from shared.kernels.native import statistics as native_statistics
 from shared.kernels.reference import append, gather, paged_attention, slab_attention, statistics
 
 log = logging.getLogger(__name__)
@@ -145,9 +146,12 @@ def kernels_for(device: torch.device, backend: Backend = "auto") -> Kernels:
 
 
 def _cpu_kernels() -> Kernels:
-    if not native_slab_attention.available():
-        return REFERENCE
-    return replace(REFERENCE, name="native", slab_attention=native_slab_attention.slab_attention)
+    kernels = REFERENCE
+    if native_slab_attention.available():
+        kernels = replace(kernels, name="native", slab_attention=native_slab_attention.slab_attention)
+    if native_statistics.available():
+        kernels = replace(kernels, name="native", post_vision_statistics=native_statistics.post_vision_statistics)
+    return kernels
 
 
 def _triton_kernels(device: torch.device) -> Kernels:

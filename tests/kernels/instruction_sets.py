@@ -1,12 +1,14 @@
-"""Running the native kernel as it was compiled for one instruction set, whatever the processor would choose."""
+"""Running the native kernel as it was compiled for one instruction set; whether the processor has the tiles."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shared.kernels.native.build import INSTRUCTION_SETS
+from shared.kernels.native.build import INSTRUCTION_SETS, TILES
 
 POINTERS = ("query", "key", "value", "out", "pool", "key_at", "value_at", "lengths")
 COUNTS = ("rows", "group", "head_dim")
@@ -41,3 +43,13 @@ def function_of(library: Path, name: str) -> Callable[..., None]:
         rows(ctypes.byref(Step(*values, 1, 0)))
 
     return run
+
+
+def tiles_miss(compiler: Sequence[str]) -> str | None:
+    """Why the statistics cannot be native here, found out without them; None where they must be."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if not all(flag in cpu for flag in ("avx512f", "amx_tile", "amx_bf16")):
+        return "the processor has no AMX"
+    asked = [*compiler, *TILES, "-E", "-x", "c", os.devnull, "-o", os.devnull]
+    known = subprocess.run(asked, check=False, capture_output=True).returncode == 0
+    return None if known else "the compiler does not know AMX"

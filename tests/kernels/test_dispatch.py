@@ -8,8 +8,9 @@ import inspect
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 from shared.kernels import dispatch
 from shared.kernels.dispatch import REFERENCE, kernels_for
 from shared.kernels.native import slab_attention as native_slab_attention
+from shared.kernels.native import statistics as native_statistics
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -42,18 +44,26 @@ def test_importing_the_door_loads_no_triton() -> None:
 def test_a_cpu_gets_the_reference_and_hears_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native_slab_attention, "available", lambda: False)
+    for module in (native_slab_attention, native_statistics):
+        monkeypatch.setattr(module, "available", lambda: False)
     with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         assert kernels_for(CPU) is kernels_for(CPU) is REFERENCE
     assert [record.getMessage() for record in caplog.records] == ["reference kernels on cpu: no CUDA device"]
 
 
-def test_a_cpu_gets_the_native_kernel_where_it_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_slab_attention, "available", lambda: True)
+@pytest.mark.parametrize(
+    ("module", "name"), [(native_slab_attention, "slab_attention"), (native_statistics, "post_vision_statistics")]
+)
+def test_a_cpu_gets_each_native_kernel_that_it_can_run(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> None:
+    for other in (native_slab_attention, native_statistics):
+        monkeypatch.setattr(other, "available", lambda: False)
+    monkeypatch.setattr(module, "available", lambda: True)
     kernels = kernels_for(CPU)
     assert kernels.name == "native"
-    assert kernels.slab_attention is native_slab_attention.slab_attention
-    assert [name for name in NAMES if getattr(kernels, name) is not getattr(REFERENCE, name)] == ["slab_attention"]
+    assert getattr(kernels, name) is getattr(module, name)
+    assert [other for other in NAMES if getattr(kernels, other) is not getattr(REFERENCE, other)] == [name]
     assert kernels_for(CPU, "reference") is REFERENCE
 
 
@@ -87,9 +97,11 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
         kernels_for(CPU, "triton")
 
 
-def test_the_native_twin_takes_the_same_arguments() -> None:
-    theirs = inspect.signature(native_slab_attention.slab_attention)
-    assert theirs == inspect.signature(REFERENCE.slab_attention)
+@pytest.mark.parametrize(
+    "twin", [native_slab_attention.slab_attention, native_statistics.post_vision_statistics], ids=lambda f: f.__name__
+)
+def test_native_twins_take_the_same_arguments(twin: Callable[..., object]) -> None:
+    assert inspect.signature(twin) == inspect.signature(getattr(REFERENCE, twin.__name__))
 
 
 @pytest.mark.parametrize("name", NAMES)

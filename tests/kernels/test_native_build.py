@@ -43,7 +43,7 @@ def libraries(folder: Path) -> list[Path]:
     return list(folder.glob("*.so"))
 
 
-@pytest.mark.parametrize(("machine", "commands"), [("x86_64", 4), ("aarch64", 2)])
+@pytest.mark.parametrize(("machine", "commands"), [("x86_64", 6), ("aarch64", 2)])
 def test_every_instruction_set_is_compiled_into_one_library(
     folder: Path, compiler: list[str], monkeypatch: pytest.MonkeyPatch, machine: str, commands: int
 ) -> None:
@@ -53,6 +53,29 @@ def test_every_instruction_set_is_compiled_into_one_library(
     assert library_path().read_text() == "compiled"
     assert len((folder / "commands").read_text().splitlines()) == commands
     assert "march=native" not in (folder / "commands").read_text()
+
+
+def test_a_compiler_that_does_not_know_the_tiles_leaves_them_out(
+    folder: Path, compiler: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    script = Path(compiler[1])
+    script.write_text('import sys\nif "-mamx-tile" in sys.argv: sys.exit("unknown option")\n' + COMPILER)
+    assert build(compiler).read_text() == "compiled"
+    commands = (folder / "commands").read_text().splitlines()
+    assert len(commands) == 4
+    assert not any("statistics_rows" in command for command in commands)
+
+
+def test_a_mistake_in_what_needs_the_tiles_is_no_missing_option(
+    folder: Path, compiler: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    script = Path(compiler[1])
+    script.write_text('import sys\nif "statistics_rows.c" in sys.argv: sys.exit("a mistake")\n' + COMPILER)
+    with pytest.raises(subprocess.CalledProcessError):
+        build(compiler)
+    assert libraries(folder) == []
 
 
 def test_it_is_built_once(folder: Path, compiler: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 import tempfile
@@ -10,9 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+DOORS = ("slab_attention.c", "statistics.c")
 FLAGS = ("-O2", "-std=gnu11", "-fPIC", "-Wall", "-Wextra")
 # slab_attention.c takes the widest that the processor has; the library runs on every processor of the architecture.
 INSTRUCTION_SETS = {"base": (), "avx2": ("-mavx2", "-mfma"), "avx512": ("-mavx512f", "-mfma")}
+# statistics_rows.c is for processors with AMX, and compilers that know it: GCC 11, clang 11 and later.
+TILES = ("-mavx512f", "-mfma", "-mamx-tile", "-mamx-bf16")
 
 
 def library_path() -> Path:
@@ -50,9 +54,20 @@ def _compile(compiler: Sequence[str], folder: Path) -> Path:
         objects.append(str(folder / f"{name}.o"))
         rows = [*options, f"-DWORK=slab_rows_{name}", "-c", "slab_rows.c", "-o", objects[-1]]
         _run([*compiler, *FLAGS, *rows])
+    if wide and _knows(compiler, TILES):
+        objects.append(str(folder / "tiles.o"))
+        _run([*compiler, *FLAGS, *TILES, "-c", "statistics_rows.c", "-o", objects[-1]])
     library = folder / "library.so"
-    _run([*compiler, *FLAGS, "-shared", "slab_attention.c", *objects, "-o", str(library)])
+    _run([*compiler, *FLAGS, "-shared", *DOORS, *objects, "-o", str(library)])
     return library
+
+
+def _knows(compiler: Sequence[str], options: Sequence[str]) -> bool:
+    try:
+        _run([*compiler, *options, "-E", "vectors.h", "-o", os.devnull])
+    except subprocess.CalledProcessError:
+        return False
+    return True
 
 
 def _run(command: Sequence[str]) -> None:
