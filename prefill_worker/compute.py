@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from prefill_worker.compression.pipeline import (
     select_tokens,
     statistics_for,
 )
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine import Prefilled, PrefillEngine
 from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
 from prefill_worker.parcel_writer import Arrival, kept_counts, write_body
 from prefill_worker.prompt import Prompt
@@ -64,17 +66,35 @@ class PrefillCompute:
         Raises:
             RequestCancelledError: The job was cancelled.
         """
-        whole = asked_retention(prompt.shape, job.budget) >= 1
-        statistics = () if whole else statistics_for(job.policy, prompt.shape)
-        prefilled = self._engine.prefill(prompt, statistics, job.cancelled)
+        return self.compress(job, prompt, self.prefill([job], prompt, job.cancelled), body, emit)
+
+    def prefill(self, jobs: Iterable[PrefillJob], prompt: Prompt, cancelled: threading.Event) -> Prefilled:
+        """One pass over a prompt that `compress` may use for each of the jobs: equal statistics are measured once.
+
+        Raises:
+            RequestCancelledError: `cancelled` was set.
+        """
+        needed = (statistics_for(job.policy, prompt.shape) for job in jobs if not _keeps_all(job, prompt))
+        statistics = dict.fromkeys(chain.from_iterable(needed))
+        prefilled = self._engine.prefill(prompt, statistics, cancelled)
         for stage, seconds in prefilled.seconds.items():
             self._metrics.observe_stage(stage, seconds)
+        return prefilled
+
+    def compress(
+        self, job: PrefillJob, prompt: Prompt, prefilled: Prefilled, body: memoryview, emit: Emit
+    ) -> Completion | None:
+        """From a pass to a first token and a parcel; see `run`. The pass stays as it is.
+
+        Args:
+            prefilled: A pass over the prompt that was made for this job, among others perhaps.
+        """
         first = self._first_token(job, prompt, prefilled.logits)
         emit(first)
         if first.finish_reason:
             return None
         started = time.monotonic()
-        if whole:
+        if _keeps_all(job, prompt):
             selections = keep_everything(self._identity.layout.num_layers)
         else:
             selections = select_tokens(job.policy, prefilled.observed(prompt.shape), job.budget)
@@ -152,6 +172,11 @@ class PrefillCompute:
             prompt_tokens=prompt.shape.num_tokens,
             visual_tokens=prompt.shape.num_visual,
         )
+
+
+def _keeps_all(job: PrefillJob, prompt: Prompt) -> bool:
+    """Retention 1 bypasses every policy."""
+    return asked_retention(prompt.shape, job.budget) >= 1
 
 
 def _complete(draft: Manifest, body: memoryview, arrival: Arrival) -> Manifest:

@@ -11,8 +11,11 @@ import pytest
 import torch
 from vlcache.v1 import inference_pb2 as public
 
+from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.pipeline import select_tokens, statistics_for
+from prefill_worker.compression.policies.snap_kv import SnapKV
 from prefill_worker.compression.policies.vl_cache import VLCache
+from prefill_worker.compression.policy import Policy
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.engine import PrefillEngine
 from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
@@ -141,6 +144,39 @@ def test_equal_requests_make_equal_parcels(compute: PrefillCompute, prompt: Prom
     assert first.body is not None
     assert first.manifest is not None
     assert first.manifest.digest == body_digest(first.body)
+
+
+def several(*settings: tuple[Policy, float]) -> list[PrefillJob]:
+    return [dataclasses.replace(job(retention), policy=policy) for policy, retention in settings]
+
+
+def test_a_pass_for_several_jobs_gives_each_its_own_parcel(compute: PrefillCompute, prompt: Prompt) -> None:
+    jobs = several((POLICY, 0.3), (SnapKV(window=4), 0.2), (POLICY, 1.0), (POLICY, 0.5))
+    shared = compute.prefill(jobs, prompt, threading.Event())
+    for work in jobs:
+        alone, body = run(compute, work, prompt), memoryview(bytearray(room_for(compute, work, prompt)))
+        events: list[Event] = []
+        complete = compute.compress(work, prompt, shared, body, events.append)
+        assert complete is not None
+        assert (complete(), events) == (alone.manifest, alone.events)
+        assert alone.manifest is not None
+        assert body[: alone.manifest.body_bytes] == alone.body
+
+
+def test_what_several_jobs_need_is_measured_once(
+    compute: PrefillCompute, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweeps: list[range] = []
+    plain = LayerAttention.sweep
+
+    def sweep(layer: LayerAttention, rows: range, threshold: float) -> Any:
+        sweeps.append(rows)
+        return plain(layer, rows, threshold)
+
+    monkeypatch.setattr(LayerAttention, "sweep", sweep)
+    jobs = several((POLICY, 0.3), (POLICY, 0.5), (VLCache(shared_heads=True), 0.3))
+    prefilled = compute.prefill(jobs, prompt, threading.Event())
+    assert len(sweeps) == len(prefilled.keys)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "seed": 11}, {"temperature": 1.5, "seed": 12}])
