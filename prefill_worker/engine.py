@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.compression.rotation import Rotation
 from prefill_worker.compression.statistics import ObservedLayer, Statistic
 from prefill_worker.observer import PrefillObserver
 from prefill_worker.prompt import Prompt
@@ -47,6 +48,8 @@ class PrefillEngine:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        # tells the rotary embedding in which precision and where to answer
+        self._fp32 = torch.empty(0, device=model.device)
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +72,7 @@ class PrefillEngine:
             # while it waited in the queue; the vision tower would run before the first layer looks
             raise RequestCancelledError("cancelled before it began")
         started = time.monotonic()
-        observer = PrefillObserver(prompt.shape, statistics, cancelled)
+        observer = PrefillObserver(prompt.shape, statistics, cancelled, self._rotation(prompt))
         # without a config: sliding layers, too, keep every token until the selection
         cache = DynamicCache()
         output = self._model(
@@ -86,6 +89,14 @@ class PrefillEngine:
             measured=observer.measured,
             seconds=_stage_seconds(started, observer),
         )
+
+    def _rotation(self, prompt: Prompt) -> Rotation:
+        positions = prompt.position_ids[0].to(self._model.device)
+        return Rotation(angles=self._angles, positions=positions, next_position=prompt.next_position)
+
+    def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self._model.get_decoder().rotary_emb(self._fp32, positions[None])
+        return cos[0], sin[0]
 
     def _on_device(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         device, dtype = self._model.device, self._model.dtype

@@ -11,6 +11,7 @@ import torch
 
 from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.compression.rotation import Rotation
 from prefill_worker.compression.statistics import Statistic, measure_all
 from shared.errors import RequestCancelledError
 
@@ -24,6 +25,7 @@ class PrefillObserver:
         prompt: The prompt that passes.
         statistics: What is measured in each layer; none observes nothing.
         cancelled: Set from another thread to stop the pass.
+        rotation: How the model rotates this prompt's queries and keys.
 
     Attributes:
         measured: Per layer that has passed, each statistic's value.
@@ -31,10 +33,17 @@ class PrefillObserver:
         first_layer_at: When the vision tower was done; None before.
     """
 
-    def __init__(self, prompt: PromptShape, statistics: Collection[Statistic[Any]], cancelled: threading.Event) -> None:
+    def __init__(
+        self,
+        prompt: PromptShape,
+        statistics: Collection[Statistic[Any]],
+        cancelled: threading.Event,
+        rotation: Rotation,
+    ) -> None:
         self._prompt = prompt
         self._statistics = statistics
         self._cancelled = cancelled
+        self._rotation = rotation
         self.measured: list[dict[Statistic[Any], Any]] = []
         self.seconds = 0.0
         self.first_layer_at: float | None = None
@@ -62,6 +71,8 @@ class PrefillObserver:
 
     def _measure(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> None:
         started = time.monotonic()
-        layer = LayerAttention(prompt=self._prompt, query=query, key=key, value=value, scaling=scaling)
+        layer = LayerAttention(
+            prompt=self._prompt, query=query, key=key, value=value, scaling=scaling, rotation=self._rotation
+        )
         self.measured.append(measure_all(self._statistics, layer))
         self.seconds += time.monotonic() - started

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.compression.rotation import Rotation
 from prefill_worker.compression.rows import Rows
 from shared.kernels.dispatch import kernels_for
 from shared.kernels.reference.statistics import PostVisionStatistics
@@ -25,6 +26,7 @@ class LayerAttention:
         key: [num_kv_heads, num_tokens, head_dim], rotated.
         value: As `key`.
         scaling: Factor of the logits.
+        rotation: How queries and keys were rotated; None when the model rotates nothing.
     """
 
     prompt: PromptShape
@@ -32,6 +34,7 @@ class LayerAttention:
     key: torch.Tensor
     value: torch.Tensor
     scaling: float
+    rotation: Rotation | None = None
     _sweeps: dict[range, tuple[float, PostVisionStatistics]] = field(default_factory=dict)
 
     @property
