@@ -47,7 +47,7 @@ class Selection:
 
 def statistics_for(policy: Policy, prompt: PromptShape) -> tuple[Statistic[Any], ...]:
     """What is measured in each layer: the policy's statistics, and what says how much attention was kept."""
-    return tuple(dict.fromkeys((*policy.needs(prompt), _attention(prompt))))
+    return tuple(dict.fromkeys((*policy.for_prompt(prompt).needs(prompt), _attention(prompt))))
 
 
 def asked_retention(prompt: PromptShape, budget: Budget) -> Fraction:
@@ -64,6 +64,7 @@ def keep_everything(num_layers: int) -> list[Selection]:
 def select_tokens(policy: Policy, layers: Sequence[ObservedLayer], budget: Budget) -> list[Selection]:
     """One selection per layer; nothing is mixed across requests."""
     prompt = layers[0].prompt
+    policy = policy.for_prompt(prompt)
     text = prompt.num_tokens - prompt.num_visual if budget.scope is BudgetScope.VISUAL else 0
     retention, scored = asked_retention(prompt, budget), prompt.num_tokens - text
     kept = policy.allocate(layers, TokenBudget(retention=retention, num_tokens=scored, num_layers=len(layers)))

@@ -49,6 +49,10 @@ class Policy(ABC):
 
     name: ClassVar[str]
 
+    def for_prompt(self, prompt: PromptShape) -> Policy:
+        """The policy that runs in its place for prompts that this method does not cover; by default itself."""
+        return self
+
     def needs(self, prompt: PromptShape) -> tuple[Statistic[Any], ...]:
         """What is measured in each layer; a cheap function of the prompt's shape."""
         return ()
