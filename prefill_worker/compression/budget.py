@@ -24,7 +24,7 @@ def strict_budget(densities: Sequence[float], budget: TokenBudget, min_tokens: i
     retention, tokens = float(budget.retention), budget.num_tokens
     low = min(1.0, max(min(FLOOR, retention), min_tokens / tokens))
     total = max(budget.total, budget.num_layers * min(tokens, min_tokens))
-    shares = _water_fill(densities, max(retention, low), low)
+    shares = water_fill(densities, max(retention, low), low)
     return round_to_total([share * tokens for share in shares], total, tokens)
 
 
@@ -55,8 +55,14 @@ def round_to_total(wanted: Sequence[float], total: int, cap: int) -> list[int]:
     return kept
 
 
-def _water_fill(densities: Sequence[float], mean: float, low: float) -> list[float]:
-    """clip(c * d_l, low, 1) with mean `mean`; c by bisection (the mean grows with c)."""
+def water_fill(densities: Sequence[float], mean: float, low: float) -> list[float]:
+    """Shares clip(c * d_l, low, 1) with mean `mean`; c by bisection (the mean grows with c).
+
+    Args:
+        densities: Positive.
+        mean: In [low, 1].
+        low: Smallest share.
+    """
 
     def shares(c: float) -> list[float]:
         return [min(1.0, max(low, c * density)) for density in densities]

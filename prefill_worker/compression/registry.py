@@ -6,13 +6,22 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import get_type_hints
 
+from prefill_worker.compression.policies.air_cache import AirCache
 from prefill_worker.compression.policies.snap_kv import SnapKV
 from prefill_worker.compression.policies.streaming_llm import StreamingLLM
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policy import Policy
 from shared.errors import InvalidRequestError
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (VLCache, StreamingLLM, SnapKV)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy
+    for policy in (
+        VLCache,
+        StreamingLLM,
+        SnapKV,
+        AirCache,
+    )
+}
 DEFAULT_POLICY = VLCache.name
 
 

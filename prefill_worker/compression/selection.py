@@ -43,6 +43,22 @@ def with_sinks(scores: torch.Tensor, sinks: int) -> torch.Tensor:
     return raised
 
 
+def with_text_first(scores: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Non-negative scores with text above every visual token; among themselves both keep their order.
+
+    Args:
+        scores: [num_kv_heads, num_tokens].
+        visual: [num_tokens] bool.
+    """
+    # below zero, and without the rounding that adding a constant to the others would cost
+    return torch.where(visual, -1 / scores, scores)
+
+
+def below_zero(scores: torch.Tensor) -> torch.Tensor:
+    """Scores of at least 0 in the same order, all below 0: under those that are left as they are."""
+    return -1 / scores.clamp(min=torch.finfo(scores.dtype).tiny)
+
+
 def share_of(kept: int, share: float) -> int:
     """floor(share * kept) for the decimal that was asked for, not its binary neighbour."""
     return int(Fraction(str(share)) * kept)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill_worker.compression.budget import FLOOR, _water_fill, strict_budget
+from prefill_worker.compression.budget import FLOOR, strict_budget, water_fill
 from prefill_worker.compression.policy import TokenBudget
 from prefill_worker.compression.selection import best_tokens, share_of, with_recent
 
@@ -33,7 +33,7 @@ def prompts(draw: st.DrawFn) -> tuple[list[float], torch.Tensor, float]:
 
 def upper_bounds(seen: list[float], retention: float, num_layers: int, low: float) -> list[float]:
     """Shares of the layers seen so far, if no other layer were to come."""
-    return _water_fill(seen, min(1.0, max(retention, low) * num_layers / len(seen)), low)
+    return water_fill(seen, min(1.0, max(retention, low) * num_layers / len(seen)), low)
 
 
 @given(prompts())
