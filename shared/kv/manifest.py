@@ -9,6 +9,7 @@ import xxhash
 from vlcache.worker.v1 import kv_pb2 as pb
 
 from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError
+from shared.kv.eviction import SCORE_BYTES, Eviction, eviction_from_proto
 from shared.kv.layout import KVLayout
 from shared.request.params import Sampling
 
@@ -30,7 +31,8 @@ class Manifest:
     """Describes a parcel; immutable, checked against the reservation before anything is installed.
 
     `num_kept` is layer-major, one count per layer and KV head. `next_position` is the RoPE position of the first
-    generated token: the original prompt length (plus the M-RoPE delta), never the kept length.
+    generated token: the original prompt length (plus the M-RoPE delta), never the kept length. `eviction` says what the
+    decode worker does with the KV while it generates; where that goes by scores, the body ends with them.
     """
 
     transfer: TransferId
@@ -48,6 +50,12 @@ class Manifest:
     digest: bytes
     first_token: int
     sampling: Sampling
+    eviction: Eviction | None = None
+
+    @property
+    def score_bytes(self) -> int:
+        """Bytes of scores at the body's end, one fp32 per kept row."""
+        return score_bytes(self.eviction, self.num_kept)
 
     def check(self) -> None:
         """Checks that the parts agree with each other.
@@ -59,8 +67,10 @@ class Manifest:
         _require(0 < self.logical_length <= MAX_LOGICAL_LENGTH, "logical length out of range")
         _require(len(self.num_kept) == heads, "one kept count per layer and KV head is needed")
         _require(all(1 <= kept <= self.logical_length for kept in self.num_kept), "a kept count is out of range")
-        _require(self.body_bytes == self.layout.body_bytes(self.num_kept), "body size and kept counts disagree")
+        nbytes = self.layout.body_bytes(self.num_kept) + self.score_bytes
+        _require(self.body_bytes == nbytes, "body size and kept counts disagree")
         _require(0 < self.next_position <= 2 * MAX_LOGICAL_LENGTH, "next position out of range")
+        self._check_eviction()
 
     def check_compatible(self, *, compatibility: str, layout: KVLayout) -> None:
         """Refuses a parcel of another model.
@@ -112,7 +122,9 @@ class Manifest:
             digest=message.digest,
             first_token=message.first_token,
             sampling=Sampling.from_proto(message.sampling, default_max_new_tokens=0),
+            eviction=_eviction(message),
         )
+        _require(message.score_bytes == manifest.score_bytes, "kept counts and scores disagree")
         manifest.check()
         return manifest
 
@@ -139,7 +151,16 @@ class Manifest:
             digest=self.digest,
             first_token=self.first_token,
             sampling=self.sampling.to_proto(),
+            eviction=self.eviction.to_proto() if self.eviction else None,
+            score_bytes=self.score_bytes,
         )
+
+    def _check_eviction(self) -> None:
+        if self.eviction is not None:
+            try:
+                self.eviction.check(self.layout, self.num_kept)
+            except ValueError as error:
+                raise _refusal(str(error)) from error
 
 
 def body_digest(body: memoryview) -> bytes:
@@ -153,6 +174,24 @@ def layer_tokens(num_kept: Sequence[int], layout: KVLayout) -> list[int]:
     return [max(num_kept[layer * heads : (layer + 1) * heads]) for layer in range(layout.num_layers)]
 
 
+def score_bytes(eviction: Eviction | None, num_kept: Sequence[int]) -> int:
+    """Bytes of the scores that a parcel carries."""
+    return SCORE_BYTES * sum(num_kept) if eviction is not None and eviction.carries_scores else 0
+
+
+def _eviction(message: pb.KVManifest) -> Eviction | None:
+    if not message.HasField("eviction"):
+        return None
+    try:
+        return eviction_from_proto(message.eviction)
+    except ValueError as error:
+        raise _refusal(str(error)) from error
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise InvalidRequestError(f"bad parcel manifest: {message}", reason="PARCEL_MANIFEST")
+        raise _refusal(message)
+
+
+def _refusal(message: str) -> InvalidRequestError:
+    return InvalidRequestError(f"bad parcel manifest: {message}", reason="PARCEL_MANIFEST")

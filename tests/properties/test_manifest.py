@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from vlcache.worker.v1 import kv_pb2 as pb
 
 from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError
+from shared.kv.eviction import FixedSlot, HeavyHitters
 from shared.kv.layout import KVLayout
-from shared.kv.manifest import MAX_LOGICAL_LENGTH, Manifest, TransferId, body_digest
+from shared.kv.manifest import MAX_LOGICAL_LENGTH, Manifest, TransferId, body_digest, score_bytes
 from shared.request.params import Sampling
+from tests.properties.evictions import evictions
 from tests.properties.layouts import ragged
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -34,6 +37,7 @@ samplings = st.builds(
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     layout, num_kept = draw(ragged())
+    eviction = draw(evictions(layout, num_kept))
     return Manifest(
         transfer=TransferId(request_id=draw(text), attempt=draw(st.integers(0, 2**32 - 1)), prefill_epoch=draw(text)),
         model=draw(text),
@@ -46,10 +50,11 @@ def manifests(draw: st.DrawFn) -> Manifest:
         requested_retention=draw(shares),
         realised_retention=draw(shares),
         layer_attention_mass=tuple(draw(st.lists(st.floats(0, 1, width=32), max_size=5))),
-        body_bytes=layout.body_bytes(num_kept),
+        body_bytes=layout.body_bytes(num_kept) + score_bytes(eviction, num_kept),
         digest=draw(st.binary(max_size=16)),
         first_token=draw(st.integers(0, 2**32 - 1)),
         sampling=draw(samplings),
+        eviction=eviction,
     )
 
 
@@ -92,7 +97,93 @@ def test_the_example_is_valid() -> None:
     assert Manifest.from_proto(changed()).num_kept == (3, 1, 2, 2)
 
 
+HALF = pb.Eviction.Share(numerator=1, denominator=2)
+
+
+def slot(**numbers: Any) -> pb.Eviction:
+    return pb.Eviction(fixed_slot=pb.Eviction.FixedSlot(**({"retention": [HALF, HALF], "distance": -25} | numbers)))
+
+
+def hitters(budget: int, recent: int) -> pb.Eviction:
+    return pb.Eviction(heavy_hitters=pb.Eviction.HeavyHitters(budget=budget, recent=recent))
+
+
+def scope(**numbers: Any) -> pb.Eviction:
+    values = {"variant": "slide", "window": 8, "recent": 2, "delta": 3} | numbers
+    return pb.Eviction(scope=pb.Eviction.Scope(**values))
+
+
+def guard(**numbers: Any) -> pb.Eviction:
+    values = {"retention": [HALF, HALF], "sinks": 4, "text": [1, 2]} | numbers
+    return pb.Eviction(text_guard=pb.Eviction.TextGuard(**values))
+
+
+def sparse(**numbers: Any) -> pb.Eviction:
+    return pb.Eviction(sparse_read=pb.Eviction.SparseRead(**({"select_layers": [0, 1], "top": 4} | numbers)))
+
+
+# two rows in every layer and head, so that every kind is possible
+EVEN: dict[str, Any] = {"num_kept": [2, 2, 2, 2]}
+WITH_SCORES: dict[str, Any] = {"body_bytes": 2 * 8 * 16 + 8 * 4, "score_bytes": 8 * 4}
+
+
+@pytest.mark.parametrize("eviction", [slot(), scope(), guard(), sparse()])
+def test_every_kind_suits_an_even_parcel(eviction: pb.Eviction) -> None:
+    assert Manifest.from_proto(changed(eviction=eviction, **EVEN)).score_bytes == 0
+
+
+def test_scores_are_a_part_of_the_body() -> None:
+    manifest = Manifest.from_proto(changed(eviction=hitters(3, 1), **WITH_SCORES))
+    assert manifest.eviction == HeavyHitters(budget=3, recent=1)
+    assert manifest.body_bytes == manifest.layout.body_bytes(manifest.num_kept) + manifest.score_bytes
+
+
+def test_an_exact_share_stays_exact() -> None:
+    share = pb.Eviction.Share(numerator=29, denominator=100)
+    manifest = Manifest.from_proto(changed(eviction=slot(retention=[share, HALF])))
+    assert manifest.eviction == FixedSlot(retention=(Fraction(29, 100), Fraction(1, 2)), distance=-25)
+
+
+BAD_EVICTIONS = {
+    "a share of nothing": slot(retention=[HALF, pb.Eviction.Share(numerator=1)]),
+    "a share above one": slot(retention=[HALF, pb.Eviction.Share(numerator=3, denominator=2)]),
+    "a share is missing": slot(retention=[HALF]),
+    "a slot behind the prompt": slot(distance=0),
+    "a slot far before it": slot(distance=-(1 << 25)),
+    "more recent rows than budget": hitters(3, 4),
+    "more kept rows than budget": hitters(2, 1),
+    "an enormous budget": hitters(1 << 25, 1),
+    "an unknown variant": scope(variant="slid"),
+    "no window": scope(window=0, recent=0),
+    "more recent rows than window": scope(recent=9),
+    "never selected again": scope(delta=0),
+    "too few text counts": guard(text=[1]),
+    "heads that differ": guard(),
+    "no layer selects": sparse(select_layers=[]),
+    "layers in disorder": sparse(select_layers=[1, 0]),
+    "more layers than there are": sparse(select_layers=[0, 1, 2]),
+    "nothing is read": sparse(top=0),
+    "layers that differ": sparse(),
+}
+
+
+@pytest.mark.parametrize("eviction", BAD_EVICTIONS.values(), ids=BAD_EVICTIONS.keys())
+@pytest.mark.parametrize("even", [False, True])
+def test_an_eviction_that_makes_no_sense_is_an_invalid_request(eviction: pb.Eviction, even: bool) -> None:
+    if even and eviction in (guard(), sparse(), hitters(2, 1)):
+        pytest.skip("right for these rows")
+    more = WITH_SCORES if eviction.HasField("heavy_hitters") else {}
+    with pytest.raises(InvalidRequestError):
+        Manifest.from_proto(changed(eviction=eviction, **more, **(EVEN if even else {})))
+
+
 INCONSISTENT = {
+    "scores that nobody needs": WITH_SCORES,
+    "scores that the eviction does not need": WITH_SCORES | {"eviction": slot()},
+    "scores that are missing": {"eviction": hitters(3, 1)},
+    "scores that are announced only": {"eviction": hitters(3, 1), "score_bytes": 32},
+    "scores that are not announced": {"eviction": hitters(3, 1), "body_bytes": 2 * 8 * 16 + 32},
+    "one score too few": {"eviction": hitters(3, 1), "body_bytes": 2 * 8 * 16 + 28, "score_bytes": 28},
     "too few counts": {"num_kept": [3, 1, 2], "body_bytes": 2 * 6 * 16},
     "too many counts": {"num_kept": [3, 1, 2, 1, 1]},
     "no counts": {"num_kept": None, "body_bytes": 0},
@@ -120,6 +211,7 @@ def test_parts_that_disagree_are_an_invalid_request(fields: dict[str, Any]) -> N
 FOREIGN = {
     "no version": {"format_version": 0},
     "a later version": {"format_version": 2},
+    "an unknown kind of eviction": {"eviction": pb.Eviction()},
     "no layout": {"layout": None},
     "an impossible layout": {"layout": pb.KVManifest().layout.__class__(num_layers=2, dtype="float32")},
 }

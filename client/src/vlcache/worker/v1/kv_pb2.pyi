@@ -19,7 +19,7 @@ class TransferId(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prefill_epoch: _Optional[str] = ...) -> None: ...
 
 class KVManifest(_message.Message):
-    __slots__ = ("format_version", "transfer", "model", "compatibility", "layout", "num_kept", "logical_length", "next_position", "policy", "requested_retention", "realised_retention", "layer_attention_mass", "body_bytes", "digest", "first_token", "sampling")
+    __slots__ = ("format_version", "transfer", "model", "compatibility", "layout", "num_kept", "logical_length", "next_position", "policy", "requested_retention", "realised_retention", "layer_attention_mass", "body_bytes", "digest", "first_token", "sampling", "eviction", "score_bytes")
     FORMAT_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,8 @@ class KVManifest(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    EVICTION_FIELD_NUMBER: _ClassVar[int]
+    SCORE_BYTES_FIELD_NUMBER: _ClassVar[int]
     format_version: int
     transfer: TransferId
     model: str
@@ -52,7 +54,71 @@ class KVManifest(_message.Message):
     digest: bytes
     first_token: int
     sampling: _inference_pb2.SamplingParams
-    def __init__(self, format_version: _Optional[int] = ..., transfer: _Optional[_Union[TransferId, _Mapping]] = ..., model: _Optional[str] = ..., compatibility: _Optional[str] = ..., layout: _Optional[_Union[_worker_pb2.KVLayout, _Mapping]] = ..., num_kept: _Optional[_Iterable[int]] = ..., logical_length: _Optional[int] = ..., next_position: _Optional[int] = ..., policy: _Optional[str] = ..., requested_retention: _Optional[float] = ..., realised_retention: _Optional[float] = ..., layer_attention_mass: _Optional[_Iterable[float]] = ..., body_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., first_token: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
+    eviction: Eviction
+    score_bytes: int
+    def __init__(self, format_version: _Optional[int] = ..., transfer: _Optional[_Union[TransferId, _Mapping]] = ..., model: _Optional[str] = ..., compatibility: _Optional[str] = ..., layout: _Optional[_Union[_worker_pb2.KVLayout, _Mapping]] = ..., num_kept: _Optional[_Iterable[int]] = ..., logical_length: _Optional[int] = ..., next_position: _Optional[int] = ..., policy: _Optional[str] = ..., requested_retention: _Optional[float] = ..., realised_retention: _Optional[float] = ..., layer_attention_mass: _Optional[_Iterable[float]] = ..., body_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., first_token: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., eviction: _Optional[_Union[Eviction, _Mapping]] = ..., score_bytes: _Optional[int] = ...) -> None: ...
+
+class Eviction(_message.Message):
+    __slots__ = ("fixed_slot", "heavy_hitters", "scope", "text_guard", "sparse_read")
+    class Share(_message.Message):
+        __slots__ = ("numerator", "denominator")
+        NUMERATOR_FIELD_NUMBER: _ClassVar[int]
+        DENOMINATOR_FIELD_NUMBER: _ClassVar[int]
+        numerator: int
+        denominator: int
+        def __init__(self, numerator: _Optional[int] = ..., denominator: _Optional[int] = ...) -> None: ...
+    class FixedSlot(_message.Message):
+        __slots__ = ("retention", "distance")
+        RETENTION_FIELD_NUMBER: _ClassVar[int]
+        DISTANCE_FIELD_NUMBER: _ClassVar[int]
+        retention: _containers.RepeatedCompositeFieldContainer[Eviction.Share]
+        distance: int
+        def __init__(self, retention: _Optional[_Iterable[_Union[Eviction.Share, _Mapping]]] = ..., distance: _Optional[int] = ...) -> None: ...
+    class HeavyHitters(_message.Message):
+        __slots__ = ("budget", "recent")
+        BUDGET_FIELD_NUMBER: _ClassVar[int]
+        RECENT_FIELD_NUMBER: _ClassVar[int]
+        budget: int
+        recent: int
+        def __init__(self, budget: _Optional[int] = ..., recent: _Optional[int] = ...) -> None: ...
+    class Scope(_message.Message):
+        __slots__ = ("variant", "window", "recent", "delta")
+        VARIANT_FIELD_NUMBER: _ClassVar[int]
+        WINDOW_FIELD_NUMBER: _ClassVar[int]
+        RECENT_FIELD_NUMBER: _ClassVar[int]
+        DELTA_FIELD_NUMBER: _ClassVar[int]
+        variant: str
+        window: int
+        recent: int
+        delta: int
+        def __init__(self, variant: _Optional[str] = ..., window: _Optional[int] = ..., recent: _Optional[int] = ..., delta: _Optional[int] = ...) -> None: ...
+    class TextGuard(_message.Message):
+        __slots__ = ("retention", "sinks", "text")
+        RETENTION_FIELD_NUMBER: _ClassVar[int]
+        SINKS_FIELD_NUMBER: _ClassVar[int]
+        TEXT_FIELD_NUMBER: _ClassVar[int]
+        retention: _containers.RepeatedCompositeFieldContainer[Eviction.Share]
+        sinks: int
+        text: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, retention: _Optional[_Iterable[_Union[Eviction.Share, _Mapping]]] = ..., sinks: _Optional[int] = ..., text: _Optional[_Iterable[int]] = ...) -> None: ...
+    class SparseRead(_message.Message):
+        __slots__ = ("select_layers", "top")
+        SELECT_LAYERS_FIELD_NUMBER: _ClassVar[int]
+        TOP_FIELD_NUMBER: _ClassVar[int]
+        select_layers: _containers.RepeatedScalarFieldContainer[int]
+        top: int
+        def __init__(self, select_layers: _Optional[_Iterable[int]] = ..., top: _Optional[int] = ...) -> None: ...
+    FIXED_SLOT_FIELD_NUMBER: _ClassVar[int]
+    HEAVY_HITTERS_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_GUARD_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_READ_FIELD_NUMBER: _ClassVar[int]
+    fixed_slot: Eviction.FixedSlot
+    heavy_hitters: Eviction.HeavyHitters
+    scope: Eviction.Scope
+    text_guard: Eviction.TextGuard
+    sparse_read: Eviction.SparseRead
+    def __init__(self, fixed_slot: _Optional[_Union[Eviction.FixedSlot, _Mapping]] = ..., heavy_hitters: _Optional[_Union[Eviction.HeavyHitters, _Mapping]] = ..., scope: _Optional[_Union[Eviction.Scope, _Mapping]] = ..., text_guard: _Optional[_Union[Eviction.TextGuard, _Mapping]] = ..., sparse_read: _Optional[_Union[Eviction.SparseRead, _Mapping]] = ...) -> None: ...
 
 class PutKVRequest(_message.Message):
     __slots__ = ("header", "chunk")
