@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import get_type_hints
 
 from prefill_worker.compression.policies.air_cache import AirCache
+from prefill_worker.compression.policies.h2o import H2O
 from prefill_worker.compression.policies.snap_kv import SnapKV
 from prefill_worker.compression.policies.streaming_llm import StreamingLLM
 from prefill_worker.compression.policies.vl_cache import VLCache
@@ -20,6 +21,7 @@ POLICIES: dict[str, type[Policy]] = {
         StreamingLLM,
         SnapKV,
         AirCache,
+        H2O,
     )
 }
 DEFAULT_POLICY = VLCache.name

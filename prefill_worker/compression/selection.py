@@ -50,12 +50,12 @@ def with_text_first(scores: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         scores: [num_kv_heads, num_tokens].
         visual: [num_tokens] bool.
     """
-    # below zero, and without the rounding that adding a constant to the others would cost
-    return torch.where(visual, -1 / scores, scores)
+    return torch.where(visual, below_zero(scores), scores)
 
 
 def below_zero(scores: torch.Tensor) -> torch.Tensor:
     """Scores of at least 0 in the same order, all below 0: under those that are left as they are."""
+    # without the rounding that adding a constant to the others would cost
     return -1 / scores.clamp(min=torch.finfo(scores.dtype).tiny)
 
 
