@@ -1,0 +1,49 @@
+"""How many answers stay right under compression: policies, retentions and tasks on fresh questions.
+
+python -m benchmarks.quality --policies all oracle --retentions 0.2 0.1 0.05 --samples 550 --seed 7 --json -
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+from benchmarks.quality.config import QualityConfig
+from benchmarks.quality.rows import Figures
+from benchmarks.quality.runner import QualityRunner
+from benchmarks.quality.tables import tables
+from benchmarks.quality.trial import FULL, Setting
+from benchmarks.report import write_json
+
+
+def measure(config: QualityConfig) -> list[dict[str, Any]]:
+    """One row per policy, retention and task, and one with the task `all`; first those of the full cache."""
+    settings = [Setting(each.label, retention) for each in config.contenders for retention in config.budgets]
+    figures = Figures([FULL, *settings], config.tasks)
+    total = config.samples * (1 + len(settings))
+    for outcome in tqdm(QualityRunner(config).outcomes(), total=total, unit="answer", file=sys.stderr):
+        figures.add(outcome)
+    return figures.rows()
+
+
+def main() -> None:
+    """Measures, prints tables, writes JSON."""
+    config = tyro.cli(QualityConfig, description=__doc__)
+    rows = measure(config)
+    sys.stdout.write(tables(rows) + "\n")
+    workload = {
+        "samples": config.samples,
+        "seed": config.seed,
+        "model": os.path.relpath(config.model),
+        "dtype": config.dtype,
+        "scope": config.scope,
+    }
+    write_json(config.json, {"benchmark": "quality", "workload": workload, "results": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""From outcomes to the figures of each policy, retention and task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.quality.outcome import Outcome
+from benchmarks.quality.trial import Setting
+from benchmarks.report import wilson_interval
+
+ALL_TASKS = "all"
+
+
+class Figures:
+    """Outcomes by setting and task."""
+
+    def __init__(self, settings: Iterable[Setting], tasks: Sequence[str]) -> None:
+        self._tasks = tasks
+        self._outcomes: dict[Setting, list[Outcome]] = {setting: [] for setting in settings}
+
+    def add(self, outcome: Outcome) -> None:
+        """Counts it."""
+        self._outcomes[outcome.setting].append(outcome)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One per setting and task, and one with the task `all`."""
+        return [
+            _row(setting, task, [each for each in outcomes if task in (ALL_TASKS, each.task)])
+            for setting, outcomes in self._outcomes.items()
+            for task in (*self._tasks, ALL_TASKS)
+        ]
+
+
+def _row(setting: Setting, task: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    right = sum(each.right for each in outcomes)
+    low, high = wilson_interval(right, len(outcomes))
+    reports = [each.compression for each in outcomes if each.compression is not None]
+    full, kept = sum(report.full_bytes for report in reports), sum(report.kept_bytes for report in reports)
+    masses = [sum(report.layer_attention_mass) / len(report.layer_attention_mass) for report in reports]
+    return {
+        "policy": setting.policy,
+        "retention": setting.retention,
+        "task": task,
+        "samples": len(outcomes),
+        "exact_match": right / len(outcomes),
+        "exact_match_low": low,
+        "exact_match_high": high,
+        "agreement": _mean(each.agreement for each in outcomes),
+        "log_probability_gap": _mean(each.gap for each in outcomes),
+        "realised_retention": kept / full if full else 1.0,
+        "kept_bytes_mean": kept / len(reports) if reports else 0,
+        "kept_attention_mass": _mean(masses),
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that there are."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
