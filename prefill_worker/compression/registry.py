@@ -10,6 +10,7 @@ from prefill_worker.compression.policies.air_cache import AirCache
 from prefill_worker.compression.policies.h2o import H2O
 from prefill_worker.compression.policies.snap_kv import SnapKV
 from prefill_worker.compression.policies.streaming_llm import StreamingLLM
+from prefill_worker.compression.policies.tgv_kv import TGVKV
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policy import Policy
 from shared.errors import InvalidRequestError
@@ -21,6 +22,7 @@ POLICIES: dict[str, type[Policy]] = {
         StreamingLLM,
         SnapKV,
         AirCache,
+        TGVKV,
         H2O,
     )
 }
