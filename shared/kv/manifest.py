@@ -9,6 +9,7 @@ import xxhash
 from vlcache.worker.v1 import kv_pb2 as pb
 
 from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError
+from shared.kv.encoding import Encoding
 from shared.kv.eviction import SCORE_BYTES, Eviction, eviction_from_proto
 from shared.kv.layout import KVLayout
 from shared.request.params import Sampling
@@ -50,7 +51,16 @@ class Manifest:
     digest: bytes
     first_token: int
     sampling: Sampling
+    encoding: Encoding | None = None
+    """None: the body is plain."""
     eviction: Eviction | None = None
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V as the body holds them."""
+        if self.encoding is None:
+            return self.layout.body_bytes(self.num_kept)
+        return self.encoding.body_bytes(self.layout, self.num_kept)
 
     @property
     def score_bytes(self) -> int:
@@ -67,8 +77,9 @@ class Manifest:
         _require(0 < self.logical_length <= MAX_LOGICAL_LENGTH, "logical length out of range")
         _require(len(self.num_kept) == heads, "one kept count per layer and KV head is needed")
         _require(all(1 <= kept <= self.logical_length for kept in self.num_kept), "a kept count is out of range")
-        nbytes = self.layout.body_bytes(self.num_kept) + self.score_bytes
-        _require(self.body_bytes == nbytes, "body size and kept counts disagree")
+        if self.encoding is not None:
+            self.encoding.check(self.layout, self.num_kept)
+        _require(self.body_bytes == self.kv_bytes + self.score_bytes, "body size and kept counts disagree")
         _require(0 < self.next_position <= 2 * MAX_LOGICAL_LENGTH, "next position out of range")
         self._check_eviction()
 
@@ -122,6 +133,7 @@ class Manifest:
             digest=message.digest,
             first_token=message.first_token,
             sampling=Sampling.from_proto(message.sampling, default_max_new_tokens=0),
+            encoding=Encoding.from_proto(message.encoding) if message.HasField("encoding") else None,
             eviction=_eviction(message),
         )
         _require(message.score_bytes == manifest.score_bytes, "kept counts and scores disagree")
@@ -151,6 +163,7 @@ class Manifest:
             digest=self.digest,
             first_token=self.first_token,
             sampling=self.sampling.to_proto(),
+            encoding=self.encoding.to_proto() if self.encoding else None,
             eviction=self.eviction.to_proto() if self.eviction else None,
             score_bytes=self.score_bytes,
         )

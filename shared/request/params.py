@@ -1,4 +1,4 @@
-"""What a request asks for beside its prompt: sampling and budget, read by router and workers alike."""
+"""What a request asks for beside its prompt: sampling, budget and wire, read by router and workers alike."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ MAX_STOP_BYTES = 256
 # Floors of any compression policy: a layer may always keep this share of the prompt, and this many tokens.
 FLOOR_SHARE = Fraction(1, 100)
 MIN_KEPT_TOKENS = 16
+# Bits of a quantised value; 0 quantises nothing.
+WIRE_BITS = (0, 8, 4, 2)
+# Fewest and most values that share a scale: below, the scales outweigh what they save.
+WIRE_GROUPS = (8, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,48 @@ class Budget:
     def _bound(self, num_tokens: int) -> int:
         floor = max(math.ceil(num_tokens * FLOOR_SHARE), MIN_KEPT_TOKENS)
         return min(num_tokens, math.ceil(self.share_of(num_tokens) * num_tokens) + floor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire:
+    """How kept KV is written for its way to the decode worker, which restores its plain form.
+
+    `bits` per value, 0 for values as they are. `key_channels` is the kept share of each KV head's K channels, in
+    (0, 1]. `group` tokens (K) or channels (V) share a scale. The last `residual` kept tokens stay as they are.
+    """
+
+    bits: int = 0
+    key_channels: float = 1.0
+    group: int = 32
+    residual: int = 32
+
+    def __post_init__(self) -> None:
+        _require(self.bits in WIRE_BITS, f"wire.bits is one of {', '.join(map(str, WIRE_BITS))}, not {self.bits}")
+        ok = math.isfinite(self.key_channels) and 0 < self.key_channels <= 1
+        _require(ok, f"wire.key_channels is the kept share and must lie in (0, 1], not {self.key_channels}")
+        fewest, most = WIRE_GROUPS
+        _require(fewest <= self.group <= most, f"wire.group must lie in [{fewest}, {most}], not {self.group}")
+        _require(self.residual >= 0, f"wire.residual must not be negative, not {self.residual}")
+
+    @classmethod
+    def from_proto(cls, message: pb.WireParams) -> Wire:
+        """Reads and checks a message.
+
+        Raises:
+            InvalidRequestError: A value is out of its range.
+        """
+        default, has = cls(), message.HasField
+        return cls(
+            bits=message.bits,
+            key_channels=message.key_channels or default.key_channels,
+            group=message.group if has("group") else default.group,
+            residual=message.residual if has("residual") else default.residual,
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether everything is sent as it is."""
+        return self.bits == 0 and self.key_channels == 1
 
 
 def _require(condition: bool, message: str) -> None:

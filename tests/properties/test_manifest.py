@@ -17,6 +17,7 @@ from shared.kv.eviction import FixedSlot, HeavyHitters
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import MAX_LOGICAL_LENGTH, Manifest, TransferId, body_digest, score_bytes
 from shared.request.params import Sampling
+from tests.properties.encodings import saving
 from tests.properties.evictions import evictions
 from tests.properties.layouts import ragged
 
@@ -36,8 +37,10 @@ samplings = st.builds(
 
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
-    layout, num_kept = draw(ragged())
+    layout, num_kept = draw(ragged(largest=40))
     eviction = draw(evictions(layout, num_kept))
+    encoding = draw(saving(layout, num_kept))
+    kv_bytes = encoding.body_bytes(layout, num_kept) if encoding else layout.body_bytes(num_kept)
     return Manifest(
         transfer=TransferId(request_id=draw(text), attempt=draw(st.integers(0, 2**32 - 1)), prefill_epoch=draw(text)),
         model=draw(text),
@@ -50,10 +53,11 @@ def manifests(draw: st.DrawFn) -> Manifest:
         requested_retention=draw(shares),
         realised_retention=draw(shares),
         layer_attention_mass=tuple(draw(st.lists(st.floats(0, 1, width=32), max_size=5))),
-        body_bytes=layout.body_bytes(num_kept) + score_bytes(eviction, num_kept),
+        body_bytes=kv_bytes + score_bytes(eviction, num_kept),
         digest=draw(st.binary(max_size=16)),
         first_token=draw(st.integers(0, 2**32 - 1)),
         sampling=draw(samplings),
+        encoding=encoding,
         eviction=eviction,
     )
 
@@ -177,6 +181,15 @@ def test_an_eviction_that_makes_no_sense_is_an_invalid_request(eviction: pb.Evic
         Manifest.from_proto(changed(eviction=eviction, **more, **(EVEN if even else {})))
 
 
+# per layer 4 rows of 4: K of two heads with scales and zeros, V likewise, a byte of codes a row
+CODED = pb.KVEncoding(bits=2, group=8, key_channels=4)
+CODED_BYTES = 2 * (2 * 2 * 4 * 2 + 2 * 4 * 2 + 2 * 4)
+
+
+def test_an_encoded_body_has_a_size_of_its_own() -> None:
+    assert Manifest.from_proto(changed(encoding=CODED, body_bytes=CODED_BYTES)).kv_bytes == CODED_BYTES
+
+
 INCONSISTENT = {
     "scores that nobody needs": WITH_SCORES,
     "scores that the eviction does not need": WITH_SCORES | {"eviction": slot()},
@@ -199,6 +212,17 @@ INCONSISTENT = {
     "a negative position": {"next_position": -1},
     "an enormous position": {"next_position": 2 * MAX_LOGICAL_LENGTH + 1},
     "no sampling": {"sampling": None},
+    "an encoding of nothing": {"encoding": pb.KVEncoding()},
+    "an encoding that saves nothing": {"encoding": pb.KVEncoding(group=32, residual=32, key_channels=4)},
+    "an encoded body as large as a plain one": {"encoding": pb.KVEncoding(bits=8, group=8, key_channels=4)},
+    "an encoded body too small": {"encoding": CODED, "body_bytes": CODED_BYTES - 1},
+    "an encoded body too large": {"encoding": CODED, "body_bytes": CODED_BYTES + 1},
+    "an encoding of 3 bits": {"encoding": pb.KVEncoding(bits=3, group=8, key_channels=4)},
+    "a group of nothing": {"encoding": pb.KVEncoding(bits=2, key_channels=4)},
+    "an enormous group": {"encoding": pb.KVEncoding(bits=2, group=2**32 - 1, key_channels=4)},
+    "no K channel": {"encoding": pb.KVEncoding(bits=2, group=8)},
+    "more K channels than there are": {"encoding": pb.KVEncoding(bits=2, group=8, key_channels=5)},
+    "an enormous number of K channels": {"encoding": pb.KVEncoding(bits=2, group=8, key_channels=2**32 - 1)},
 }
 
 

@@ -1,4 +1,4 @@
-"""Sampling and budget: what is refused and with which words, and exact shares."""
+"""Sampling, budget and wire: what is refused and with which words, and exact shares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from vlcache.v1 import inference_pb2 as pb
 
 from shared.errors import InvalidRequestError
-from shared.request.params import MAX_STOP_BYTES, MAX_STOP_STRINGS, MIN_KEPT_TOKENS, Budget, Sampling
+from shared.request.params import MAX_STOP_BYTES, MAX_STOP_STRINGS, MIN_KEPT_TOKENS, Budget, Sampling, Wire
 
 NAN, INF = math.nan, math.inf
 
@@ -124,3 +124,28 @@ def test_the_bound_saves_memory_on_long_prompts() -> None:
     assert Budget(retention=0.1).kept_tokens_bound(0, 10_000) == 1_000 + 100
     assert Budget(max_kept_tokens=200).kept_tokens_bound(0, 10_000) == 200 + 100
     assert Budget(retention=1.0).kept_tokens_bound(0, 10_000) == 10_000
+
+
+BAD_WIRES = [
+    ("wire.bits", pb.WireParams(bits=3)),
+    ("wire.bits", pb.WireParams(bits=16)),
+    ("wire.key_channels", pb.WireParams(key_channels=-0.1)),
+    ("wire.key_channels", pb.WireParams(key_channels=1.1)),
+    ("wire.key_channels", pb.WireParams(key_channels=math.nan)),
+    ("wire.group", pb.WireParams(bits=4, group=0)),
+    ("wire.group", pb.WireParams(bits=4, group=7)),
+    ("wire.group", pb.WireParams(bits=4, group=257)),
+]
+
+
+@pytest.mark.parametrize(("hint", "message"), BAD_WIRES)
+def test_a_bad_wire_is_refused_by_name(hint: str, message: pb.WireParams) -> None:
+    with pytest.raises(InvalidRequestError, match=hint):
+        Wire.from_proto(message)
+
+
+def test_a_wire_has_defaults_and_zero_is_a_choice() -> None:
+    assert Wire.from_proto(pb.WireParams()) == Wire(bits=0, key_channels=1.0, group=32, residual=32)
+    assert Wire.from_proto(pb.WireParams(bits=2, residual=0, group=64)) == Wire(bits=2, residual=0, group=64)
+    assert Wire.from_proto(pb.WireParams(key_channels=0.6)) == Wire(key_channels=0.6)
+    assert [wire.plain for wire in (Wire(), Wire(group=64), Wire(bits=8), Wire(key_channels=0.6))] == [1, 1, 0, 0]

@@ -72,16 +72,30 @@ class SamplingParams(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: bool = ...) -> None: ...
 
 class CompressionParams(_message.Message):
-    __slots__ = ("policy", "retention", "max_kept_tokens", "parameters")
+    __slots__ = ("policy", "retention", "max_kept_tokens", "parameters", "wire")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     RETENTION_FIELD_NUMBER: _ClassVar[int]
     MAX_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
     policy: str
     retention: float
     max_kept_tokens: int
     parameters: _struct_pb2.Struct
-    def __init__(self, policy: _Optional[str] = ..., retention: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
+    wire: WireParams
+    def __init__(self, policy: _Optional[str] = ..., retention: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., wire: _Optional[_Union[WireParams, _Mapping]] = ...) -> None: ...
+
+class WireParams(_message.Message):
+    __slots__ = ("bits", "key_channels", "group", "residual")
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    KEY_CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    bits: int
+    key_channels: float
+    group: int
+    residual: int
+    def __init__(self, bits: _Optional[int] = ..., key_channels: _Optional[float] = ..., group: _Optional[int] = ..., residual: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "delta", "compression", "transfer", "finished")

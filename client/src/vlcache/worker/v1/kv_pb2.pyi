@@ -19,7 +19,7 @@ class TransferId(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prefill_epoch: _Optional[str] = ...) -> None: ...
 
 class KVManifest(_message.Message):
-    __slots__ = ("format_version", "transfer", "model", "compatibility", "layout", "num_kept", "logical_length", "next_position", "policy", "requested_retention", "realised_retention", "layer_attention_mass", "body_bytes", "digest", "first_token", "sampling", "eviction", "score_bytes")
+    __slots__ = ("format_version", "transfer", "model", "compatibility", "layout", "num_kept", "logical_length", "next_position", "policy", "requested_retention", "realised_retention", "layer_attention_mass", "body_bytes", "digest", "first_token", "sampling", "encoding", "eviction", "score_bytes")
     FORMAT_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class KVManifest(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
     EVICTION_FIELD_NUMBER: _ClassVar[int]
     SCORE_BYTES_FIELD_NUMBER: _ClassVar[int]
     format_version: int
@@ -54,9 +55,10 @@ class KVManifest(_message.Message):
     digest: bytes
     first_token: int
     sampling: _inference_pb2.SamplingParams
+    encoding: KVEncoding
     eviction: Eviction
     score_bytes: int
-    def __init__(self, format_version: _Optional[int] = ..., transfer: _Optional[_Union[TransferId, _Mapping]] = ..., model: _Optional[str] = ..., compatibility: _Optional[str] = ..., layout: _Optional[_Union[_worker_pb2.KVLayout, _Mapping]] = ..., num_kept: _Optional[_Iterable[int]] = ..., logical_length: _Optional[int] = ..., next_position: _Optional[int] = ..., policy: _Optional[str] = ..., requested_retention: _Optional[float] = ..., realised_retention: _Optional[float] = ..., layer_attention_mass: _Optional[_Iterable[float]] = ..., body_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., first_token: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., eviction: _Optional[_Union[Eviction, _Mapping]] = ..., score_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, format_version: _Optional[int] = ..., transfer: _Optional[_Union[TransferId, _Mapping]] = ..., model: _Optional[str] = ..., compatibility: _Optional[str] = ..., layout: _Optional[_Union[_worker_pb2.KVLayout, _Mapping]] = ..., num_kept: _Optional[_Iterable[int]] = ..., logical_length: _Optional[int] = ..., next_position: _Optional[int] = ..., policy: _Optional[str] = ..., requested_retention: _Optional[float] = ..., realised_retention: _Optional[float] = ..., layer_attention_mass: _Optional[_Iterable[float]] = ..., body_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., first_token: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., encoding: _Optional[_Union[KVEncoding, _Mapping]] = ..., eviction: _Optional[_Union[Eviction, _Mapping]] = ..., score_bytes: _Optional[int] = ...) -> None: ...
 
 class Eviction(_message.Message):
     __slots__ = ("fixed_slot", "heavy_hitters", "scope", "text_guard", "sparse_read")
@@ -119,6 +121,18 @@ class Eviction(_message.Message):
     text_guard: Eviction.TextGuard
     sparse_read: Eviction.SparseRead
     def __init__(self, fixed_slot: _Optional[_Union[Eviction.FixedSlot, _Mapping]] = ..., heavy_hitters: _Optional[_Union[Eviction.HeavyHitters, _Mapping]] = ..., scope: _Optional[_Union[Eviction.Scope, _Mapping]] = ..., text_guard: _Optional[_Union[Eviction.TextGuard, _Mapping]] = ..., sparse_read: _Optional[_Union[Eviction.SparseRead, _Mapping]] = ...) -> None: ...
+
+class KVEncoding(_message.Message):
+    __slots__ = ("bits", "group", "residual", "key_channels")
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    KEY_CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    bits: int
+    group: int
+    residual: int
+    key_channels: int
+    def __init__(self, bits: _Optional[int] = ..., group: _Optional[int] = ..., residual: _Optional[int] = ..., key_channels: _Optional[int] = ...) -> None: ...
 
 class PutKVRequest(_message.Message):
     __slots__ = ("header", "chunk")
