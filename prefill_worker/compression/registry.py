@@ -8,6 +8,7 @@ from typing import get_type_hints
 
 from prefill_worker.compression.policies.air_cache import AirCache
 from prefill_worker.compression.policies.h2o import H2O
+from prefill_worker.compression.policies.mix_kv import MixKV
 from prefill_worker.compression.policies.snap_kv import SnapKV
 from prefill_worker.compression.policies.streaming_llm import StreamingLLM
 from prefill_worker.compression.policies.tgv_kv import TGVKV
@@ -23,6 +24,7 @@ POLICIES: dict[str, type[Policy]] = {
         SnapKV,
         AirCache,
         TGVKV,
+        MixKV,
         H2O,
     )
 }
