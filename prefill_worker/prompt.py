@@ -14,6 +14,7 @@ from vlcache.v1 import inference_pb2 as pb
 
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.images import open_images
+from prefill_worker.token_kinds import TokenKinds
 from shared.errors import ContextTooLongError, InvalidRequestError
 from shared.model.spec import VLMSpec
 
@@ -47,6 +48,7 @@ class PromptBuilder:
         self._processor = processor
         self._spec = spec
         self._max_images = max_images
+        self._kinds = TokenKinds(processor.tokenizer, spec.image_token_id)
         self._reserved = tuple(processor.tokenizer.added_tokens_encoder)
 
     def build(self, messages: Sequence[pb.Message], *, max_new_tokens: int) -> Prompt:
@@ -133,7 +135,14 @@ class PromptBuilder:
         seed = xxhash.xxh3_64()
         for name in sorted(inputs):
             seed.update(inputs[name].contiguous().numpy().data)
-        return PromptShape(visual=inputs["input_ids"][0] == self._spec.image_token_id, seed=seed.intdigest())
+        ids = inputs["input_ids"][0]
+        tokens = ids.tolist()
+        return PromptShape(
+            visual=ids == self._spec.image_token_id,
+            special=self._kinds.special(tokens),
+            punctuation=self._kinds.punctuation(tokens),
+            seed=seed.intdigest(),
+        )
 
 
 def _content(part: pb.Part) -> dict[str, str]:

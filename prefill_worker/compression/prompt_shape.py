@@ -13,10 +13,14 @@ class PromptShape:
 
     Attributes:
         visual: [num_tokens] bool, which tokens stand for images; on the CPU.
+        special: Positions of special tokens that do not stand for images, ascending: begin of text, marks of turns.
+        punctuation: Positions of tokens that are punctuation and nothing else, ascending.
         seed: Hash of the prompt's content: what a policy draws at random is the same for the same prompt.
     """
 
     visual: torch.Tensor
+    special: tuple[int, ...] = ()
+    punctuation: tuple[int, ...] = ()
     seed: int = 0
 
     @property

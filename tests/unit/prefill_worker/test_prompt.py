@@ -60,6 +60,14 @@ def test_an_image_becomes_its_visual_tokens(builder: PromptBuilder) -> None:
     assert prompt.pixels == (40 * 30,)
 
 
+def test_special_tokens_and_punctuation_are_known_by_their_places(builder: PromptBuilder) -> None:
+    prompt = build(builder, user(PICTURE, "Red, or blue?"))
+    ids = prompt.inputs["input_ids"][0].tolist()
+    special = tokenizer().convert_ids_to_tokens([ids[at] for at in prompt.shape.special])
+    assert special == ["<s>", "<|user|>", "<|assistant|>"]
+    assert tokenizer().decode([ids[at] for at in prompt.shape.punctuation]) == ":,?", "the template writes the first"
+
+
 def test_several_images_keep_their_order(builder: PromptBuilder) -> None:
     first, second = encoded(picture(1)), encoded(picture(2))
     prompt = build(builder, user(first, "one"), message("assistant", "ok"), user(second, QUESTION))
