@@ -54,10 +54,13 @@ class SnapKV(Policy):
         (sums,) = self.needs(layer.prompt)
         window = len(sums.rows)
         earlier = layer[sums][:, : layer.prompt.num_tokens - window]
-        return with_recent(functional.pad(self._pooled(earlier), (0, window)), window)
+        pooled = pool_neighbours(earlier, self.kernel, self.pooling)
+        return with_recent(functional.pad(pooled, (0, window)), window)
 
-    def _pooled(self, scores: torch.Tensor) -> torch.Tensor:
-        if scores.shape[1] == 0:
-            return scores
-        pool = functional.avg_pool1d if self.pooling == "avg" else functional.max_pool1d
-        return pool(scores, self.kernel, stride=1, padding=self.kernel // 2)
+
+def pool_neighbours(scores: torch.Tensor, kernel: int, pooling: str) -> torch.Tensor:
+    """Mean or maximum over `kernel` neighbouring positions of [num_kv_heads, positions]; zeros beyond the ends."""
+    if scores.shape[1] == 0:
+        return scores
+    pool = functional.avg_pool1d if pooling == "avg" else functional.max_pool1d
+    return pool(scores, kernel, stride=1, padding=kernel // 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from fractions import Fraction
 
@@ -102,7 +103,7 @@ def test_it_says_where_it_comes_from_and_what_its_parameters_mean(policy: Policy
     module = sys.modules[type(policy).__module__]
     assert module.__doc__ is not None
     assert len(module.__doc__.strip().splitlines()) >= 5
-    source = module.__spec__.loader.get_source(module.__name__)  # type: ignore[union-attr]
     for field in dataclasses.fields(policy):  # type: ignore[arg-type]  # every policy is a dataclass
-        after = source.split(f"\n    {field.name}: ", 1)[1].splitlines()[1]
+        owner = next(kind for kind in type(policy).__mro__ if field.name in inspect.get_annotations(kind))
+        after = inspect.getsource(owner).split(f"\n    {field.name}: ", 1)[1].splitlines()[1]
         assert after.strip().startswith('"""'), f"{field.name} has no description"
