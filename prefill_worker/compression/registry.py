@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import get_type_hints
 
+from prefill_worker.compression.policies.ada_kv import AdaKV
 from prefill_worker.compression.policies.air_cache import AirCache
+from prefill_worker.compression.policies.cake import Cake
+from prefill_worker.compression.policies.fast_gen import FastGen
 from prefill_worker.compression.policies.h2o import H2O
 from prefill_worker.compression.policies.mix_kv import MixKV
+from prefill_worker.compression.policies.prefix_kv import PrefixKV
+from prefill_worker.compression.policies.pyramid_kv import PyramidKV
+from prefill_worker.compression.policies.random_tokens import RandomTokens
 from prefill_worker.compression.policies.snap_kv import SnapKV
 from prefill_worker.compression.policies.streaming_llm import StreamingLLM
 from prefill_worker.compression.policies.tgv_kv import TGVKV
@@ -26,6 +32,12 @@ POLICIES: dict[str, type[Policy]] = {
         TGVKV,
         MixKV,
         H2O,
+        PyramidKV,
+        PrefixKV,
+        Cake,
+        AdaKV,
+        FastGen,
+        RandomTokens,
     )
 }
 DEFAULT_POLICY = VLCache.name

@@ -1,0 +1,86 @@
+"""PrefixKV (Wang et al., NeurIPS 2025, arXiv 2412.03409): every layer keeps the same share of its attention.
+
+Idea: sorted by importance, tokens of one layer soon make up most of its attention, those of another do not. Layers are
+filled until all have kept the same cumulative share, and the budget decides how large it is.
+
+    score_j = sum over all rows i of the head mean of A_ij, over its total          one set for all KV heads
+    P_l(o)  = share of the attention on the first o tokens of layer l, best first
+    k_l     = min{o : P_l(o) >= p}   with the one p for which the layers' total is the budget
+
+The first 4 tokens and the last one always stay; here they lead the order, and so P says what a layer really keeps (the
+authors sort without them and keep them in addition). Theirs is a profile of a few samples made beforehand, with a p
+found by bisection; here it is this prompt's own and exact: each token goes to the layer that has kept the least so far.
+A budget of visual tokens counts from what the text, all of which stays, has kept already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn import functional
+
+from prefill_worker.compression.accumulated import OBSERVED, column_sums, received
+from prefill_worker.compression.policy import Policy, TokenBudget
+from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.compression.selection import best_tokens, with_sinks
+from prefill_worker.compression.statistics import ColumnSums, ObservedLayer
+from shared.request.params import MIN_KEPT_TOKENS
+
+FIRST = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixKV(Policy):
+    """See the module."""
+
+    name: ClassVar[str] = "prefix_kv"
+
+    rows: str = "all"
+    """`all` as published, or `probe`: an approximation by few rows."""
+
+    def __post_init__(self) -> None:
+        self.require(self.rows in OBSERVED, f"rows must be one of {', '.join(OBSERVED)}, not {self.rows!r}")
+
+    def needs(self, prompt: PromptShape) -> tuple[ColumnSums]:
+        """All rows, or probes."""
+        return (column_sums(prompt, self.rows),)
+
+    def score(self, layer: ObservedLayer) -> torch.Tensor:
+        """Accumulated attention, shared by all heads; both ends stay."""
+        sums = received(layer, self.rows)
+        scores = with_sinks(sums.sum(dim=0, keepdim=True), FIRST)
+        scores[:, -1] = torch.inf
+        return scores.expand_as(sums)
+
+    def allocate(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
+        """The same share of the attention in each layer."""
+        prompt, fewest = layers[0].prompt, min(budget.num_tokens, MIN_KEPT_TOKENS)
+        stays = ~prompt.visual if budget.num_tokens < prompt.num_tokens else torch.zeros_like(prompt.visual)
+        masses = torch.stack([self._mass_before(layer, stays.to(layer.key.device)).cpu() for layer in layers])
+        masses = masses[:, prompt.num_tokens - budget.num_tokens :]
+        masses[:, :fewest] = -1.0
+        return lowest_first(masses, max(budget.total, len(layers) * fewest))
+
+    def _mass_before(self, layer: ObservedLayer, stays: torch.Tensor) -> torch.Tensor:
+        """Share of the attention that is kept already when the next best token comes, [num_tokens] float64."""
+        scores = self.score(layer)[0].masked_fill(stays, torch.inf)
+        order = scores.argsort(descending=True, stable=True)
+        sums = received(layer, self.rows).sum(dim=0).double()[order]
+        return functional.pad(sums.cumsum(dim=0)[:-1], (1, 0)) / sums.sum()
+
+
+def lowest_first(masses: torch.Tensor, total: int) -> list[int]:
+    """Gives `total` tokens one by one to the layer that has kept the least, ties to the lower layer.
+
+    Args:
+        masses: [num_layers, tokens], what a layer has kept before each of its tokens; ascending in each layer.
+
+    Returns:
+        Tokens of each layer.
+    """
+    # since they ascend, the tokens that are given are those with the `total` lowest masses
+    given = best_tokens(-masses.reshape(1, -1), [total]).view(masses.shape)
+    return given.sum(dim=1).tolist()
