@@ -9,6 +9,7 @@ from typing import get_type_hints
 from prefill_worker.compression.policies.ada_kv import AdaKV
 from prefill_worker.compression.policies.air_cache import AirCache
 from prefill_worker.compression.policies.cake import Cake
+from prefill_worker.compression.policies.elastic_cache import ElasticCache
 from prefill_worker.compression.policies.fast_gen import FastGen
 from prefill_worker.compression.policies.h2o import H2O
 from prefill_worker.compression.policies.mix_kv import MixKV
@@ -38,6 +39,7 @@ POLICIES: dict[str, type[Policy]] = {
         AdaKV,
         FastGen,
         RandomTokens,
+        ElasticCache,
     )
 }
 DEFAULT_POLICY = VLCache.name
