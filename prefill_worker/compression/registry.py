@@ -12,6 +12,7 @@ from prefill_worker.compression.policies.cake import Cake
 from prefill_worker.compression.policies.elastic_cache import ElasticCache
 from prefill_worker.compression.policies.fast_gen import FastGen
 from prefill_worker.compression.policies.h2o import H2O
+from prefill_worker.compression.policies.look_m import LookM
 from prefill_worker.compression.policies.mix_kv import MixKV
 from prefill_worker.compression.policies.prefix_kv import PrefixKV
 from prefill_worker.compression.policies.pyramid_kv import PyramidKV
@@ -40,6 +41,7 @@ POLICIES: dict[str, type[Policy]] = {
         FastGen,
         RandomTokens,
         ElasticCache,
+        LookM,
     )
 }
 DEFAULT_POLICY = VLCache.name
