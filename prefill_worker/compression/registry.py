@@ -9,6 +9,7 @@ from typing import get_type_hints
 from prefill_worker.compression.policies.ada_kv import AdaKV
 from prefill_worker.compression.policies.air_cache import AirCache
 from prefill_worker.compression.policies.cake import Cake
+from prefill_worker.compression.policies.d2o import D2O
 from prefill_worker.compression.policies.elastic_cache import ElasticCache
 from prefill_worker.compression.policies.fast_gen import FastGen
 from prefill_worker.compression.policies.h2o import H2O
@@ -42,6 +43,7 @@ POLICIES: dict[str, type[Policy]] = {
         RandomTokens,
         ElasticCache,
         LookM,
+        D2O,
     )
 }
 DEFAULT_POLICY = VLCache.name
