@@ -13,6 +13,7 @@ from prefill_worker.compression.policies.d2o import D2O
 from prefill_worker.compression.policies.elastic_cache import ElasticCache
 from prefill_worker.compression.policies.fast_gen import FastGen
 from prefill_worker.compression.policies.h2o import H2O
+from prefill_worker.compression.policies.keyformer import Keyformer
 from prefill_worker.compression.policies.kv_merger import KVMerger
 from prefill_worker.compression.policies.look_m import LookM
 from prefill_worker.compression.policies.mix_kv import MixKV
@@ -46,6 +47,7 @@ POLICIES: dict[str, type[Policy]] = {
         LookM,
         D2O,
         KVMerger,
+        Keyformer,
     )
 }
 DEFAULT_POLICY = VLCache.name
