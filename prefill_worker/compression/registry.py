@@ -11,6 +11,7 @@ from prefill_worker.compression.policies.air_cache import AirCache
 from prefill_worker.compression.policies.cake import Cake
 from prefill_worker.compression.policies.d2o import D2O
 from prefill_worker.compression.policies.elastic_cache import ElasticCache
+from prefill_worker.compression.policies.expected_attention import ExpectedAttention
 from prefill_worker.compression.policies.fast_gen import FastGen
 from prefill_worker.compression.policies.h2o import H2O
 from prefill_worker.compression.policies.keyformer import Keyformer
@@ -36,6 +37,7 @@ POLICIES: dict[str, type[Policy]] = {
         AirCache,
         TGVKV,
         MixKV,
+        ExpectedAttention,
         H2O,
         PyramidKV,
         PrefixKV,
