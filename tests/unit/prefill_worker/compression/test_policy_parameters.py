@@ -93,8 +93,8 @@ def test_an_unknown_parameter_is_answered_with_the_known_ones() -> None:
 
 
 def test_an_unknown_policy_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(InvalidRequestError, match=r"unknown policy 'h2o'; known: .*vl_cache") as caught:
-        build_policy("h2o", {})
+    with pytest.raises(InvalidRequestError, match=r"unknown policy 'none_such'; known: .*vl_cache") as caught:
+        build_policy("none_such", {})
     assert caught.value.reason == "UNKNOWN_POLICY"
 
 
