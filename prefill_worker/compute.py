@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -18,8 +18,10 @@ from prefill_worker.compression.pipeline import (
     asked_retention,
     keep_everything,
     select_tokens,
+    sparse_prefill_for,
     statistics_for,
 )
+from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.engine import Prefilled, PrefillEngine
 from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
 from prefill_worker.parcel_writer import Arrival, kept_counts, write_body
@@ -71,12 +73,16 @@ class PrefillCompute:
     def prefill(self, jobs: Iterable[PrefillJob], prompt: Prompt, cancelled: threading.Event) -> Prefilled:
         """One pass over a prompt that `compress` may use for each of the jobs: equal statistics are measured once.
 
+        Args:
+            jobs: One alone where its policy needs a pass of its own.
+
         Raises:
             RequestCancelledError: `cancelled` was set.
         """
+        jobs = list(jobs)
         needed = (statistics_for(job.policy, prompt.shape) for job in jobs if not _keeps_all(job, prompt))
         statistics = dict.fromkeys(chain.from_iterable(needed))
-        prefilled = self._engine.prefill(prompt, statistics, cancelled)
+        prefilled = self._engine.prefill(prompt, statistics, cancelled, self._sparse(jobs, prompt))
         for stage, seconds in prefilled.seconds.items():
             self._metrics.observe_stage(stage, seconds)
         return prefilled
@@ -105,6 +111,13 @@ class PrefillCompute:
         self._metrics.observe_stage("select", time.monotonic() - started)
         emit(Compressed(message=self._report(draft, prompt)))
         return partial(_complete, draft, used, arrival)
+
+    def _sparse(self, jobs: Sequence[PrefillJob], prompt: Prompt) -> SparsePrefill | None:
+        if not any(job.policy.needs_own_pass and not _keeps_all(job, prompt) for job in jobs):
+            return None
+        assert len(jobs) == 1, "a policy that changes the pass shares it with no other"
+        (job,) = jobs
+        return sparse_prefill_for(job.policy, prompt.shape, job.budget, self._identity.layout.num_layers)
 
     def _first_token(self, job: PrefillJob, prompt: Prompt, logits: torch.Tensor) -> FirstToken:
         sampling = job.sampling

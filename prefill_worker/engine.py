@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rotation import Rotation
+from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.compression.statistics import ObservedLayer, Statistic
 from prefill_worker.observer import PrefillObserver
 from prefill_worker.prompt import Prompt
+from prefill_worker.sparse_pass import SparseObserver, with_own_layers
 from shared.errors import RequestCancelledError
 
 
@@ -25,10 +28,12 @@ class Prefilled:
 
     Attributes:
         logits: [vocab] fp32, of the first generated token.
-        keys: Per layer [num_kv_heads, num_tokens, head_dim], rotated.
+        keys: Per layer [num_kv_heads, num_tokens, head_dim], rotated; only of survivors where a sparse pass dropped
+            the others.
         values: As `keys`.
         measured: Per layer, each statistic's value; empty when nothing was observed.
         seconds: Duration of the stages vision_encode, prefill and statistics.
+        survivors: [num_tokens] bool, the tokens that reached the last layer of a sparse pass; None when all did.
     """
 
     logits: torch.Tensor
@@ -36,11 +41,14 @@ class Prefilled:
     values: list[torch.Tensor]
     measured: list[dict[Statistic[Any], Any]]
     seconds: dict[str, float]
+    survivors: torch.Tensor | None = None
 
     def observed(self, prompt: PromptShape) -> list[ObservedLayer]:
         """The layers as a policy sees them."""
-        parts = zip(self.keys, self.values, self.measured, strict=True)
-        return [ObservedLayer(prompt=prompt, key=key, value=value, measured=measured) for key, value, measured in parts]
+        return [
+            ObservedLayer(prompt=prompt, key=key, value=value, measured=measured, survivors=self.survivors)
+            for key, value, measured in zip(self.keys, self.values, self.measured, strict=True)
+        ]
 
 
 class PrefillEngine:
@@ -57,13 +65,20 @@ class PrefillEngine:
         return self._model.device
 
     @torch.inference_mode()
-    def prefill(self, prompt: Prompt, statistics: Collection[Statistic[Any]], cancelled: threading.Event) -> Prefilled:
+    def prefill(
+        self,
+        prompt: Prompt,
+        statistics: Collection[Statistic[Any]],
+        cancelled: threading.Event,
+        sparse: SparsePrefill | None = None,
+    ) -> Prefilled:
         """One pass.
 
         Args:
             prompt: One unpadded prompt.
             statistics: What is measured in each layer; none at retention 1.
             cancelled: Checked at the start and before every layer.
+            sparse: What a policy changes in the pass.
 
         Raises:
             RequestCancelledError: `cancelled` was set.
@@ -72,10 +87,14 @@ class PrefillEngine:
             # while it waited in the queue; the vision tower would run before the first layer looks
             raise RequestCancelledError("cancelled before it began")
         started = time.monotonic()
-        observer = PrefillObserver(prompt.shape, statistics, cancelled, self._rotation(prompt))
+        model, rotation = self._model, self._rotation(prompt)
+        observer = PrefillObserver(prompt.shape, statistics, cancelled, rotation)
+        if sparse is not None:
+            model = self._sparse_model
+            observer = SparseObserver(prompt.shape, statistics, cancelled, rotation, sparse)
         # without a config: sliding layers, too, keep every token until the selection
         cache = DynamicCache()
-        output = self._model(
+        output = model(
             **self._on_device(prompt),
             past_key_values=cache,
             use_cache=True,
@@ -88,7 +107,12 @@ class PrefillEngine:
             values=[layer.values[0] for layer in cache.layers],
             measured=observer.measured,
             seconds=_stage_seconds(started, observer),
+            survivors=observer.survivors,
         )
+
+    @cached_property
+    def _sparse_model(self) -> PreTrainedModel:
+        return with_own_layers(self._model)
 
     def _rotation(self, prompt: Prompt) -> Rotation:
         positions = prompt.position_ids[0].to(self._model.device)

@@ -31,6 +31,7 @@ class PrefillObserver:
         measured: Per layer that has passed, each statistic's value.
         seconds: Time that measuring took.
         first_layer_at: When the vision tower was done; None before.
+        survivors: None: every token reaches the last layer.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class PrefillObserver:
         self.measured: list[dict[Statistic[Any], Any]] = []
         self.seconds = 0.0
         self.first_layer_at: float | None = None
+        self.survivors: torch.Tensor | None = None
 
     def attend(
         self,
@@ -58,21 +60,26 @@ class PrefillObserver:
         scaling: float,
     ) -> torch.Tensor:
         """See `LayerHook.attend`; batch is 1."""
-        if self._cancelled.is_set():
-            raise RequestCancelledError(f"cancelled before layer {layer}")
-        if self.first_layer_at is None:
-            self.first_layer_at = time.monotonic()
+        self._begin(layer)
         if self._statistics:
-            self._measure(query[0], key[0], value[0], scaling)
+            self._measure(self._layer(query[0], key[0], value[0], scaling))
         output = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         )
         return output.transpose(1, 2)
 
-    def _measure(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> None:
-        started = time.monotonic()
-        layer = LayerAttention(
+    def _begin(self, layer: int) -> None:
+        if self._cancelled.is_set():
+            raise RequestCancelledError(f"cancelled before layer {layer}")
+        if self.first_layer_at is None:
+            self.first_layer_at = time.monotonic()
+
+    def _layer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> LayerAttention:
+        return LayerAttention(
             prompt=self._prompt, query=query, key=key, value=value, scaling=scaling, rotation=self._rotation
         )
+
+    def _measure(self, layer: LayerAttention) -> None:
+        started = time.monotonic()
         self.measured.append(measure_all(self._statistics, layer))
         self.seconds += time.monotonic() - started

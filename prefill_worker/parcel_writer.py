@@ -7,6 +7,7 @@ kernel gathers into device memory and the copy engine brings the bytes over whil
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 
@@ -42,14 +43,32 @@ def write_body(
     """
     keys = [key.contiguous() for key in prefilled.keys]
     values = [value.contiguous() for value in prefilled.values]
-    indices = torch.cat([selection.indices(key) for key, selection in zip(keys, selections, strict=True)])
+    chosen = zip(keys, selections, strict=True)
+    indices = torch.cat([selection.indices(key, prefilled.survivors) for key, selection in chosen])
     target = torch.frombuffer(body, dtype=TORCH_DTYPES[layout.dtype]).view(-1, layout.head_dim)
     device = keys[0].device
-    kernels = kernels_for(device)
     out = target if device.type == "cpu" else torch.empty(target.shape, dtype=target.dtype, device=device)
-    kernels.gather_rows(keys, values, indices, num_kept, out)
+    _gather(keys, values, indices, num_kept, out)
     _put_merged(selections, layout, num_kept, out)
     return (lambda: None) if out is target else _bring_over(out, target)
+
+
+def _gather(
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    indices: torch.Tensor,
+    num_kept: Sequence[int],
+    out: torch.Tensor,
+) -> None:
+    """At once for all layers of one length: those behind a sparse pass's drop hold fewer tokens."""
+    heads, first, row = len(keys[0]), 0, 0
+    for _, group in groupby(keys, key=lambda key: key.shape):
+        alike = slice(first, first + len(list(group)))
+        counts = num_kept[alike.start * heads : alike.stop * heads]
+        rows = slice(row, row + sum(counts))
+        target = out[2 * rows.start : 2 * rows.stop]
+        kernels_for(out.device).gather_rows(keys[alike], values[alike], indices[rows], counts, target)
+        first, row = alike.stop, rows.stop
 
 
 def _put_merged(selections: Sequence[Selection], layout: KVLayout, num_kept: Sequence[int], out: torch.Tensor) -> None:

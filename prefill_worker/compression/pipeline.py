@@ -12,6 +12,7 @@ import torch
 from prefill_worker.compression.policy import Policy, TokenBudget
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rows import post_vision_rows
+from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.compression.statistics import ColumnSums, ObservedLayer, Statistic
 from shared.request.params import Budget, BudgetScope
 
@@ -37,17 +38,30 @@ class Selection:
             return [num_tokens] * num_kv_heads
         return self.chosen.sum(dim=1).tolist()
 
-    def indices(self, key: torch.Tensor) -> torch.Tensor:
-        """Positions of the kept tokens in `key` [num_kv_heads, num_tokens, ..], head after head, ascending; int32."""
+    def indices(self, key: torch.Tensor, survivors: torch.Tensor | None = None) -> torch.Tensor:
+        """Places of the kept tokens in `key` [num_kv_heads, num_tokens, ..], head after head, ascending; int32.
+
+        Args:
+            survivors: [num_tokens] bool, whom `key` holds where it is shorter than the prompt.
+        """
         num_heads, num_tokens = key.shape[:2]
         if self.chosen is None:
             return torch.arange(num_tokens, dtype=torch.int32, device=key.device).repeat(num_heads)
-        return (self.chosen.flatten().nonzero().flatten() % num_tokens).int()
+        positions = self.chosen.flatten().nonzero().flatten() % self.chosen.shape[1]
+        if survivors is not None and num_tokens < self.chosen.shape[1]:
+            assert bool(survivors[positions].all()), "a dropped token has no KV to keep"
+            positions = (survivors.cumsum(dim=0) - 1)[positions]
+        return positions.int()
 
 
 def statistics_for(policy: Policy, prompt: PromptShape) -> tuple[Statistic[Any], ...]:
     """What is measured in each layer: the policy's statistics, and what says how much attention was kept."""
     return tuple(dict.fromkeys((*policy.for_prompt(prompt).needs(prompt), _attention(prompt))))
+
+
+def sparse_prefill_for(policy: Policy, prompt: PromptShape, budget: Budget, num_layers: int) -> SparsePrefill | None:
+    """What the policy changes in the pass; a fresh one for each pass."""
+    return policy.for_prompt(prompt).sparse_prefill(prompt, _token_budget(prompt, budget, num_layers))
 
 
 def asked_retention(prompt: PromptShape, budget: Budget) -> Fraction:
@@ -65,10 +79,14 @@ def select_tokens(policy: Policy, layers: Sequence[ObservedLayer], budget: Budge
     """One selection per layer; nothing is mixed across requests."""
     prompt = layers[0].prompt
     policy = policy.for_prompt(prompt)
-    text = prompt.num_tokens - prompt.num_visual if budget.scope is BudgetScope.VISUAL else 0
-    retention, scored = asked_retention(prompt, budget), prompt.num_tokens - text
-    kept = policy.allocate(layers, TokenBudget(retention=retention, num_tokens=scored, num_layers=len(layers)))
+    tokens = _token_budget(prompt, budget, len(layers))
+    text, kept = prompt.num_tokens - tokens.num_tokens, policy.allocate(layers, tokens)
     return [_select_layer(policy, layer, text + count, text > 0) for layer, count in zip(layers, kept, strict=True)]
+
+
+def _token_budget(prompt: PromptShape, budget: Budget, num_layers: int) -> TokenBudget:
+    scored = prompt.num_visual if budget.scope is BudgetScope.VISUAL else prompt.num_tokens
+    return TokenBudget(retention=asked_retention(prompt, budget), num_tokens=scored, num_layers=num_layers)
 
 
 def _select_layer(policy: Policy, layer: ObservedLayer, kept: int, keep_text: bool) -> Selection:

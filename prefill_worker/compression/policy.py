@@ -17,6 +17,7 @@ import torch
 
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.selection import best_tokens
+from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.compression.statistics import ObservedLayer, Statistic
 from shared.errors import InvalidRequestError
 from shared.request.params import MIN_KEPT_TOKENS
@@ -56,6 +57,15 @@ class Policy(ABC):
     def needs(self, prompt: PromptShape) -> tuple[Statistic[Any], ...]:
         """What is measured in each layer; a cheap function of the prompt's shape."""
         return ()
+
+    def sparse_prefill(self, prompt: PromptShape, budget: TokenBudget) -> SparsePrefill | None:
+        """What the method changes in the pass itself; None leaves it whole."""
+        return None
+
+    @property
+    def needs_own_pass(self) -> bool:
+        """Whether a pass that was made for another policy or budget is of no use to this one."""
+        return type(self).sparse_prefill is not Policy.sparse_prefill
 
     @abstractmethod
     def score(self, layer: ObservedLayer) -> torch.Tensor:

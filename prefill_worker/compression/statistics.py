@@ -57,14 +57,16 @@ class ObservedLayer:
     """What a policy sees of a layer when it scores.
 
     Attributes:
-        key: [num_kv_heads, num_tokens, head_dim], rotated.
+        key: [num_kv_heads, num_tokens, head_dim], rotated; in a sparse pass only of the tokens that the layer has.
         value: As `key`.
+        survivors: [num_tokens] bool, the tokens that reached the last layer of a sparse pass; None when all did.
     """
 
     prompt: PromptShape
     key: torch.Tensor
     value: torch.Tensor
     measured: Mapping[Statistic[Any], Any]
+    survivors: torch.Tensor | None = None
 
     def __getitem__(self, statistic: Statistic[T_co]) -> T_co:
         """What was measured; the policy must have declared it."""
