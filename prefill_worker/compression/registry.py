@@ -13,6 +13,7 @@ from prefill_worker.compression.policies.d2o import D2O
 from prefill_worker.compression.policies.elastic_cache import ElasticCache
 from prefill_worker.compression.policies.expected_attention import ExpectedAttention
 from prefill_worker.compression.policies.fast_gen import FastGen
+from prefill_worker.compression.policies.fast_v import FastV
 from prefill_worker.compression.policies.h2o import H2O
 from prefill_worker.compression.policies.keyformer import Keyformer
 from prefill_worker.compression.policies.kv_merger import KVMerger
@@ -25,6 +26,7 @@ from prefill_worker.compression.policies.snap_kv import SnapKV
 from prefill_worker.compression.policies.streaming_llm import StreamingLLM
 from prefill_worker.compression.policies.tgv_kv import TGVKV
 from prefill_worker.compression.policies.vl_cache import VLCache
+from prefill_worker.compression.policies.zip_vl import ZipVL
 from prefill_worker.compression.policy import Policy
 from shared.errors import InvalidRequestError
 
@@ -50,6 +52,8 @@ POLICIES: dict[str, type[Policy]] = {
         D2O,
         KVMerger,
         Keyformer,
+        FastV,
+        ZipVL,
     )
 }
 DEFAULT_POLICY = VLCache.name
