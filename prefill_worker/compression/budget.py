@@ -37,6 +37,11 @@ def paper_budget(densities: Sequence[float], budget: TokenBudget, min_tokens: in
     return [max(int(share * tokens + 1e-9), min(tokens, min_tokens)) for share in shares]
 
 
+def uniform_budget(densities: Sequence[float], budget: TokenBudget, min_tokens: int) -> list[int]:
+    """What the others are compared with: the same in every layer, rounded down, whatever the densities."""
+    return budget.uniform(min_tokens)
+
+
 def round_to_total(wanted: Sequence[float], total: int, cap: int) -> list[int]:
     """Integers near `wanted` that sum to `total`: largest remainder first, ties to the lower layer."""
     kept = [min(cap, int(tokens + 1e-9)) for tokens in wanted]

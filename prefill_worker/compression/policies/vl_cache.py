@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 
-from prefill_worker.compression.budget import paper_budget, strict_budget
+from prefill_worker.compression.budget import paper_budget, strict_budget, uniform_budget
 from prefill_worker.compression.policy import Policy, TokenBudget
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rows import MAX_ROWS, post_vision_rows
@@ -27,7 +27,7 @@ from prefill_worker.compression.selection import best_tokens, share_of, with_rec
 from prefill_worker.compression.statistics import ObservedLayer, Sweep
 from shared.request.params import MIN_KEPT_TOKENS
 
-BUDGETS = {"strict": strict_budget, "paper": paper_budget}
+BUDGETS = {"strict": strict_budget, "paper": paper_budget, "uniform": uniform_budget}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class VLCache(Policy):
     name: ClassVar[str] = "vl_cache"
 
     budget: str = "strict"
-    """How layer shares are clipped: `strict` (exact total) or `paper`."""
+    """How layers share: `strict` (exact total), `paper`, or `uniform` (the same in each, for comparison)."""
     threshold: float = 0.01
     """p: an attention entry below p times its row's maximum counts as zero; in (0, 1]."""
     max_rows: int = MAX_ROWS
@@ -67,7 +67,7 @@ class VLCache(Policy):
         return sums.sum(dim=0, keepdim=True).expand_as(sums) if self.shared_heads else sums
 
     def allocate(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
-        """By density, `strict` or `paper`."""
+        """By density, `strict` or `paper`; or alike."""
         densities = [1.0 - self.sparsity(layer) for layer in layers]
         return BUDGETS[self.budget](densities, budget, self.min_tokens)
 

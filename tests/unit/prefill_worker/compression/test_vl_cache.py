@@ -89,3 +89,13 @@ def test_a_denser_layer_gets_more_and_requests_do_not_mix() -> None:
     select_tokens(policy, [sparse, sparse], Budget(retention=0.5))
     again = select_tokens(policy, [dense, sparse], Budget(retention=0.2))
     assert all(positions(a) == positions(b) for a, b in zip(first, again, strict=True))
+
+
+def test_uniform_budgets_differ_in_nothing_but_the_counts() -> None:
+    uniform, strict = VLCache(budget="uniform"), VLCache()
+    layers = [layer_of(uniform, torch.rand(2, 205), [count] * 4) for count in (100, 300)]
+    alike = select_tokens(uniform, layers, Budget(retention=0.3))
+    assert [kept.num_kept(2, 205) for kept in alike] == [[61, 61], [61, 61]]
+    wanted = [strict.select(strict.score(layer), [61, 61]) for layer in layers]
+    assert [positions(kept) for kept in alike] == [positions(chosen) for chosen in wanted]
+    assert [kept.num_kept(2, 205) for kept in select_tokens(uniform, layers, Budget(retention=0.05))] == [[16, 16]] * 2
