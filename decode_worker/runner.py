@@ -12,6 +12,7 @@ from typing import Any
 from vlcache.v1 import inference_pb2 as public
 
 from decode_worker.kv_pool.base import KVPool, SequenceKV
+from decode_worker.parcel_reader import plain_body
 from decode_worker.parking import Parking
 from decode_worker.reservations import Reservation, Reservations
 from decode_worker.scheduler import DecodeScheduler, NewToken, StepOutcome
@@ -115,13 +116,14 @@ class DecodeRunner:
     async def install(
         self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool = True
     ) -> None:
-        """Copies, verifies and activates a parcel whose fill has begun: whole or not at all.
+        """Decodes, copies, verifies and activates a parcel whose fill has begun: whole or not at all.
 
         Args:
             verify: Whether the body must match its digest: always when it came from another process.
 
         Raises:
             DataLossError: The digest does not match.
+            InvalidRequestError: An encoded body contradicts its manifest.
             AbortedError: The reservation ended meanwhile.
         """
         started = time.monotonic()
@@ -207,6 +209,8 @@ class DecodeRunner:
 
     def _copy(self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool) -> SequenceKV:
         growth = self.promised(manifest.sampling.max_new_tokens)
+        if manifest.encoding is not None:
+            body, verify = plain_body(manifest, body, verify=verify), False
         kv = self._pool.install(reservation.allocation, manifest.num_kept, body, growth)
         if verify:
             # after the copy: a slot that was reused meanwhile shows

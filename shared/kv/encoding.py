@@ -10,7 +10,7 @@ The last `residual` rows of each KV head stay as they are. Of the older ones K i
     keys, values                the older rows of all heads: codes, or values in the model's dtype when bits = 0
     key_scales, key_zeros       float16, a row per group of each head; only with codes, and before them
     value_scales, value_zeros   float16, a row per older row; only with codes, and before them
-    channels                    a bit per K channel of each head, lowest first; only when channels are left out
+    channels                    codes of one bit, a row per head: which K channels are sent; only when some are not
 
 A row of codes takes whole bytes: byte j of n holds the codes j, j + n, j + 2n .. from its lowest bits up. Zero bytes
 fill each layer up to a multiple of 4.
