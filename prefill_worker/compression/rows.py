@@ -45,3 +45,13 @@ def probe_rows(prompt: PromptShape) -> Rows:
         return all_rows(prompt)
     drawn = random.Random(prompt.seed).sample(range(recent.start), PROBE_ROWS)  # noqa: S311 - no secret
     return (*sorted(drawn), *recent)
+
+
+def run_at_the_end(rows: Rows, num_tokens: int) -> range:
+    """The last ones of the rows, which follow each other up to the prompt's end."""
+    first = num_tokens
+    for row in reversed(rows):
+        if row != first - 1:
+            break
+        first = row
+    return range(first, num_tokens)

@@ -34,7 +34,8 @@ class ThinnedAttention(LayerAttention):
         """See the base; the rows that are left of these."""
         positions = torch.tensor(rows, device=self.places.device)
         left = positions[torch.isin(positions, self.places)]
-        for chosen in left.split(BLOCK_ROWS) if len(left) else ():
+        for start in range(0, len(left), BLOCK_ROWS):
+            chosen = left[start : start + BLOCK_ROWS]
             weights = self._weights(torch.searchsorted(self.places, chosen))
             yield chosen, self._spread(weights)[..., : int(chosen[-1]) + 1]
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from prefill_worker.compression.accumulated import rows_that_see
 from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.rows import Rows
 from prefill_worker.compression.selection import best_tokens
@@ -36,7 +37,7 @@ class ImportantTokens(Statistic[Importance]):
     def measure(self, layer: LayerAttention) -> Importance:
         """See the class."""
         sums = layer.column_sums(self.rows).sum(dim=0) / len(layer.query)
-        scores = sums / self._watched(sums)
+        scores = sums / rows_that_see(self.rows, sums)
         scores[-1] = torch.inf
         return Importance(scores, best_tokens(scores[None], [self._count(sums)])[0])
 
@@ -44,11 +45,6 @@ class ImportantTokens(Statistic[Importance]):
         """Fewest tokens that together receive theta of what all rows give, one each."""
         held = sums.double().sort(descending=True).values.cumsum(dim=0)
         return min(len(sums), 1 + int((held < self.theta * len(self.rows)).sum()))
-
-    def _watched(self, sums: torch.Tensor) -> torch.Tensor:
-        """How many probe rows see each token."""
-        rows = torch.tensor(self.rows, device=sums.device)
-        return len(rows) - torch.searchsorted(rows, torch.arange(len(sums), device=sums.device))
 
 
 @dataclass(frozen=True)
