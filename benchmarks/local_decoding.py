@@ -36,7 +36,7 @@ class Track:
     log_probabilities: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.drawn.append(self.manifest.first_token)
+        self.drawn += self.manifest.generated
 
     def next_token(self, drawn: int) -> int:
         """Takes what a step drew; returns what is fed next."""

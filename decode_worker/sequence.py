@@ -31,13 +31,14 @@ class Sequence:
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, kv: SequenceKV, eos_token_ids: frozenset[int]) -> Sequence:
-        """A sequence whose first token came with the parcel."""
+        """A sequence that goes on after the tokens that came with the parcel."""
         return cls(
             kv=kv,
             sampling=manifest.sampling,
             eos_token_ids=eos_token_ids,
-            last_token=manifest.first_token,
+            last_token=manifest.generated[-1],
             next_position=manifest.next_position,
+            generated=len(manifest.generated),
         )
 
     def accept(self, token: int) -> None:

@@ -1,4 +1,4 @@
-"""What happens in the model thread: prefill -> first token -> selection -> parcel."""
+"""What happens in the model thread: prefill -> first token -> [look ahead] -> selection -> parcel."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from prefill_worker.compression.pipeline import (
 )
 from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.engine import Prefilled, PrefillEngine
-from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
+from prefill_worker.job import Compressed, Event, FirstToken, NextToken, PrefillJob
+from prefill_worker.opening import Opening
 from prefill_worker.parcel_writer import Arrival, kept_counts, write_body
 from prefill_worker.prompt import Prompt
+from shared.errors import RequestCancelledError
 from shared.kv.manifest import Manifest, body_digest, layer_tokens
 from shared.model.identity import ModelIdentity
-from shared.model.sampler import sample
 from shared.model.spec import VLMSpec
-from shared.model.text_stream import TextStream
 from shared.telemetry.metrics import PrefillMetrics
 
 Emit = Callable[[Event], None]
@@ -60,10 +60,10 @@ class PrefillCompute:
 
         Args:
             body: Where the parcel is written; at least as long as the budget's bound.
-            emit: Called with the first token as soon as it is known, then with the compression.
+            emit: Called with the first tokens as soon as they are known, then with the compression.
 
         Returns:
-            What completes the parcel, or None when the first token ends the answer and nothing need be shipped.
+            What completes the parcel, or None when the first tokens end the answer and nothing need be shipped.
 
         Raises:
             RequestCancelledError: The job was cancelled.
@@ -95,17 +95,23 @@ class PrefillCompute:
         Args:
             prefilled: A pass over the prompt that was made for this job, among others perhaps.
         """
-        first = self._first_token(job, prompt, prefilled.logits)
-        emit(first)
+        opening = self._opening(job, prompt)
+        first = opening.draw(prefilled.logits)
+        emit(FirstToken.of(first, prompt.shape))
         if first.finish_reason:
             return None
+        if job.policy.look_ahead and not _keeps_all(job, prompt):
+            prefilled = self._look_ahead(job, prompt, prefilled, opening, emit)
+            if opening.ended:
+                return None
         started = time.monotonic()
         if _keeps_all(job, prompt):
             selections = keep_everything(self._identity.layout.num_layers)
         else:
             selections = select_tokens(job.policy, prefilled.observed(prompt.shape), job.budget)
+            selections = [selection.followed_by(len(opening.tokens) - 1) for selection in selections]
         num_kept = kept_counts(prefilled, selections)
-        draft = self._draft(job, prompt, num_kept, selections, first.token)
+        draft = self._draft(job, prompt, num_kept, selections, opening.tokens)
         used = body[: draft.body_bytes]
         arrival = write_body(prefilled, selections, num_kept, draft.layout, used)
         self._metrics.observe_stage("select", time.monotonic() - started)
@@ -119,25 +125,35 @@ class PrefillCompute:
         (job,) = jobs
         return sparse_prefill_for(job.policy, prompt.shape, job.budget, self._identity.layout.num_layers)
 
-    def _first_token(self, job: PrefillJob, prompt: Prompt, logits: torch.Tensor) -> FirstToken:
-        sampling = job.sampling
-        token = sample(logits, sampling, prompt.next_position)
-        text = TextStream(self._tokenizer, sampling.stop)
-        delta = text.push(token)
-        reason = public.FINISH_REASON_UNSPECIFIED
-        if text.stopped or (token in self._spec.eos_token_ids and not sampling.ignore_eos):
-            reason = public.FINISH_REASON_STOP
-        elif sampling.max_new_tokens == 1:
-            reason = public.FINISH_REASON_LENGTH
-        if reason:
-            delta += text.finish()
-        return FirstToken(
-            token=token,
-            text=delta,
-            finish_reason=reason,
-            prompt_tokens=prompt.shape.num_tokens,
-            visual_tokens=prompt.shape.num_visual,
-        )
+    def _opening(self, job: PrefillJob, prompt: Prompt) -> Opening:
+        return Opening(self._tokenizer, job.sampling, self._spec.eos_token_ids, prompt.next_position)
+
+    def _look_ahead(
+        self, job: PrefillJob, prompt: Prompt, prefilled: Prefilled, opening: Opening, emit: Emit
+    ) -> Prefilled:
+        """Tokens after the first, over the full KV: part of the answer, or drafts of which only the attention stays."""
+        started, policy = time.monotonic(), job.policy
+        if policy.keeps_look_ahead:
+            looked = self._ahead_of(job, prompt, prefilled, opening, emit)
+        else:
+            drafts = self._opening(job, prompt)
+            drafts.draw(prefilled.logits)
+            looked = replace(prefilled, ahead=self._ahead_of(job, prompt, prefilled, drafts, lambda _: None).ahead)
+        self._metrics.observe_stage("look_ahead", time.monotonic() - started)
+        return looked
+
+    def _ahead_of(
+        self, job: PrefillJob, prompt: Prompt, prefilled: Prefilled, opening: Opening, emit: Emit
+    ) -> Prefilled:
+        def draw(logits: torch.Tensor) -> int | None:
+            if job.cancelled.is_set():
+                raise RequestCancelledError("cancelled while looking ahead")
+            drawn = opening.draw(logits)
+            emit(NextToken.of(drawn))
+            return None if drawn.finish_reason else drawn.token
+
+        (first,) = opening.tokens
+        return self._engine.look_ahead(prefilled, first, prompt.next_position, job.policy.look_ahead, draw)
 
     def _draft(
         self,
@@ -145,10 +161,11 @@ class PrefillCompute:
         prompt: Prompt,
         num_kept: tuple[int, ...],
         selections: list[Selection],
-        first_token: int,
+        tokens: Sequence[int],
     ) -> Manifest:
         """The manifest without its digest, which needs the body."""
-        layout, num_tokens = self._identity.layout, prompt.shape.num_tokens
+        layout, fed = self._identity.layout, len(tokens) - 1
+        num_tokens = prompt.shape.num_tokens + fed
         return Manifest(
             transfer=job.transfer,
             model=self._identity.name,
@@ -156,14 +173,14 @@ class PrefillCompute:
             layout=layout,
             num_kept=num_kept,
             logical_length=num_tokens,
-            next_position=prompt.next_position,
+            next_position=prompt.next_position + fed,
             policy=job.policy.name,
             requested_retention=float(asked_retention(prompt.shape, job.budget)),
             realised_retention=layout.realised_retention(num_kept, num_tokens),
             layer_attention_mass=tuple(selection.attention_mass for selection in selections),
             body_bytes=layout.body_bytes(num_kept),
             digest=b"",
-            first_token=first_token,
+            generated=tuple(tokens),
             sampling=job.sampling,
         )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rotation import Rotation
 from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.compression.statistics import ObservedLayer, Statistic
+from prefill_worker.look_ahead import Draw, LookAhead
 from prefill_worker.observer import PrefillObserver
 from prefill_worker.prompt import Prompt
 from prefill_worker.sparse_pass import SparseObserver, with_own_layers
@@ -29,11 +30,12 @@ class Prefilled:
     Attributes:
         logits: [vocab] fp32, of the first generated token.
         keys: Per layer [num_kv_heads, num_tokens, head_dim], rotated; only of survivors where a sparse pass dropped
-            the others.
+            the others; with those of the answer's first tokens behind them after looking ahead.
         values: As `keys`.
         measured: Per layer, each statistic's value; empty when nothing was observed.
         seconds: Duration of the stages vision_encode, prefill and statistics.
         survivors: [num_tokens] bool, the tokens that reached the last layer of a sparse pass; None when all did.
+        ahead: Per layer what the answer's first tokens attended to, see `ObservedLayer`; empty without looking ahead.
     """
 
     logits: torch.Tensor
@@ -42,12 +44,21 @@ class Prefilled:
     measured: list[dict[Statistic[Any], Any]]
     seconds: dict[str, float]
     survivors: torch.Tensor | None = None
+    ahead: Sequence[torch.Tensor | None] = ()
 
     def observed(self, prompt: PromptShape) -> list[ObservedLayer]:
-        """The layers as a policy sees them."""
+        """The layers as a policy sees them: the prompt's tokens alone."""
+        seen, ahead = slice(prompt.num_tokens), self.ahead or [None] * len(self.keys)
         return [
-            ObservedLayer(prompt=prompt, key=key, value=value, measured=measured, survivors=self.survivors)
-            for key, value, measured in zip(self.keys, self.values, self.measured, strict=True)
+            ObservedLayer(
+                prompt=prompt,
+                key=key[:, seen],
+                value=value[:, seen],
+                measured=measured,
+                survivors=self.survivors,
+                ahead=attention,
+            )
+            for key, value, measured, attention in zip(self.keys, self.values, self.measured, ahead, strict=True)
         ]
 
 
@@ -109,6 +120,22 @@ class PrefillEngine:
             seconds=_stage_seconds(started, observer),
             survivors=observer.survivors,
         )
+
+    def look_ahead(self, prefilled: Prefilled, token: int, position: int, steps: int, draw: Draw) -> Prefilled:
+        """Decodes the answer's first tokens over the full KV of a pass, which stays as it is.
+
+        Args:
+            prefilled: A pass whose tokens all reached the last layer.
+            token: The first of them, at `position`.
+            steps: Tokens that are fed at most.
+
+        Returns:
+            The pass with the KV of what was fed, and what it attended to.
+        """
+        assert prefilled.survivors is None, "a sparse pass has no full KV"
+        ahead = LookAhead(self._model, prefilled.keys, prefilled.values, steps)
+        ahead.run(token, position, steps, draw)
+        return replace(prefilled, keys=ahead.keys(), values=ahead.values(), ahead=ahead.attention)
 
     @cached_property
     def _sparse_model(self) -> PreTrainedModel:

@@ -9,8 +9,10 @@ from vlcache.v1 import inference_pb2 as public
 from vlcache.worker.v1 import prefill_pb2 as pb
 
 from prefill_worker.compression.policy import Policy
+from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.registry import build_policy
 from prefill_worker.kv_sender import Ticket
+from prefill_worker.opening import DrawnToken
 from shared.errors import InvalidRequestError
 from shared.kv.manifest import TransferId
 from shared.request.params import Budget, Sampling
@@ -67,6 +69,17 @@ class FirstToken:
     prompt_tokens: int
     visual_tokens: int
 
+    @classmethod
+    def of(cls, drawn: DrawnToken, prompt: PromptShape) -> FirstToken:
+        """The event of a token that was drawn right after the prompt."""
+        return cls(
+            token=drawn.token,
+            text=drawn.text,
+            finish_reason=drawn.finish_reason,
+            prompt_tokens=prompt.num_tokens,
+            visual_tokens=prompt.num_visual,
+        )
+
     def to_proto(self) -> pb.PrefillEvent:
         """The event on the wire."""
         return pb.PrefillEvent(
@@ -78,6 +91,25 @@ class FirstToken:
                 visual_tokens=self.visual_tokens,
             )
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextToken:
+    """A token that was decoded ahead, after the first and before the compression."""
+
+    token: int
+    text: str
+    finish_reason: public.FinishReason
+
+    @classmethod
+    def of(cls, drawn: DrawnToken) -> NextToken:
+        """The event of a drawn token."""
+        return cls(token=drawn.token, text=drawn.text, finish_reason=drawn.finish_reason)
+
+    def to_proto(self) -> pb.PrefillEvent:
+        """The event on the wire."""
+        token = pb.NextToken(token_id=self.token, text=self.text, finish_reason=self.finish_reason)
+        return pb.PrefillEvent(next_token=token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,4 +137,4 @@ class Transferred:
         return pb.PrefillEvent(transfer=transfer)
 
 
-Event = FirstToken | Compressed | Transferred
+Event = FirstToken | NextToken | Compressed | Transferred

@@ -32,8 +32,8 @@ Inbox: TypeAlias = "asyncio.Queue[Item]"
 class Attempt:
     """Fills `inbox` until it is closed. Closing leaves nothing running on either worker.
 
-    The decode worker is attached by `attach`, which the request calls when it has the first token: so no later token
-    can overtake it.
+    The decode worker is attached by `attach`, which the request calls when the prefill worker has said all its tokens:
+    so no later token can overtake them.
     """
 
     def __init__(self, lease: Lease, inbox: Inbox, background: Background) -> None:
@@ -59,9 +59,14 @@ class Attempt:
         self._pump = self._background.spawn(self._read_prefill(request, timeout_s))
 
     def attach(self) -> None:
-        """Asks the decode worker for the tokens after the first."""
+        """Asks the decode worker for the tokens after the prefill worker's."""
         tokens = self.lease.pair.decode.tokens
         self._attachment = tokens.attach(self.lease.ticket.token, self._inbox.put_nowait)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the decode worker was asked."""
+        return self._attachment is not None
 
     def sequence_ended(self) -> None:
         """The decode worker has sent the last token: it holds nothing any more."""

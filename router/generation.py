@@ -139,8 +139,11 @@ class Generation:
         kind = event.WhichOneof("event")
         if kind == "first_token":
             return self._on_first_token(event.first_token)
+        if kind == "next_token":
+            return self._on_next_token(event.next_token)
         if kind == "compression":
             self._account.compression(event.compression)
+            self._hand_over()
             return (pb.GenerateResponse(compression=event.compression),)
         if kind == "transfer":
             self._account.transfer(event.transfer)
@@ -152,11 +155,21 @@ class Generation:
         self._usage = pb.Usage(prompt_tokens=token.prompt_tokens, visual_tokens=token.visual_tokens)
         self._account.prompt(token.prompt_tokens, token.visual_tokens)
         self._account.tokens(1)
+        return self._on_token(token)
+
+    def _on_next_token(self, token: prefill_pb2.NextToken) -> Sequence[pb.GenerateResponse]:
+        self._account.tokens(1)
+        return self._on_token(token)
+
+    def _on_token(self, token: prefill_pb2.FirstToken | prefill_pb2.NextToken) -> Sequence[pb.GenerateResponse]:
         if token.finish_reason:
             self._answered(token.finish_reason)
-        else:
-            self._current.attach()
         return (pb.GenerateResponse(delta=pb.Delta(token_ids=[token.token_id], text=token.text)),)
+
+    def _hand_over(self) -> None:
+        """What follows comes from the decode worker; not before the prefill worker has said its last token."""
+        if not self._reason:
+            self._current.attach()
 
     def _on_update(self, update: decode_pb2.SequenceUpdate) -> Sequence[pb.GenerateResponse]:
         self._account.tokens(len(update.token_ids))
@@ -187,6 +200,8 @@ class Generation:
             return
         if self._stage == PREFILL and error is None:
             error = InternalError("the prefill worker ended without a token", reason="NO_FIRST_TOKEN")
+        if error is None and not self._current.attached:
+            error = InternalError("the prefill worker ended before it handed over", reason="NO_HAND_OVER")
         if error is not None:
             raise error
 

@@ -41,6 +41,6 @@ def describe(body: memoryview, epoch: str) -> Manifest:
         layer_attention_mass=(),
         body_bytes=len(body),
         digest=body_digest(body),
-        first_token=0,
+        generated=(0,),
         sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS),
     )

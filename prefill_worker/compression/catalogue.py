@@ -64,6 +64,8 @@ def _observed(policy: Policy) -> str:
     if "rows" in {field.name for field in fields(policy)}:  # type: ignore[arg-type]  # a dataclass
         choices.append(replace(policy, rows="probe"))  # type: ignore[type-var]
     names = [name for choice in choices for statistic in choice.needs(SAMPLE) for name in _rows(statistic)]
+    if policy.look_ahead:
+        names.append(f"the answer's first {policy.look_ahead} rows")
     return " or ".join(dict.fromkeys(names)) or "nothing"
 
 

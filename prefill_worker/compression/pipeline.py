@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -37,6 +37,14 @@ class Selection:
         if self.chosen is None:
             return [num_tokens] * num_kv_heads
         return self.chosen.sum(dim=1).tolist()
+
+    def followed_by(self, answer_tokens: int) -> Selection:
+        """The same choice where so many tokens of the answer, all of them kept, follow the prompt's."""
+        if answer_tokens == 0:
+            return self
+        assert self.chosen is not None, "whoever keeps everything need not look ahead"
+        assert self.merged is None, "merged rows and an answer's are not put together"
+        return replace(self, chosen=torch.nn.functional.pad(self.chosen, (0, answer_tokens), value=True))
 
     def indices(self, key: torch.Tensor, survivors: torch.Tensor | None = None) -> torch.Tensor:
         """Places of the kept tokens in `key` [num_kv_heads, num_tokens, ..], head after head, ascending; int32.

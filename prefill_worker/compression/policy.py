@@ -67,6 +67,16 @@ class Policy(ABC):
         """Whether a pass that was made for another policy or budget is of no use to this one."""
         return type(self).sparse_prefill is not Policy.sparse_prefill
 
+    @property
+    def look_ahead(self) -> int:
+        """Answer tokens that are decoded over the full KV before it is scored; see `ObservedLayer.ahead`."""
+        return 0
+
+    @property
+    def keeps_look_ahead(self) -> bool:
+        """Whether the decode worker goes on after these tokens; else they were only drafts."""
+        return True
+
     @abstractmethod
     def score(self, layer: ObservedLayer) -> torch.Tensor:
         """Worth of each token, [num_kv_heads, num_tokens] fp32; infinity for what must stay, never NaN."""

@@ -17,6 +17,7 @@ from prefill_worker.compression.policies.fast_v import FastV
 from prefill_worker.compression.policies.h2o import H2O
 from prefill_worker.compression.policies.keyformer import Keyformer
 from prefill_worker.compression.policies.kv_merger import KVMerger
+from prefill_worker.compression.policies.look_ahead import LookAheadPolicy
 from prefill_worker.compression.policies.look_m import LookM
 from prefill_worker.compression.policies.mix_kv import MixKV
 from prefill_worker.compression.policies.prefix_kv import PrefixKV
@@ -54,6 +55,7 @@ POLICIES: dict[str, type[Policy]] = {
         Keyformer,
         FastV,
         ZipVL,
+        LookAheadPolicy,
     )
 }
 DEFAULT_POLICY = VLCache.name

@@ -60,6 +60,8 @@ class ObservedLayer:
         key: [num_kv_heads, num_tokens, head_dim], rotated; in a sparse pass only of the tokens that the layer has.
         value: As `key`.
         survivors: [num_tokens] bool, the tokens that reached the last layer of a sparse pass; None when all did.
+        ahead: [num_kv_heads, num_tokens] fp32, attention that each token received from the answer's first tokens,
+            summed over these and the group; None unless the policy looks ahead.
     """
 
     prompt: PromptShape
@@ -67,6 +69,7 @@ class ObservedLayer:
     value: torch.Tensor
     measured: Mapping[Statistic[Any], Any]
     survivors: torch.Tensor | None = None
+    ahead: torch.Tensor | None = None
 
     def __getitem__(self, statistic: Statistic[T_co]) -> T_co:
         """What was measured; the policy must have declared it."""

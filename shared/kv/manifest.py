@@ -31,9 +31,10 @@ class TransferId:
 class Manifest:
     """Describes a parcel; immutable, checked against the reservation before anything is installed.
 
-    `num_kept` is layer-major, one count per layer and KV head. `next_position` is the RoPE position of the first
-    generated token: the original prompt length (plus the M-RoPE delta), never the kept length. `eviction` says what the
-    decode worker does with the KV while it generates; where that goes by scores, the body ends with them.
+    `num_kept` is layer-major, one count per layer and KV head. `generated` are the answer's tokens so far: the last has
+    no KV yet, that of the others closes every head's rows. `next_position` is the last one's RoPE position: the
+    original prompt length (plus the M-RoPE delta) and what was generated before it, never the kept length. `eviction`
+    says what the decode worker does with the KV while it generates; where that goes by scores, the body ends with them.
     """
 
     transfer: TransferId
@@ -49,7 +50,7 @@ class Manifest:
     layer_attention_mass: tuple[float, ...]
     body_bytes: int
     digest: bytes
-    first_token: int
+    generated: tuple[int, ...]
     sampling: Sampling
     encoding: Encoding | None = None
     """None: the body is plain."""
@@ -67,6 +68,11 @@ class Manifest:
         """Bytes of scores at the body's end, one fp32 per kept row."""
         return score_bytes(self.eviction, self.num_kept)
 
+    @property
+    def tokens_to_come(self) -> int:
+        """Tokens that may still be generated."""
+        return self.sampling.max_new_tokens - len(self.generated)
+
     def check(self) -> None:
         """Checks that the parts agree with each other.
 
@@ -81,6 +87,7 @@ class Manifest:
             self.encoding.check(self.layout, self.num_kept)
         _require(self.body_bytes == self.kv_bytes + self.score_bytes, "body size and kept counts disagree")
         _require(0 < self.next_position <= 2 * MAX_LOGICAL_LENGTH, "next position out of range")
+        _require(0 < len(self.generated) <= min(self.num_kept) + 1, "as many rows as tokens that were fed are needed")
         self._check_eviction()
 
     def check_compatible(self, *, compatibility: str, layout: KVLayout) -> None:
@@ -131,7 +138,7 @@ class Manifest:
             layer_attention_mass=tuple(message.layer_attention_mass),
             body_bytes=message.body_bytes,
             digest=message.digest,
-            first_token=message.first_token,
+            generated=tuple(message.generated),
             sampling=Sampling.from_proto(message.sampling, default_max_new_tokens=0),
             encoding=Encoding.from_proto(message.encoding) if message.HasField("encoding") else None,
             eviction=_eviction(message),
@@ -161,7 +168,7 @@ class Manifest:
             layer_attention_mass=self.layer_attention_mass,
             body_bytes=self.body_bytes,
             digest=self.digest,
-            first_token=self.first_token,
+            generated=self.generated,
             sampling=self.sampling.to_proto(),
             encoding=self.encoding.to_proto() if self.encoding else None,
             eviction=self.eviction.to_proto() if self.eviction else None,

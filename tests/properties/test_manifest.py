@@ -55,7 +55,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         layer_attention_mass=tuple(draw(st.lists(st.floats(0, 1, width=32), max_size=5))),
         body_bytes=kv_bytes + score_bytes(eviction, num_kept),
         digest=draw(st.binary(max_size=16)),
-        first_token=draw(st.integers(0, 2**32 - 1)),
+        generated=tuple(draw(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=min(num_kept) + 1))),
         sampling=draw(samplings),
         encoding=encoding,
         eviction=eviction,
@@ -75,6 +75,7 @@ EXAMPLE = pb.KVManifest(
     num_kept=[3, 1, 2, 2],
     logical_length=5,
     next_position=5,
+    generated=[7],
     body_bytes=2 * 8 * 4 * 4,
     sampling=Sampling(max_new_tokens=1).to_proto(),
 )

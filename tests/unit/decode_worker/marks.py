@@ -99,6 +99,6 @@ def manifest_for(client: Client) -> Manifest:
         num_kept(client.seed),
         memoryview(parcel_body(client.seed, 0)),
         transfer=TransferId(request_id=str(client.seed), attempt=1, prefill_epoch=EPOCH),
-        first_token=FIRST_TOKEN,
+        generated=(FIRST_TOKEN,),
         sampling=Sampling(max_new_tokens=client.max_new_tokens, seed=client.seed),
     )

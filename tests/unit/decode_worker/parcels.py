@@ -38,7 +38,7 @@ def manifest_of(layout: KVLayout, num_kept: Sequence[int], body: memoryview | by
         "layer_attention_mass": (0.5,) * layout.num_layers,
         "body_bytes": len(body),
         "digest": body_digest(memoryview(body)),
-        "first_token": 5,
+        "generated": (5,),
         "sampling": Sampling(max_new_tokens=8, ignore_eos=True),
     }
     return Manifest(**(values | changes))

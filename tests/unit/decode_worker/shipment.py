@@ -32,7 +32,7 @@ class Shipment:
             "compatibility": self._loaded.identity.compatibility,
             "logical_length": self.prompt.num_tokens,
             "next_position": self.prompt.num_tokens,
-            "first_token": self.prompt.first_token,
+            "generated": (self.prompt.first_token,),
             "sampling": Sampling(max_new_tokens=MAX_NEW_TOKENS, ignore_eos=True),
         }
         return manifest_of(LAYOUT, self.num_kept, self.body, **(truth | changes))

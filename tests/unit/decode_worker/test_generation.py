@@ -95,7 +95,7 @@ def test_the_first_token_s_open_text_is_said_here(loaded: LoadedModel, shipment:
     async def body(served: Served) -> None:
         stream, (first, *_) = served.stream(), SMILE
         promise = await served.reserve(max_new_tokens=len(SMILE) + 1)
-        from_here = shipment.manifest(first_token=first, sampling=Sampling(max_new_tokens=len(SMILE) + 1))
+        from_here = shipment.manifest(generated=(first,), sampling=Sampling(max_new_tokens=len(SMILE) + 1))
         await served.put(frames(promise.token, from_here, shipment.body))
         await stream.attach(HANDLE, promise.token)
         assert await stream.text(HANDLE) == "\N{GRINNING FACE} red"

@@ -129,7 +129,7 @@ FOREIGN: dict[str, tuple[Any, str, str]] = {
         "NOTHING_TO_GENERATE",
     ),
     "a first token that does not exist": (
-        lambda made: dataclasses.replace(made, first_token=1 << 31),
+        lambda made: dataclasses.replace(made, generated=(1 << 31,)),
         "INVALID_ARGUMENT",
         "FIRST_TOKEN",
     ),

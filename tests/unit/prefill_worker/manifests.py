@@ -25,7 +25,7 @@ def manifest(body: bytes = bytes(4 * 2 * 32), **changes: Any) -> Manifest:
         "layer_attention_mass": (0.5, 0.5),
         "body_bytes": len(body),
         "digest": body_digest(memoryview(body)),
-        "first_token": 5,
+        "generated": (5,),
         "sampling": Sampling(max_new_tokens=8),
     }
     return Manifest(**(values | changes))

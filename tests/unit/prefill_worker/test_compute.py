@@ -190,11 +190,11 @@ def test_the_first_token_stands_right_after_the_prompt(
     assert done.first.finish_reason == public.FINISH_REASON_UNSPECIFIED
     assert (done.first.prompt_tokens, done.first.visual_tokens) == (prompt.shape.num_tokens, 16)
     assert done.manifest is not None
-    assert done.manifest.first_token == expected
+    assert done.manifest.generated == (expected,)
 
 
 def with_first_token(compute: PrefillCompute, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefill_worker.compute.sample", lambda *_: token)
+    monkeypatch.setattr("prefill_worker.opening.sample", lambda *_: token)
 
 
 EOS = tokenizer().eos_token_id

@@ -117,6 +117,12 @@ def first_token(text: str = "A", reason: int = 0) -> prefill_pb2.PrefillEvent:
     return prefill_pb2.PrefillEvent(first_token=token)
 
 
+def next_token(text: str, token_id: int, reason: int = 0) -> prefill_pb2.PrefillEvent:
+    """A token that was decoded ahead."""
+    token = prefill_pb2.NextToken(text=text, token_id=token_id, finish_reason=reason)
+    return prefill_pb2.PrefillEvent(next_token=token)
+
+
 def compression() -> prefill_pb2.PrefillEvent:
     message = pb.Compression(
         policy="vl_cache", realised_retention=0.1, full_bytes=FULL_BYTES, kept_bytes=KEPT_BYTES, prompt_tokens=50

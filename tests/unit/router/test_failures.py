@@ -342,7 +342,7 @@ def test_prefill_that_fails_after_the_first_token_ends_the_request_on_decode_too
     async def main() -> None:
         async with bench() as b:
             b.decode[0].script = hang
-            b.prefill[0].script = lambda _: [first_token(), errors.DataLossError("digest mismatch")]
+            b.prefill[0].script = lambda _: [first_token(), compression(), errors.DataLossError("digest mismatch")]
             error = await error_of(b)
             assert error.code == "DATA_LOSS"
             await b.idle()
@@ -356,12 +356,24 @@ def test_prefill_that_fails_after_the_answer_cannot_take_it_back() -> None:
     async def main() -> None:
         async with bench() as b:
             goes_on = asyncio.Event()
-            b.prefill[0].script = lambda _: [first_token(), goes_on.wait(), errors.UnavailableError("gone")]
+            b.prefill[0].script = lambda _: [first_token(), compression(), goes_on.wait(), errors.UnavailableError("gone")]
             call = b.ask()
-            seen = [await call.read() for _ in range(4)]
+            seen = [await call.read() for _ in range(5)]
             assert text_of(seen) == "ABC"
             goes_on.set()
             assert (await call.read()).HasField("finished")
+
+    run(main)
+
+
+def test_prefill_that_ends_before_it_hands_over_is_a_bug_of_the_worker() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            b.prefill[0].script = lambda _: [first_token()]
+            error = await error_of(b)
+            assert (error.code, error.reason) == ("INTERNAL", "NO_HAND_OVER")
+            await b.idle()
+            assert b.decode[0].releases == [b"token-1"]
 
     run(main)
 

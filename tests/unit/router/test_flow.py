@@ -15,6 +15,7 @@ from tests.unit.router.fakes import (
     compression,
     first_token,
     kinds,
+    next_token,
     run,
     say,
     text_of,
@@ -102,14 +103,14 @@ def test_transfer_is_delivered_before_finished_even_when_decode_is_faster() -> N
     async def main() -> None:
         async with bench() as b:
             late = asyncio.Event()
-            b.prefill[0].script = lambda _: [first_token(), late.wait(), compression(), transfer()]
+            b.prefill[0].script = lambda _: [first_token(), compression(), late.wait(), transfer()]
             call = b.ask()
-            seen = [await call.read() for _ in range(4)]
-            assert kinds(seen) == ["started", "delta", "delta", "delta"]
+            seen = [await call.read() for _ in range(5)]
+            assert kinds(seen) == ["started", "delta", "compression", "delta", "delta"]
             late.set()
             rest = [event async for event in _rest(call)]
-            assert kinds(rest) == ["compression", "transfer", "finished"]
-            assert rest[1].transfer.sent_bytes == SENT_BYTES
+            assert kinds(rest) == ["transfer", "finished"]
+            assert rest[0].transfer.sent_bytes == SENT_BYTES
 
     run(main)
 
@@ -117,24 +118,38 @@ def test_transfer_is_delivered_before_finished_even_when_decode_is_faster() -> N
 def test_a_prefill_call_that_does_not_end_cannot_hold_the_answer_back() -> None:
     async def main() -> None:
         async with bench(control_timeout_s=0.2) as b:
-            b.prefill[0].script = lambda _: [first_token(), asyncio.Event().wait()]
+            b.prefill[0].script = lambda _: [first_token(), compression(), asyncio.Event().wait()]
             events = await b.answer(request_id="slow-end")
-            assert kinds(events) == ["started", "delta", "delta", "delta", "finished"]
+            assert kinds(events) == ["started", "delta", "compression", "delta", "delta", "finished"]
             assert await b.prefill[0].cancelled.reaches(1) == "slow-end"
 
     run(main)
 
 
-def test_tokens_never_overtake_the_first_and_keep_their_order() -> None:
+def test_tokens_never_overtake_those_of_the_prefill_worker_and_keep_their_order() -> None:
     async def main() -> None:
         async with bench() as b:
             texts = [chr(ord("B") + number) for number in range(20)]
             b.decode[0].script = say(*texts)
-            b.prefill[0].script = lambda _: [compression(), first_token(), transfer()]
+            ahead = [next_token("-", 100), next_token("+", 101)]
+            b.prefill[0].script = lambda _: [first_token(), *ahead, compression(), transfer()]
             events = await b.answer()
-            assert text_of(events) == "A" + "".join(texts)
+            assert text_of(events) == "A-+" + "".join(texts)
             ids = [token for event in events for token in event.delta.token_ids]
-            assert ids == list(range(1, 22))
+            assert ids == [1, 100, 101, *range(2, 22)]
+            assert events[-1].finished.usage.generated_tokens == 23
+
+
+def test_a_token_that_was_decoded_ahead_may_end_the_answer() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            b.prefill[0].script = lambda _: [first_token(), next_token(".", 9, pb.FINISH_REASON_STOP)]
+            events = await b.answer()
+            assert kinds(events) == ["started", "delta", "delta", "finished"]
+            assert events[-1].finished.usage.generated_tokens == 2
+            await b.idle()
+            assert b.decode[0].releases == [b"token-1"]
+            assert b.decode[0].attached == []
 
     run(main)
 

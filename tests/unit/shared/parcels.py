@@ -32,7 +32,7 @@ def manifest_of(body: bytes | memoryview, **changes: Any) -> Manifest:
         "layer_attention_mass": (0.5, 0.25),
         "body_bytes": len(body),
         "digest": body_digest(memoryview(body)),
-        "first_token": 7,
+        "generated": (7,),
         "sampling": Sampling(max_new_tokens=4, temperature=0.5, seed=3, stop=("x",)),
     }
     return Manifest(**(values | changes))

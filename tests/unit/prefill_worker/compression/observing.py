@@ -10,6 +10,7 @@ from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.pipeline import Selection, statistics_for
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.compression.rows import last_rows
 from prefill_worker.compression.statistics import ObservedLayer, measure_all
 
 
@@ -41,7 +42,9 @@ def random_attention(
 def observe(policy: Policy, layer: LayerAttention) -> ObservedLayer:
     """What the prefill pass hands to the pipeline for this layer."""
     measured = measure_all(statistics_for(policy, layer.prompt), layer)
-    return ObservedLayer(prompt=layer.prompt, key=layer.key, value=layer.value, measured=measured)
+    # the prompt's last tokens stand in for an answer's first ones
+    ahead = layer.column_sums(last_rows(layer.prompt, policy.look_ahead)) if policy.look_ahead else None
+    return ObservedLayer(prompt=layer.prompt, key=layer.key, value=layer.value, measured=measured, ahead=ahead)
 
 
 def attention_matrix(layer: LayerAttention) -> torch.Tensor:

@@ -26,7 +26,7 @@ from vlcache.v1 import inference_pb2 as vlcache_dot_v1_dot_inference__pb2
 from vlcache.worker.v1 import worker_pb2 as vlcache_dot_worker_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fvlcache/worker/v1/prefill.proto\x12\x11vlcache.worker.v1\x1a\x1avlcache/v1/inference.proto\x1a\x1evlcache/worker/v1/worker.proto\"\x89\x01\n\x0ePrefillRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.vlcache.v1.GenerateRequest\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12)\n\x06ticket\x18\x03 \x01(\x0b\x32\x19.vlcache.worker.v1.Ticket\x12\r\n\x05\x65poch\x18\x04 \x01(\t\"j\n\x06Ticket\x12\x15\n\rdecode_worker\x18\x01 \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\"\xa7\x01\n\x0cPrefillEvent\x12\x34\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x1d.vlcache.worker.v1.FirstTokenH\x00\x12.\n\x0b\x63ompression\x18\x02 \x01(\x0b\x32\x17.vlcache.v1.CompressionH\x00\x12(\n\x08transfer\x18\x03 \x01(\x0b\x32\x14.vlcache.v1.TransferH\x00\x42\x07\n\x05\x65vent\"\x8b\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.vlcache.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x15\n\rvisual_tokens\x18\x05 \x01(\r2\xba\x01\n\x0ePrefillService\x12W\n\rGetWorkerInfo\x12\'.vlcache.worker.v1.GetWorkerInfoRequest\x1a\x1d.vlcache.worker.v1.WorkerInfo\x12O\n\x07Prefill\x12!.vlcache.worker.v1.PrefillRequest\x1a\x1f.vlcache.worker.v1.PrefillEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fvlcache/worker/v1/prefill.proto\x12\x11vlcache.worker.v1\x1a\x1avlcache/v1/inference.proto\x1a\x1evlcache/worker/v1/worker.proto\"\x89\x01\n\x0ePrefillRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.vlcache.v1.GenerateRequest\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12)\n\x06ticket\x18\x03 \x01(\x0b\x32\x19.vlcache.worker.v1.Ticket\x12\r\n\x05\x65poch\x18\x04 \x01(\t\"j\n\x06Ticket\x12\x15\n\rdecode_worker\x18\x01 \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\"\xdb\x01\n\x0cPrefillEvent\x12\x34\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x1d.vlcache.worker.v1.FirstTokenH\x00\x12.\n\x0b\x63ompression\x18\x02 \x01(\x0b\x32\x17.vlcache.v1.CompressionH\x00\x12(\n\x08transfer\x18\x03 \x01(\x0b\x32\x14.vlcache.v1.TransferH\x00\x12\x32\n\nnext_token\x18\x04 \x01(\x0b\x32\x1c.vlcache.worker.v1.NextTokenH\x00\x42\x07\n\x05\x65vent\"\x8b\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.vlcache.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x15\n\rvisual_tokens\x18\x05 \x01(\r\"\\\n\tNextToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.vlcache.v1.FinishReason2\xba\x01\n\x0ePrefillService\x12W\n\rGetWorkerInfo\x12\'.vlcache.worker.v1.GetWorkerInfoRequest\x1a\x1d.vlcache.worker.v1.WorkerInfo\x12O\n\x07Prefill\x12!.vlcache.worker.v1.PrefillRequest\x1a\x1f.vlcache.worker.v1.PrefillEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,9 +38,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TICKET']._serialized_start=254
   _globals['_TICKET']._serialized_end=360
   _globals['_PREFILLEVENT']._serialized_start=363
-  _globals['_PREFILLEVENT']._serialized_end=530
-  _globals['_FIRSTTOKEN']._serialized_start=533
-  _globals['_FIRSTTOKEN']._serialized_end=672
-  _globals['_PREFILLSERVICE']._serialized_start=675
-  _globals['_PREFILLSERVICE']._serialized_end=861
+  _globals['_PREFILLEVENT']._serialized_end=582
+  _globals['_FIRSTTOKEN']._serialized_start=585
+  _globals['_FIRSTTOKEN']._serialized_end=724
+  _globals['_NEXTTOKEN']._serialized_start=726
+  _globals['_NEXTTOKEN']._serialized_end=818
+  _globals['_PREFILLSERVICE']._serialized_start=821
+  _globals['_PREFILLSERVICE']._serialized_end=1007
 # @@protoc_insertion_point(module_scope)

@@ -34,14 +34,16 @@ class Ticket(_message.Message):
     def __init__(self, decode_worker: _Optional[str] = ..., decode_address: _Optional[str] = ..., token: _Optional[bytes] = ..., transport: _Optional[str] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
-    __slots__ = ("first_token", "compression", "transfer")
+    __slots__ = ("first_token", "compression", "transfer", "next_token")
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    NEXT_TOKEN_FIELD_NUMBER: _ClassVar[int]
     first_token: FirstToken
     compression: _inference_pb2.Compression
     transfer: _inference_pb2.Transfer
-    def __init__(self, first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., compression: _Optional[_Union[_inference_pb2.Compression, _Mapping]] = ..., transfer: _Optional[_Union[_inference_pb2.Transfer, _Mapping]] = ...) -> None: ...
+    next_token: NextToken
+    def __init__(self, first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., compression: _Optional[_Union[_inference_pb2.Compression, _Mapping]] = ..., transfer: _Optional[_Union[_inference_pb2.Transfer, _Mapping]] = ..., next_token: _Optional[_Union[NextToken, _Mapping]] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("token_id", "text", "finish_reason", "prompt_tokens", "visual_tokens")
@@ -56,3 +58,13 @@ class FirstToken(_message.Message):
     prompt_tokens: int
     visual_tokens: int
     def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ...) -> None: ...
+
+class NextToken(_message.Message):
+    __slots__ = ("token_id", "text", "finish_reason")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    text: str
+    finish_reason: _inference_pb2.FinishReason
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ...) -> None: ...
