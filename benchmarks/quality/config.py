@@ -40,7 +40,7 @@ class QualityConfig:
     """Precision of weights and KV; auto is bf16 on a GPU or an AMX machine, else fp32."""
     threads: int = 1
     """torch threads; more than there are idle cores is far slower than one."""
-    max_new_tokens: int = 160
+    max_new_tokens: int = 64
     """Longest answer, in tokens; at least 2."""
     batch: int = 128
     """Sequences of one decode step, of any policies and retentions."""
