@@ -13,7 +13,7 @@ from prefill_worker.compression.registry import build_policy
 from prefill_worker.kv_sender import Ticket
 from shared.errors import InvalidRequestError
 from shared.kv.manifest import TransferId
-from shared.request.params import Budget, Sampling
+from shared.request.params import Budget, Sampling, Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class PrefillJob:
     budget: Budget
     policy: Policy
     ticket: Ticket
+    wire: Wire = field(default_factory=Wire)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -46,6 +47,7 @@ class PrefillJob:
             budget=Budget.from_proto(compression, default_retention=default_retention),
             policy=build_policy(compression.policy, _parameters(compression)),
             ticket=Ticket.from_proto(message.ticket),
+            wire=Wire.from_proto(compression.wire),
         )
 
 

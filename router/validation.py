@@ -11,7 +11,7 @@ from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import worker_pb2
 
 from shared.errors import InvalidRequestError
-from shared.request.params import Budget, Sampling
+from shared.request.params import Budget, Sampling, Wire
 from shared.rpc.options import MAX_REQUEST_BYTES
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -98,6 +98,7 @@ def _fill_sampling(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -
 def _fill_compression(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> Budget:
     given = message.compression
     budget = Budget.from_proto(given, default_retention=model.default_retention)
+    Wire.from_proto(given.wire)  # raises before anyone works for it
     if budget.retention is not None:
         # what is reserved and what is asked for must not drift apart
         given.retention = budget.retention

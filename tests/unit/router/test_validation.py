@@ -19,6 +19,10 @@ def message(role: str = "user", *parts: pb.Part) -> pb.Message:
     return pb.Message(role=role, parts=parts or [pb.Part(text="hello")])
 
 
+def wire(**values: float) -> pb.CompressionParams:
+    return pb.CompressionParams(wire=pb.WireParams(**values))
+
+
 INVALID = {
     "id with a blank": (ask(request_id="a b"), "request_id"),
     "id too long": (ask(request_id="x" * 129), "request_id"),
@@ -43,6 +47,10 @@ INVALID = {
     "retention above 1": (ask(compression=pb.CompressionParams(retention=1.5)), "retention"),
     "retention nan": (ask(compression=pb.CompressionParams(retention=float("nan"))), "retention"),
     "no kept tokens": (ask(compression=pb.CompressionParams(max_kept_tokens=0)), "max_kept_tokens"),
+    "bits that do not exist": (ask(compression=wire(bits=5)), "wire.bits is one of 0, 8, 4, 2"),
+    "a share of channels above 1": (ask(compression=wire(key_channels=1.5)), "wire.key_channels"),
+    "channels nan": (ask(compression=wire(key_channels=float("nan"))), "wire.key_channels"),
+    "a group of 1": (ask(compression=wire(bits=4, group=1)), "wire.group"),
     "unknown policy": (ask(compression=pb.CompressionParams(policy="zip")), "vl_cache, streaming"),
 }
 
