@@ -64,8 +64,10 @@ def accept(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> Accept
     budget = _fill_compression(message, model)
     message.model = model.name
     # whether the prompt fits the context is known to the prefill worker alone: loose bounds are cut, not refused
-    text = min(_text_tokens_bound(message, model), model.context_tokens)
-    visual = min(_num_images(message) * model.max_tokens_per_image, model.context_tokens - text)
+    images = _num_images(message)
+    markers = images * model.max_marker_tokens_per_image
+    text = min(_text_tokens_bound(message, model) + markers, model.context_tokens)
+    visual = min(images * model.max_tokens_per_image - markers, model.context_tokens - text)
     return AcceptedRequest(
         message=message,
         model=model,

@@ -116,7 +116,8 @@ def test_what_a_worker_says_about_itself(loaded: LoadedModel, tmp_path: Path) ->
             "vl_cache",
             0.1,
         )
-        assert model.max_tokens_per_image >= VISUAL_TOKENS
+        assert model.max_tokens_per_image - model.max_marker_tokens_per_image == VISUAL_TOKENS
+        assert model.max_marker_tokens_per_image > 0
         assert stack.info.arena_socket.startswith(str(tmp_path))
 
     run(loaded, tmp_path, body)
