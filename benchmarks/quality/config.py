@@ -60,8 +60,8 @@ class QualityConfig:
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, not {self.batch}")
         try:
-            assert self.contenders
-            assert self.budgets
+            if not (self.contenders and self.budgets):
+                raise ValueError("at least one policy and one retention are needed")
         except InvalidRequestError as error:
             raise ValueError(error.message) from error
 
