@@ -9,9 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import numpy as np
 from vlcache.v1 import inference_pb2 as public
 
-from decode_worker.kv_pool.base import KVPool, SequenceKV
+from decode_worker.eviction.kinds import rule_of, scores_in
+from decode_worker.eviction.ledger import RowLedger
+from decode_worker.eviction.rule import Rule
+from decode_worker.kv_pool.base import KVPool, SequenceKV, growth_of
 from decode_worker.parcel_reader import plain_body
 from decode_worker.parking import Parking
 from decode_worker.reservations import Reservation, Reservations
@@ -111,7 +115,8 @@ class DecodeRunner:
         if self._bytes_needed(manifest) > reservation.pool_bytes:
             raise InvalidRequestError("the parcel is larger than its reservation", reason="OVER_RESERVATION")
         # the promise holds fewer new tokens: outgrown, such a sequence would wait for ever
-        self._pool.check_fits(self._pool.sequence_bytes(manifest.num_kept, manifest.sampling.max_new_tokens - 1))
+        growth = growth_of(manifest.sampling.max_new_tokens - 1, rule_of(manifest))
+        self._pool.check_fits(self._pool.sequence_bytes(manifest.num_kept, growth))
 
     async def install(
         self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool = True
@@ -208,17 +213,27 @@ class DecodeRunner:
         self._reservations.check_integrity()
 
     def _copy(self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool) -> SequenceKV:
-        growth = self.promised(manifest.sampling.max_new_tokens)
         if manifest.encoding is not None:
             body, verify = plain_body(manifest, body, verify=verify), False
-        kv = self._pool.install(reservation.allocation, manifest.num_kept, body, growth)
+        rule, scores = rule_of(manifest), scores_in(manifest, body)
+        ledger = None if rule is None else RowLedger.begin(rule, scores)
+        rows = body[: len(body) - manifest.score_bytes]
+        kv = self._pool.install(reservation.allocation, manifest.num_kept, rows, self._room(manifest, rule), ledger)
         if verify:
             # after the copy: a slot that was reused meanwhile shows
             manifest.check_digest(body)
+        if scores is not None and not np.isfinite(scores).all():
+            raise InvalidRequestError("a score is not a number", reason="PARCEL_SCORES")
         return kv
 
+    def _room(self, manifest: Manifest, rule: Rule | None) -> int:
+        """New tokens that a sequence comes in with: as promised, or all where eviction makes them cost no more."""
+        promised = self.promised(manifest.sampling.max_new_tokens)
+        return self._pool.free_room(manifest.num_kept, promised, manifest.sampling.max_new_tokens - 1, rule)
+
     def _bytes_needed(self, manifest: Manifest) -> int:
-        return self._pool.sequence_bytes(manifest.num_kept, self.promised(manifest.sampling.max_new_tokens))
+        rule = rule_of(manifest)
+        return self._pool.sequence_bytes(manifest.num_kept, growth_of(self._room(manifest, rule), rule))
 
     def _join_when_ready(self, reservation: Reservation) -> None:
         if reservation.sequence is not None and reservation.subscription is not None:
