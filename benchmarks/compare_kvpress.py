@@ -15,7 +15,7 @@ import contextlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +61,20 @@ def kept_by(model: PreTrainedModel, input_ids: torch.Tensor, press: Any) -> Kept
     ]
 
 
-def compared(ours: Kept, theirs: Kept) -> list[dict[str, Any]]:
-    """Per layer, means over KV heads.
+def compared(ours: Kept, ranked: Kept, theirs: Kept) -> list[dict[str, Any]]:
+    """Per layer: kept tokens of a KV head, and means of Jaccard indices over KV heads.
 
-    `jaccard` is the common share of all kept tokens, `nested` that of the smaller set, 1 when it lies in the larger.
+    `jaccard` compares what both keep, `jaccard_at_theirs` the best of ours, as many as they keep, with what they keep.
     """
     rows = []
-    for own_layer, their_layer in zip(ours, theirs, strict=True):
-        heads = [(set(own), set(their)) for own, their in zip(own_layer, their_layer, strict=True)]
+    for own_layer, order, their_layer in zip(ours, ranked, theirs, strict=True):
+        count = len(their_layer[0])
         rows.append(
             {
                 "ours": len(own_layer[0]),
-                "theirs": len(their_layer[0]),
-                "jaccard": _mean(len(own & their) / len(own | their) for own, their in heads),
-                "nested": _mean(len(own & their) / min(len(own), len(their)) for own, their in heads),
-                "ours_only": [sorted(own - their) for own, their in heads],
-                "theirs_only": [sorted(their - own) for own, their in heads],
+                "theirs": count,
+                "jaccard": _mean_jaccard(own_layer, their_layer),
+                "jaccard_at_theirs": _mean_jaccard([head[:count] for head in order], their_layer),
             }
         )
     return rows
@@ -97,7 +95,7 @@ def main() -> None:
         layers[policy] = {}
         for share, ours in shares.items():
             press = press_for(policy, stored["workload"]["policies"][policy], float(share))
-            layers[policy][share] = compared(ours, kept_by(model, input_ids, press))
+            layers[policy][share] = compared(ours, stored["ranked"][policy], kept_by(model, input_ids, press))
     figures = {
         "benchmark": "kvpress",
         "workload": stored["workload"],
@@ -117,18 +115,19 @@ def _places(rows: torch.Tensor, among: torch.Tensor) -> list[int]:
 
 
 def _table(layers: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> str:
-    lines = ["| policy | retention | layer | ours | kvpress | jaccard | nested |", "|---|---|---|---|---|---|---|"]
+    header = "| policy | retention | layer | ours | kvpress | jaccard | jaccard at kvpress's count |"
+    lines = [header, "|---|---|---|---|---|---|---|"]
     for policy, shares in layers.items():
         for share, rows in shares.items():
             for layer, row in enumerate(rows):
-                agreement = f"{row['jaccard']:.4f} | {row['nested']:.4f}"
+                agreement = f"{row['jaccard']:.4f} | {row['jaccard_at_theirs']:.4f}"
                 lines.append(f"| {policy} | {share} | {layer} | {row['ours']} | {row['theirs']} | {agreement} |")
     return "\n".join(lines)
 
 
-def _mean(values: Iterable[float]) -> float:
-    shares = list(values)
-    return sum(shares) / len(shares)
+def _mean_jaccard(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    heads = [(set(own), set(their)) for own, their in zip(ours, theirs, strict=True)]
+    return sum(len(own & their) / len(own | their) for own, their in heads) / len(heads)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from prefill_worker.compression.policies.snap_kv import SnapKV
 from prefill_worker.compression.policies.streaming_llm import StreamingLLM
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.compression.statistics import ObservedLayer
 from prefill_worker.engine import PrefillEngine
 from prefill_worker.prompt import Prompt
 from shared.model.attention import PREFILL_ATTENTION
@@ -37,6 +38,8 @@ from shared.request.params import Budget
 # A window above a layer's least share, and kvpress gives all layers the same: 2,000 tokens at 10 % allow 10.
 PYRAMID_WINDOW = 8
 POLICIES: tuple[Policy, ...] = (SnapKV(), PyramidKV(window=PYRAMID_WINDOW), ExpectedAttention(), StreamingLLM())
+Positions = list[list[list[int]]]
+"""Per layer and KV head."""
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 4, 4, 2, 32, 512
 
 
@@ -88,15 +91,24 @@ def random_prompt(config: KeptSetsConfig) -> Prompt:
     )
 
 
-def kept_positions(model: PreTrainedModel, prompt: Prompt, policy: Policy, retention: float) -> list[list[list[int]]]:
-    """Per layer and KV head."""
-    statistics = statistics_for(policy, prompt.shape)
-    prefilled = PrefillEngine(model).prefill(prompt, statistics, threading.Event())
+def observed_layers(model: PreTrainedModel, prompt: Prompt, policy: Policy) -> list[ObservedLayer]:
+    """One pass."""
+    prefilled = PrefillEngine(model).prefill(prompt, statistics_for(policy, prompt.shape), threading.Event())
+    return prefilled.observed(prompt.shape)
+
+
+def kept_positions(policy: Policy, layers: list[ObservedLayer], retention: float) -> Positions:
+    """What stays, ascending."""
     kept = []
-    for selection in select_tokens(policy, prefilled.observed(prompt.shape), Budget(retention=retention)):
+    for selection in select_tokens(policy, layers, Budget(retention=retention)):
         assert selection.chosen is not None
         kept.append([head.nonzero().flatten().tolist() for head in selection.chosen])
     return kept
+
+
+def ranked_positions(policy: Policy, layers: list[ObservedLayer]) -> Positions:
+    """All tokens, the best first: what these policies would keep at any budget."""
+    return [policy.score(layer).sort(dim=1, descending=True, stable=True).indices.tolist() for layer in layers]
 
 
 def main(config: KeptSetsConfig) -> None:
@@ -106,9 +118,10 @@ def main(config: KeptSetsConfig) -> None:
     save_model(config, checkpoint)
     model = LlamaForCausalLM.from_pretrained(checkpoint, attn_implementation=PREFILL_ATTENTION).eval()
     prompt = random_prompt(config)
+    layers = {policy: observed_layers(model, prompt, policy) for policy in POLICIES}
     kept = {
-        policy.name: {str(share): kept_positions(model, prompt, policy, share) for share in config.retentions}
-        for policy in POLICIES
+        policy.name: {str(share): kept_positions(policy, seen, share) for share in config.retentions}
+        for policy, seen in layers.items()
     }
     result: dict[str, Any] = {
         "checkpoint": str(checkpoint),
@@ -124,6 +137,7 @@ def main(config: KeptSetsConfig) -> None:
         },
         "input_ids": prompt.inputs["input_ids"][0].tolist(),
         "kept": kept,
+        "ranked": {policy.name: ranked_positions(policy, seen) for policy, seen in layers.items()},
         "environment": environment(),
     }
     (config.folder / "kept.json").write_text(json.dumps(result) + "\n")

@@ -24,13 +24,15 @@ class Track:
     """One way of decoding a parcel: freely, or along given tokens.
 
     Attributes:
-        along: What is fed, whatever the logits say, the first token included; None feeds what the steps draw.
+        manifest: Of a parcel whose sampling ignores the end of an answer: the track knows when it ends.
+        along: What is fed, whatever the logits say, from the first token on; None feeds what is drawn.
         drawn: The parcel's first token, then what each step drew.
         log_probabilities: Per step, of the token that was fed next.
     """
 
     manifest: Manifest
     body: memoryview
+    eos_token_ids: frozenset[int]
     along: tuple[int, ...] | None = None
     drawn: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
@@ -38,10 +40,17 @@ class Track:
     def __post_init__(self) -> None:
         self.drawn += self.manifest.generated
 
-    def next_token(self, drawn: int) -> int:
-        """Takes what a step drew; returns what is fed next."""
-        self.drawn.append(drawn)
-        return drawn if self.along is None else self.along[len(self.drawn) - 1]
+    @property
+    def last_fed(self) -> int:
+        """The token that goes in next."""
+        return self.drawn[-1] if self.along is None else self.along[len(self.drawn) - 1]
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing to draw any more."""
+        if self.along is not None:
+            return len(self.drawn) == len(self.along)
+        return self.drawn[-1] in self.eos_token_ids or len(self.drawn) == self.manifest.sampling.max_new_tokens
 
 
 @dataclass(eq=False, kw_only=True)
@@ -54,12 +63,9 @@ class _Running:
 class LocalDecoding:
     """The decode half: pool, engine and batch. One thread."""
 
-    def __init__(
-        self, model: PreTrainedModel, pool: KVPool[Any, Any], eos_token_ids: frozenset[int], *, max_batch: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, pool: KVPool[Any, Any], *, max_batch: int) -> None:
         self._pool = pool
         self._engine = EagerEngine(model, pool)
-        self._eos_token_ids = eos_token_ids
         self._max_batch = max_batch
         self._waiting: deque[Track] = deque()
         self._running: list[_Running] = []
@@ -77,7 +83,7 @@ class LocalDecoding:
         return max(0, self._max_batch - len(self._waiting) - len(self._running))
 
     def add(self, track: Track) -> None:
-        """The track begins when there is a place and memory."""
+        """The track, which has not ended, begins when there is a place and memory."""
         self._waiting.append(track)
 
     @torch.inference_mode()
@@ -85,13 +91,17 @@ class LocalDecoding:
         """One step of all that fit; returns the tracks that ended with it."""
         self._admit()
         drawn = self._engine.step([each.sequence for each in self._running])
-        fed = [each.track.next_token(token) for each, token in zip(self._running, drawn, strict=True)]
-        chances = self._logits.float().log_softmax(dim=-1)
-        chosen = chances.gather(1, torch.tensor(fed, device=chances.device)[:, None])[:, 0].tolist()
-        for each, token, chance in zip(self._running, fed, chosen, strict=True):
+        for each, token in zip(self._running, drawn, strict=True):
+            each.track.drawn.append(token)
+        fed = [each.track.last_fed for each in self._running]
+        for each, token, chance in zip(self._running, fed, self._chances(fed), strict=True):
             each.track.log_probabilities.append(chance)
             each.sequence.accept(token)
         return self._let_go()
+
+    def _chances(self, tokens: list[int]) -> list[float]:
+        chosen = torch.tensor(tokens, device=self._logits.device)[:, None]
+        return self._logits.float().log_softmax(dim=-1).gather(1, chosen)[:, 0].tolist()
 
     def _keep_logits(self, model: object, inputs: object, output: Any) -> None:
         self._logits = output.logits[:, -1]
@@ -108,12 +118,13 @@ class LocalDecoding:
                 return
             self._waiting.popleft()
             kv = self._pool.install(allocation, manifest.num_kept, track.body, growth)
-            sequence = Sequence.from_manifest(manifest, kv, self._eos_token_ids)
+            sequence = Sequence.from_manifest(manifest, kv, frozenset())
+            sequence.last_token = track.last_fed
             self._running.append(_Running(track=track, sequence=sequence, allocation=allocation))
 
     def _let_go(self) -> list[Track]:
-        ended = [each for each in self._running if each.sequence.finish_reason]
-        self._running = [each for each in self._running if not each.sequence.finish_reason]
+        ended = [each for each in self._running if each.track.ended]
+        self._running = [each for each in self._running if not each.track.ended]
         for each in ended:
             self._pool.free(each.allocation)
         return [each.track for each in ended]

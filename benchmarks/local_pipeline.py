@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from vlcache.v1 import inference_pb2 as public
 
-from benchmarks.local_decoding import LocalDecoding
+from benchmarks.local_decoding import LocalDecoding, Track
 from decode_worker.config import DecodeConfig
 from decode_worker.worker import build_engine
 from decode_worker.worker import load_model as load_decode
@@ -42,13 +42,18 @@ class LocalParcel:
     manifest: Manifest
     body: memoryview
     compression: public.Compression
+    eos_token_ids: frozenset[int]
+
+    def track(self, along: tuple[int, ...] | None = None) -> Track:
+        """A way to decode it, not begun yet."""
+        return Track(manifest=self.manifest, body=self.body, eos_token_ids=self.eos_token_ids, along=along)
 
 
 class LocalPipeline:
     """One model with both workers' engines.
 
     Attributes:
-        decoding: The decode side; takes the manifests and bodies of this pipeline's parcels.
+        decoding: The decode side; takes the tracks of this pipeline's parcels.
     """
 
     def __init__(self, model: str, *, dtype: Dtype, threads: int, kv_memory_mib: int, max_batch: int) -> None:
@@ -58,12 +63,12 @@ class LocalPipeline:
         )
         decode = load_decode(decode_config)
         self._tokenizer: Any = prefill.processor.tokenizer
-        self._layout = prefill.spec.layout
+        self._spec = prefill.spec
         self._builder = PromptBuilder(prefill.processor, prefill.spec, max_images=MAX_IMAGES)
         metrics = PrefillMetrics(worker="local", model="local")
         self._compute = PrefillCompute(prefill.engine, self._tokenizer, prefill.spec, prefill.identity, metrics)
         pool, _ = build_engine(decode_config, decode)
-        self.decoding = LocalDecoding(decode.model, pool, prefill.spec.eos_token_ids, max_batch=max_batch)
+        self.decoding = LocalDecoding(decode.model, pool, max_batch=max_batch)
 
     def build(self, messages: list[public.Message], *, max_new_tokens: int) -> Prompt:
         """The prompt of a conversation."""
@@ -73,24 +78,32 @@ class LocalPipeline:
         """One pass that can be compressed for every one of the jobs."""
         return self._compute.prefill(jobs, prompt, threading.Event())
 
-    def compress(self, prompt: Prompt, prefilled: Prefilled, job: PrefillJob) -> LocalParcel | None:
-        """The parcel of a job; None when the first token ends the answer."""
+    def compress(self, prompt: Prompt, prefilled: Prefilled, job: PrefillJob) -> LocalParcel:
+        """The parcel of a `local_job`."""
         visual, events = prompt.shape.num_visual, list[Event]()
-        bound = self._layout.full_bytes(job.budget.kept_tokens_bound(prompt.shape.num_tokens - visual, visual))
-        body = memoryview(bytearray(bound))
+        bound = job.rows_bound(prompt.shape.num_tokens - visual, visual)
+        body = memoryview(bytearray(self._spec.layout.full_bytes(bound)))
         complete = self._compute.compress(job, prompt, prefilled, body, events.append)
-        if complete is None:
-            return None
-        compressed = events[-1]
+        assert complete is not None, "no first token ends an answer that ignores the end"
+        manifest, compressed = complete(), events[-1]
         assert isinstance(compressed, Compressed)
-        manifest = complete()
-        return LocalParcel(manifest=manifest, body=body[: manifest.body_bytes], compression=compressed.message)
+        return LocalParcel(
+            manifest=manifest,
+            body=body[: manifest.body_bytes],
+            compression=compressed.message,
+            eos_token_ids=self._spec.eos_token_ids,
+        )
 
     def text(self, tokens: Sequence[int]) -> str:
         """What a client would read."""
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def local_job(policy: Policy, budget: Budget, sampling: Sampling) -> PrefillJob:
-    """A request that has come without a router."""
+def local_job(policy: Policy, budget: Budget, *, max_new_tokens: int) -> PrefillJob:
+    """A request that has come without a router.
+
+    Args:
+        max_new_tokens: At least 2. Whoever decodes knows when the answer ends.
+    """
+    sampling = Sampling(max_new_tokens=max_new_tokens, ignore_eos=True)
     return PrefillJob(transfer=TRANSFER, messages=(), sampling=sampling, budget=budget, policy=policy, ticket=NO_TICKET)

@@ -7,12 +7,12 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from benchmarks.random_llama import ModelConfig
 from decode_worker.engine import DecodeEngine, EagerEngine
+from decode_worker.eviction.ledger import RowLedger
 from decode_worker.graph_engine import GraphEngine
 from decode_worker.kv_pool.base import Allocation, KVPool
 from decode_worker.kv_pool.blocks import BlockAllocation, BlockPool
@@ -40,11 +40,16 @@ class RandomBlockPool(BlockPool):
         self.key_blocks.normal_()
         self.value_blocks.normal_()
 
-    def install(self, allocation: BlockAllocation, num_kept: Many[int], body: memoryview, growth: int) -> BlockKV:
+    def install(
+        self,
+        allocation: BlockAllocation,
+        num_kept: Many[int],
+        body: memoryview,
+        growth: int,
+        eviction: RowLedger | None = None,
+    ) -> BlockKV:
         """See the class."""
-        shape = (self.layout.num_layers, self.layout.num_kv_heads)
-        kept = np.array(num_kept, dtype=np.int64).reshape(shape)
-        return BlockKV(kept=kept, room=growth, blocks=self._deal(allocation, kept + growth))
+        return self._carve(allocation, num_kept, growth, eviction)
 
 
 def build_pool(

@@ -31,13 +31,13 @@ class EagerEngine:
     @torch.inference_mode()
     def step(self, batch: Batch[Sequence]) -> list[int]:
         """See `DecodeEngine`."""
-        attention = self._pool.attention([sequence.kv for sequence in batch])
+        members = [sequence.kv for sequence in batch]
+        attention = self._pool.attention(members)
         device = self._model.device
         tokens = torch.tensor([[sequence.last_token] for sequence in batch], device=device)
         positions = torch.tensor([[sequence.next_position] for sequence in batch], device=device)
         logits = forward(self._model, tokens, positions, attention)
-        for sequence in batch:
-            sequence.kv.appended += 1
+        self._pool.complete(members)
         return draw(batch, logits, highest_tokens(logits))
 
 

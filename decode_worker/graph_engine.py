@@ -3,6 +3,8 @@
 transformers launches about ten kernels per layer from Python, which takes longer than a GPU needs to read 7B weights.
 A captured graph replays all of them with one call. Its inputs lie in fixed buffers, batches are filled up to the next
 captured size with the pool's trash slot, and nothing in it depends on values that only the host knows.
+
+A batch in which some sequence evicts, or reads only some rows, is stepped eagerly: its rows move as the step goes.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from decode_worker.engine import draw, forward, highest_tokens
+from decode_worker.engine import EagerEngine, draw, forward, highest_tokens
 from decode_worker.kv_pool.blocks import BlockAttention, BlockPool
 from decode_worker.sequence import Sequence
 
@@ -48,6 +50,7 @@ class GraphEngine:
     def __init__(self, model: PreTrainedModel, pool: BlockPool, *, max_batch: int) -> None:
         self._model = model
         self._pool = pool
+        self._eager = EagerEngine(model, pool)
         self._device = pool.key_blocks.device
         self._stream, self._memory = _stream_and_memory(self._device)
         # the smaller ones live in the memory of the largest
@@ -57,6 +60,9 @@ class GraphEngine:
     @torch.inference_mode()
     def step(self, batch: Batch[Sequence]) -> list[int]:
         """See `DecodeEngine`."""
+        if any(sequence.kv.eviction for sequence in batch):
+            with torch.cuda.stream(self._stream):
+                return self._eager.step(batch)
         graph = self._graphs[min(size for size in self._graphs if size >= len(batch))]
         with torch.cuda.stream(self._stream):
             slots = self._pool.tables.bind([sequence.kv for sequence in batch])
@@ -77,6 +83,7 @@ class GraphEngine:
             slots.fill_(self._pool.tables.trash)
 
             def step() -> tuple[torch.Tensor, torch.Tensor]:
+                self._pool.tables.advance(slots)
                 attention = BlockAttention(self._pool, slots)
                 logits = forward(self._model, tokens[:, None], positions[:, None], attention)
                 return logits, highest_tokens(logits)

@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Any, TypeVar
 
-from decode_worker.kv_pool.base import ExportedKV, KVPool
+from decode_worker.kv_pool.base import ExportedKV, KVPool, growth_of
 from decode_worker.reservations import Reservation, Reservations
 from decode_worker.sequence import Sequence
 from shared.errors import ResourceExhaustedError
@@ -78,9 +78,10 @@ class Parking:
             assert head.sequence is not None
             if any(leaving.arrival < head.arrival for leaving in self._moving_out):
                 return
-            room = self._room(head.sequence)
+            room = self._room(head.sequence, head.parked)
+            growth = growth_of(room, head.parked.eviction)
             try:
-                self._reservations.occupy(head, self._pool.sequence_bytes(head.parked.num_kept, room))
+                self._reservations.occupy(head, self._pool.sequence_bytes(head.parked.num_kept, growth))
             except ResourceExhaustedError:
                 if not self._moving_out:  # which brings memory, maybe enough
                     self._make_room(head)
@@ -103,7 +104,8 @@ class Parking:
 
     async def _move_in(self, reservation: Reservation, parked: ExportedKV, room: int) -> None:
         assert reservation.sequence is not None
-        install = partial(self._pool.install, reservation.allocation, parked.num_kept, parked.body, room)
+        place = (reservation.allocation, parked.num_kept, parked.body, room, parked.eviction)
+        install = partial(self._pool.install, *place)
         kv = await self._copy(reservation, install)
         if kv is None or reservation.ended:
             self._reservations.release_memory(reservation)
@@ -120,10 +122,11 @@ class Parking:
             self._fail(reservation)
             return None
 
-    def _room(self, sequence: Sequence) -> int:
+    def _room(self, sequence: Sequence, parked: ExportedKV) -> int:
         """At least doubles, so that a long answer moves only a few times."""
         left = sequence.sampling.max_new_tokens - sequence.generated
-        return min(left, max(self._promised_tokens, sequence.generated))
+        enough = min(left, max(self._promised_tokens, sequence.generated))
+        return self._pool.free_room(parked.num_kept, enough, left, parked.eviction)
 
     def _start(self, copy: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(copy)

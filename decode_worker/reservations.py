@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from decode_worker.eviction.ledger import RowLedger
 from decode_worker.kv_pool.base import Allocation, ExportedKV, KVPool
 from decode_worker.sequence import Sequence
 from decode_worker.token_outbox import Subscription
@@ -65,6 +66,13 @@ class Reservation:
     def pool_bytes(self) -> int:
         """Bytes that it holds of the pool."""
         return self.allocation.nbytes if self.allocation else 0
+
+    @property
+    def eviction_at_rest(self) -> RowLedger | None:
+        """What the sequence evicts by, if there is anything, while no thread uses it."""
+        if self.parked is not None:
+            return self.parked.eviction
+        return self.sequence.kv.eviction if self.sequence is not None and not self.in_use else None
 
 
 class Reservations:
@@ -226,3 +234,7 @@ class Reservations:
         self._pool.check_integrity()
         assert sum(self.bytes_in(stage) for stage in Stage) == self._pool.used_bytes, "an extent has no owner"
         assert self.idle.is_set() == (not self._by_token and not self._lingering)
+        for held in self:
+            eviction = held.eviction_at_rest
+            if eviction is not None:
+                eviction.check_integrity()

@@ -9,9 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import numpy as np
 from vlcache.v1 import inference_pb2 as public
 
-from decode_worker.kv_pool.base import KVPool, SequenceKV
+from decode_worker.eviction.kinds import rule_of, scores_in
+from decode_worker.eviction.ledger import RowLedger
+from decode_worker.eviction.rule import Rule
+from decode_worker.kv_pool.base import KVPool, SequenceKV, growth_of
 from decode_worker.parcel_reader import plain_body
 from decode_worker.parking import Parking
 from decode_worker.reservations import Reservation, Reservations
@@ -99,19 +103,20 @@ class DecodeRunner:
         expected = (reservation.request_id, reservation.attempt, reservation.prefill_epoch)
         if (transfer.request_id, transfer.attempt, transfer.prefill_epoch) != expected:
             raise FailedPreconditionError("the parcel belongs to another transfer", reason="TRANSFER_ID")
-        if manifest.sampling.max_new_tokens < 2:
+        if manifest.tokens_to_come < 1:
             # it would have no room for a step, whose failure its whole batch would share
-            raise InvalidRequestError("the first token was the last one", reason="NOTHING_TO_GENERATE")
-        if manifest.first_token >= self._identity.vocabulary:
-            raise InvalidRequestError("the first token is not in the vocabulary", reason="FIRST_TOKEN")
-        if manifest.logical_length + manifest.sampling.max_new_tokens - 1 > self._identity.context_tokens:
+            raise InvalidRequestError("the last token is there already", reason="NOTHING_TO_GENERATE")
+        if max(manifest.generated) >= self._identity.vocabulary:
+            raise InvalidRequestError("a generated token is not in the vocabulary", reason="GENERATED_TOKEN")
+        if manifest.logical_length + manifest.tokens_to_come > self._identity.context_tokens:
             raise InvalidRequestError("prompt and answer exceed the model's context", reason="CONTEXT_LENGTH")
         if manifest.sampling.max_new_tokens > reservation.max_new_tokens:
             raise InvalidRequestError("more new tokens than were reserved", reason="OVER_RESERVATION")
         if self._bytes_needed(manifest) > reservation.pool_bytes:
             raise InvalidRequestError("the parcel is larger than its reservation", reason="OVER_RESERVATION")
         # the promise holds fewer new tokens: outgrown, such a sequence would wait for ever
-        self._pool.check_fits(self._pool.sequence_bytes(manifest.num_kept, manifest.sampling.max_new_tokens - 1))
+        growth = growth_of(manifest.tokens_to_come, rule_of(manifest))
+        self._pool.check_fits(self._pool.sequence_bytes(manifest.num_kept, growth))
 
     async def install(
         self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool = True
@@ -133,7 +138,8 @@ class DecodeRunner:
             raise AbortedError("the request was released during its transfer", reason="RELEASED")
         sequence = Sequence.from_manifest(manifest, kv, self._eos_token_ids)
         reservation.text = TextStream(self._tokenizer, manifest.sampling.stop)
-        reservation.text.push(manifest.first_token)  # the prefill worker has sent that text
+        for token in manifest.generated:
+            reservation.text.push(token)  # the prefill worker has sent that text
         self._reservations.activate(reservation, sequence, self._bytes_needed(manifest))
         self._metrics.observe_stage("install", time.monotonic() - started)
         self._join_when_ready(reservation)
@@ -208,17 +214,29 @@ class DecodeRunner:
         self._reservations.check_integrity()
 
     def _copy(self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool) -> SequenceKV:
-        growth = self.promised(manifest.sampling.max_new_tokens)
         if manifest.encoding is not None:
             body, verify = plain_body(manifest, body, verify=verify), False
-        kv = self._pool.install(reservation.allocation, manifest.num_kept, body, growth)
+        rule, scores = rule_of(manifest), scores_in(manifest, body)
+        ledger = None if rule is None else RowLedger.begin(rule, scores)
+        rows = body[: len(body) - manifest.score_bytes]
+        kv = self._pool.install(reservation.allocation, manifest.num_kept, rows, self._room(manifest, rule), ledger)
         if verify:
             # after the copy: a slot that was reused meanwhile shows
             manifest.check_digest(body)
+        if scores is not None and not np.isfinite(scores).all():
+            raise InvalidRequestError("a score is not a number", reason="PARCEL_SCORES")
         return kv
 
+    def _room(self, manifest: Manifest, rule: Rule | None) -> int:
+        """New tokens that a sequence comes in with: as promised, or all where eviction makes them cost no more."""
+        # the rows of tokens that were decoded ahead take their room from the promise
+        fed = len(manifest.generated) - 1
+        promised = max(0, self.promised(manifest.sampling.max_new_tokens) - fed)
+        return self._pool.free_room(manifest.num_kept, promised, manifest.tokens_to_come, rule)
+
     def _bytes_needed(self, manifest: Manifest) -> int:
-        return self._pool.sequence_bytes(manifest.num_kept, self.promised(manifest.sampling.max_new_tokens))
+        rule = rule_of(manifest)
+        return self._pool.sequence_bytes(manifest.num_kept, growth_of(self._room(manifest, rule), rule))
 
     def _join_when_ready(self, reservation: Reservation) -> None:
         if reservation.sequence is not None and reservation.subscription is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vlcache.v1 import inference_pb2 as public
 
+from prefill_worker.compression.key_channels import wire_statistics
 from prefill_worker.compression.pipeline import (
     Selection,
     asked_retention,
@@ -25,8 +26,9 @@ from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.engine import Prefilled, PrefillEngine
 from prefill_worker.job import Compressed, Event, FirstToken, NextToken, PrefillJob
 from prefill_worker.opening import Opening
-from prefill_worker.parcel_writer import Arrival, kept_counts, write_body
+from prefill_worker.parcel_writer import kept_counts
 from prefill_worker.prompt import Prompt
+from prefill_worker.wire_stage import WrittenBody, write_kept
 from shared.errors import RequestCancelledError
 from shared.kv.manifest import Manifest, body_digest, layer_tokens
 from shared.model.identity import ModelIdentity
@@ -81,7 +83,8 @@ class PrefillCompute:
         """
         jobs = list(jobs)
         needed = (statistics_for(job.policy, prompt.shape) for job in jobs if not _keeps_all(job, prompt))
-        statistics = dict.fromkeys(chain.from_iterable(needed))
+        wired = (wire_statistics(job.wire) for job in jobs)
+        statistics = dict.fromkeys(chain.from_iterable(chain(needed, wired)))
         prefilled = self._engine.prefill(prompt, statistics, cancelled, self._sparse(jobs, prompt))
         for stage, seconds in prefilled.seconds.items():
             self._metrics.observe_stage(stage, seconds)
@@ -111,12 +114,11 @@ class PrefillCompute:
             selections = select_tokens(job.policy, prefilled.observed(prompt.shape), job.budget)
             selections = [selection.followed_by(len(opening.tokens) - 1) for selection in selections]
         num_kept = kept_counts(prefilled, selections)
-        draft = self._draft(job, prompt, num_kept, selections, opening.tokens)
-        used = body[: draft.body_bytes]
-        arrival = write_body(prefilled, selections, num_kept, draft.layout, used)
+        written = write_kept(prefilled, selections, num_kept, self._identity.layout, job.wire, body)
+        draft = self._draft(job, prompt, num_kept, selections, opening.tokens, written)
         self._metrics.observe_stage("select", time.monotonic() - started)
         emit(Compressed(message=self._report(draft, prompt)))
-        return partial(_complete, draft, used, arrival)
+        return partial(_complete, draft, written)
 
     def _sparse(self, jobs: Sequence[PrefillJob], prompt: Prompt) -> SparsePrefill | None:
         if not any(job.policy.needs_own_pass and not _keeps_all(job, prompt) for job in jobs):
@@ -162,6 +164,7 @@ class PrefillCompute:
         num_kept: tuple[int, ...],
         selections: list[Selection],
         tokens: Sequence[int],
+        written: WrittenBody,
     ) -> Manifest:
         """The manifest without its digest, which needs the body."""
         layout, fed = self._identity.layout, len(tokens) - 1
@@ -178,10 +181,11 @@ class PrefillCompute:
             requested_retention=float(asked_retention(prompt.shape, job.budget)),
             realised_retention=layout.realised_retention(num_kept, num_tokens),
             layer_attention_mass=tuple(selection.attention_mass for selection in selections),
-            body_bytes=layout.body_bytes(num_kept),
+            body_bytes=len(written.body),
             digest=b"",
             generated=tuple(tokens),
             sampling=job.sampling,
+            encoding=written.encoding,
         )
 
     def _report(self, manifest: Manifest, prompt: Prompt) -> public.Compression:
@@ -196,7 +200,7 @@ class PrefillCompute:
             requested_retention=manifest.requested_retention,
             realised_retention=manifest.realised_retention,
             full_bytes=layout.full_bytes(manifest.logical_length),
-            kept_bytes=manifest.body_bytes,
+            kept_bytes=layout.body_bytes(manifest.num_kept),
             layer_tokens=tokens,
             layer_attention_mass=mass,
             prompt_tokens=prompt.shape.num_tokens,
@@ -209,6 +213,6 @@ def _keeps_all(job: PrefillJob, prompt: Prompt) -> bool:
     return asked_retention(prompt.shape, job.budget) >= 1
 
 
-def _complete(draft: Manifest, body: memoryview, arrival: Arrival) -> Manifest:
-    arrival()
-    return replace(draft, digest=body_digest(body))
+def _complete(draft: Manifest, written: WrittenBody) -> Manifest:
+    written.arrival()
+    return replace(draft, digest=body_digest(written.body))

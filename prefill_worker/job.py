@@ -15,7 +15,7 @@ from prefill_worker.kv_sender import Ticket
 from prefill_worker.opening import DrawnToken
 from shared.errors import InvalidRequestError
 from shared.kv.manifest import TransferId
-from shared.request.params import Budget, Sampling
+from shared.request.params import Budget, Sampling, Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class PrefillJob:
     budget: Budget
     policy: Policy
     ticket: Ticket
+    wire: Wire = field(default_factory=Wire)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -48,7 +49,12 @@ class PrefillJob:
             budget=Budget.from_proto(compression, default_retention=default_retention),
             policy=build_policy(compression.policy, _parameters(compression)),
             ticket=Ticket.from_proto(message.ticket),
+            wire=Wire.from_proto(compression.wire),
         )
+
+    def rows_bound(self, text_tokens: int, visual_tokens: int) -> int:
+        """Upper bound of the mean number of rows that the parcel has per layer and KV head."""
+        return self.budget.kept_tokens_bound(text_tokens, visual_tokens) + self.policy.look_ahead
 
 
 def _parameters(compression: public.CompressionParams) -> dict[str, object]:

@@ -7,6 +7,7 @@ kernel gathers into device memory and the copy engine brings the bytes over whil
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -27,7 +28,6 @@ def kept_counts(prefilled: Prefilled, selections: Sequence[Selection]) -> tuple[
     return tuple(count for key, selection in layers for count in selection.num_kept(*key.shape[:2]))
 
 
-@torch.inference_mode()
 def write_body(
     prefilled: Prefilled,
     selections: Sequence[Selection],
@@ -41,16 +41,36 @@ def write_body(
         num_kept: As `kept_counts`.
         body: Writable, exactly `layout.body_bytes(num_kept)` long; must stay until it has arrived.
     """
+    target = torch.frombuffer(body, dtype=TORCH_DTYPES[layout.dtype]).view(-1, layout.head_dim)
+    write = partial(gather_kept, prefilled, selections, num_kept, layout)
+    return write_where_kv_lies(write, target, prefilled.keys[0].device)
+
+
+@torch.inference_mode()
+def gather_kept(
+    prefilled: Prefilled,
+    selections: Sequence[Selection],
+    num_kept: Sequence[int],
+    layout: KVLayout,
+    out: torch.Tensor,
+) -> None:
+    """Fills `out`, [all kept rows, head_dim] where the KV lies, in the order of `KVLayout.sections`."""
     keys = [key.contiguous() for key in prefilled.keys]
     values = [value.contiguous() for value in prefilled.values]
     chosen = zip(keys, selections, strict=True)
     indices = torch.cat([selection.indices(key, prefilled.survivors) for key, selection in chosen])
-    target = torch.frombuffer(body, dtype=TORCH_DTYPES[layout.dtype]).view(-1, layout.head_dim)
-    device = keys[0].device
-    out = target if device.type == "cpu" else torch.empty(target.shape, dtype=target.dtype, device=device)
     _gather(keys, values, indices, num_kept, out)
     _put_merged(selections, layout, num_kept, out)
-    return (lambda: None) if out is target else _bring_over(out, target)
+
+
+def write_where_kv_lies(write: Callable[[torch.Tensor], None], target: torch.Tensor, device: torch.device) -> Arrival:
+    """Has `target`, in host memory, written: at once on a CPU, else through a tensor of its kind on the device."""
+    if device.type == "cpu":
+        write(target)
+        return lambda: None
+    staging = torch.empty(target.shape, dtype=target.dtype, device=device)
+    write(staging)
+    return _bring_over(staging, target)
 
 
 def _gather(

@@ -80,10 +80,13 @@ class PromptBuilder:
         """Upper bound of the tokens of one image together with what the template puts around it."""
         side = self._spec.image_side
         inputs = self._process(self._render([_empty_message(1)]), [Image.new("RGB", (side, side))])
+        return self._shape(inputs).num_visual + self.marker_tokens()
+
+    def marker_tokens(self) -> int:
+        """Upper bound of the text tokens that the template puts around one image."""
         # the marker of the last image is the longest one: it may carry the image's number
         last = len(self._render([_empty_message(self._max_images)]).encode())
-        marker = last - len(self._render([_empty_message(self._max_images - 1)]).encode())
-        return self._shape(inputs).num_visual + marker
+        return last - len(self._render([_empty_message(self._max_images - 1)]).encode())
 
     def _check_messages(self, messages: Sequence[pb.Message]) -> None:
         # joined: the template puts the parts of a message together, and so would a reserved token that was cut in two

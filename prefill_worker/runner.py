@@ -115,7 +115,7 @@ class PrefillRunner:
         prompt = await self._preprocess(job)
         num_tokens = prompt.shape.num_tokens
         visual = prompt.shape.num_visual
-        bound = self._layout.full_bytes(job.budget.kept_tokens_bound(num_tokens - visual, visual))
+        bound = self._layout.full_bytes(job.rows_bound(num_tokens - visual, visual))
         slot = await self._store.allocate(bound)
         try:
             loop = asyncio.get_running_loop()

@@ -137,6 +137,7 @@ def _served_model(config: PrefillConfig, identity: ModelIdentity, builder: Promp
     served.max_images = config.max_images
     served.template_tokens = builder.template_tokens()
     served.max_tokens_per_image = builder.image_tokens()
+    served.max_marker_tokens_per_image = builder.marker_tokens()
     served.policies.extend(sorted(POLICIES))
     served.default_policy = DEFAULT_POLICY
     served.default_retention = config.default_retention

@@ -11,7 +11,7 @@ from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import worker_pb2
 
 from shared.errors import InvalidRequestError
-from shared.request.params import Budget, Sampling
+from shared.request.params import Budget, Sampling, Wire
 from shared.rpc.options import MAX_REQUEST_BYTES
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -64,8 +64,10 @@ def accept(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> Accept
     budget = _fill_compression(message, model)
     message.model = model.name
     # whether the prompt fits the context is known to the prefill worker alone: loose bounds are cut, not refused
-    text = min(_text_tokens_bound(message, model), model.context_tokens)
-    visual = min(_num_images(message) * model.max_tokens_per_image, model.context_tokens - text)
+    images = _num_images(message)
+    markers = images * model.max_marker_tokens_per_image
+    text = min(_text_tokens_bound(message, model) + markers, model.context_tokens)
+    visual = min(images * model.max_tokens_per_image - markers, model.context_tokens - text)
     return AcceptedRequest(
         message=message,
         model=model,
@@ -98,6 +100,7 @@ def _fill_sampling(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -
 def _fill_compression(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> Budget:
     given = message.compression
     budget = Budget.from_proto(given, default_retention=model.default_retention)
+    Wire.from_proto(given.wire)  # raises before anyone works for it
     if budget.retention is not None:
         # what is reserved and what is asked for must not drift apart
         given.retention = budget.retention

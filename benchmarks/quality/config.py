@@ -40,7 +40,7 @@ class QualityConfig:
     """Precision of weights and KV; auto is bf16 on a GPU or an AMX machine, else fp32."""
     threads: int = 1
     """torch threads; more than there are idle cores is far slower than one."""
-    max_new_tokens: int = 160
+    max_new_tokens: int = 64
     """Longest answer, in tokens; at least 2."""
     batch: int = 128
     """Sequences of one decode step, of any policies and retentions."""
@@ -60,8 +60,8 @@ class QualityConfig:
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, not {self.batch}")
         try:
-            assert self.contenders
-            assert self.budgets
+            if not (self.contenders and self.budgets):
+                raise ValueError("at least one policy and one retention are needed")
         except InvalidRequestError as error:
             raise ValueError(error.message) from error
 

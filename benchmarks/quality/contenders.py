@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.quality.oracle import ORACLE, answer_tokens, build_oracle
@@ -40,8 +40,8 @@ def contenders_of(written: Iterable[str]) -> tuple[Contender, ...]:
 
 
 def _contender(written: str) -> Contender:
-    name, _, listed = written.partition(":")
-    parameters = _parameters(written, listed)
+    name, colon, listed = written.partition(":")
+    parameters = _parameters(written, listed.split(",") if colon else [])
     if name != ORACLE:
         policy = build_policy(name, parameters)
         return Contender(label=written, policy_for=lambda sample, prompt: policy)
@@ -53,8 +53,8 @@ def _contender(written: str) -> Contender:
     return Contender(label=written, policy_for=oracle_for)
 
 
-def _parameters(written: str, listed: str) -> dict[str, object]:
-    pairs = [pair.partition("=") for pair in listed.split(",") if listed]
+def _parameters(written: str, listed: Sequence[str]) -> dict[str, object]:
+    pairs = [pair.partition("=") for pair in listed]
     for key, _, value in pairs:
         if not (key and value):
             raise ValueError(f"{written!r} is not of the form name:parameter=value,parameter=value")

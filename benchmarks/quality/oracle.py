@@ -46,7 +46,9 @@ def build_oracle(answer: tuple[int, ...], parameters: Mapping[str, object]) -> P
         oracle.require(not parameters, f"only base has parameters, not {', '.join(parameters)}")
         return oracle
     rest = {key: value for key, value in parameters.items() if key != "base"}
-    return Informed(answer=answer, base=build_policy(str(parameters["base"]), rest))
+    base = build_policy(str(parameters["base"]), rest)
+    base.require(not base.needs_own_pass, "chooses during its pass, before it could be told")
+    return Informed(answer=answer, base=base)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
 from benchmarks.quality.outcome import Outcome
@@ -35,9 +36,9 @@ class Figures:
 def _row(setting: Setting, task: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     right = sum(each.right for each in outcomes)
     low, high = wilson_interval(right, len(outcomes))
-    reports = [each.compression for each in outcomes if each.compression is not None]
+    reports = [each.compression for each in outcomes]
     full, kept = sum(report.full_bytes for report in reports), sum(report.kept_bytes for report in reports)
-    masses = [sum(report.layer_attention_mass) / len(report.layer_attention_mass) for report in reports]
+    masses = [fmean(report.layer_attention_mass) for report in reports]
     return {
         "policy": setting.policy,
         "retention": setting.retention,
@@ -46,15 +47,9 @@ def _row(setting: Setting, task: str, outcomes: Sequence[Outcome]) -> dict[str, 
         "exact_match": right / len(outcomes),
         "exact_match_low": low,
         "exact_match_high": high,
-        "agreement": _mean(each.agreement for each in outcomes),
-        "log_probability_gap": _mean(each.gap for each in outcomes),
-        "realised_retention": kept / full if full else 1.0,
-        "kept_bytes_mean": kept / len(reports) if reports else 0,
-        "kept_attention_mass": _mean(masses),
+        "agreement": fmean(each.agreement for each in outcomes),
+        "log_probability_gap": fmean(each.gap for each in outcomes),
+        "realised_retention": kept / full,
+        "kept_bytes_mean": kept / len(reports),
+        "kept_attention_mass": fmean(masses),
     }
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """Of those that there are."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, product
+from collections import deque
+from collections.abc import Iterator
+from itertools import product
 
 from PIL import Image
 from vlcache.v1 import inference_pb2 as public
@@ -12,25 +13,30 @@ from vlcache.v1 import inference_pb2 as public
 from benchmarks.local_decoding import Track
 from benchmarks.local_pipeline import LocalPipeline, local_job
 from benchmarks.quality.config import QualityConfig
-from benchmarks.quality.outcome import Outcome, is_right, outcome_of
+from benchmarks.quality.outcome import Outcome, outcome_of
 from benchmarks.quality.trial import FULL, Question, Setting, Trial
 from models.shapes_vlm.questions import Sample, draw_samples
+from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.registry import DEFAULT_POLICY, build_policy
+from prefill_worker.engine import Prefilled
 from prefill_worker.job import PrefillJob
 from prefill_worker.prompt import Prompt
-from shared.request.params import Budget, Sampling
+from shared.request.params import Budget
 
 # Whose keys, values and statistics are held at once.
-QUESTIONS_AT_ONCE = 16
+OPEN_QUESTIONS = 32
 
 
 class QualityRunner:
-    """Owner of the pipeline for one configuration."""
+    """Owner of the pipeline for one configuration, and of the questions in it.
+
+    A question is open from its pass until all its parcels are made. Its trial under the full cache comes first, those
+    of the settings when that one has ended.
+    """
 
     def __init__(self, config: QualityConfig) -> None:
         self._config = config
-        self._sampling = Sampling(max_new_tokens=config.max_new_tokens)
-        self._full = local_job(build_policy(DEFAULT_POLICY, {}), Budget(retention=1.0), self._sampling)
+        self._full = self._job(build_policy(DEFAULT_POLICY, {}), Budget(retention=1.0))
         self._pipeline = LocalPipeline(
             config.model,
             dtype=config.dtype,
@@ -38,82 +44,87 @@ class QualityRunner:
             kv_memory_mib=config.kv_memory_mib,
             max_batch=config.batch,
         )
+        self._samples = draw_samples(seed=config.seed, count=config.samples, tasks=config.tasks)
+        self._of_track: dict[Track, Trial] = {}
+        self._compressed: deque[Iterator[Trial]] = deque()
+        self._num_open = 0
 
     def outcomes(self) -> Iterator[Outcome]:
         """Every question under the full cache and under every setting, as they become known."""
-        samples = draw_samples(seed=self._config.seed, count=self._config.samples, tasks=self._config.tasks)
-        while drawn := list(islice(samples, QUESTIONS_AT_ONCE)):
-            yield from self._compare([self._ask(sample) for sample in drawn])
+        while True:
+            yield from self._fill()
+            if self._pipeline.decoding.idle:
+                return
+            for track in self._pipeline.decoding.step():
+                trial = self._of_track.pop(track)
+                trial.take(track)
+                yield from self._go_on(trial)
+
+    def _fill(self) -> Iterator[Outcome]:
+        """Fills the batch: with compressed trials as long as there are any, so that few questions are open."""
+        while self._pipeline.decoding.num_places:
+            if self._compressed:
+                yield from self._begin_compressed()
+            elif self._num_open < OPEN_QUESTIONS and (sample := next(self._samples, None)) is not None:
+                self._num_open += 1
+                yield from self._go_on(self._full_trial(self._ask(sample)))
+            else:
+                return
+
+    def _begin_compressed(self) -> Iterator[Outcome]:
+        trial = next(self._compressed[0], None)
+        if trial is None:
+            self._compressed.popleft()
+            self._num_open -= 1
+        else:
+            yield from self._go_on(trial)
+
+    def _go_on(self, trial: Trial) -> Iterator[Outcome]:
+        """Decodes what is missing, or says what is known."""
+        track = trial.next_track()
+        if track is not None:
+            self._of_track[track] = trial
+            self._pipeline.decoding.add(track)
+            return
+        yield outcome_of(trial, self._pipeline.text(trial.answer))
+        if trial.reference is None:
+            self._compressed.append(self._trials(trial))
+
+    def _trials(self, reference: Trial) -> Iterator[Trial]:
+        """One per setting; each parcel is made when there is a place for it."""
+        question = reference.question
+        for setting, job in question.jobs.items():
+            prefilled = question.prefilled
+            if job.policy.needs_own_pass:
+                prefilled = self._pipeline.prefill(question.prompt, [job])
+            yield self._trial(question, setting, job, prefilled, reference)
+
+    def _full_trial(self, question: Question) -> Trial:
+        return self._trial(question, FULL, self._full, question.prefilled, None)
+
+    def _trial(
+        self, question: Question, setting: Setting, job: PrefillJob, prefilled: Prefilled, reference: Trial | None
+    ) -> Trial:
+        parcel = self._pipeline.compress(question.prompt, prefilled, job)
+        return Trial(
+            question=question, setting=setting, parcel=parcel, first_logits=prefilled.logits, reference=reference
+        )
 
     def _ask(self, sample: Sample) -> Question:
         prompt = self._pipeline.build(messages_for(sample), max_new_tokens=self._config.max_new_tokens)
         jobs = self._jobs(sample, prompt)
-        prefilled = self._pipeline.prefill(prompt, list(jobs.values()))
+        prefilled = self._pipeline.prefill(prompt, [job for job in jobs.values() if not job.policy.needs_own_pass])
         return Question(sample=sample, prompt=prompt, jobs=jobs, prefilled=prefilled)
 
     def _jobs(self, sample: Sample, prompt: Prompt) -> dict[Setting, PrefillJob]:
-        """One per setting; those of a contender follow each other."""
         jobs = {}
         for contender, (retention, budget) in product(self._config.contenders, self._config.budgets.items()):
             policy = contender.policy_for(sample, prompt.shape)
-            jobs[Setting(contender.label, retention)] = local_job(policy, budget, self._sampling)
+            jobs[Setting(contender.label, retention)] = self._job(policy, budget)
         return jobs
 
-    def _compare(self, questions: Sequence[Question]) -> Iterator[Outcome]:
-        references = {}
-        for trial in self._decode(self._full_trials(questions)):
-            references[trial.question] = trial.answer
-            yield self._outcome(trial)
-        for question in questions:
-            if question not in references:
-                yield from self._outcomes_of_first_token(question)
-        for trial in self._decode(self._trials(references)):
-            yield self._outcome(trial)
-
-    def _full_trials(self, questions: Iterable[Question]) -> Iterator[Trial]:
-        for question in questions:
-            parcel = self._pipeline.compress(question.prompt, question.prefilled, self._full)
-            if parcel is not None:
-                yield Trial(question=question, setting=FULL, parcel=parcel)
-
-    def _trials(self, references: dict[Question, Track]) -> Iterator[Trial]:
-        for question, reference in references.items():
-            for setting, job in question.jobs.items():
-                parcel = self._pipeline.compress(question.prompt, question.prefilled, job)
-                assert parcel is not None, "the first token does not depend on what is kept"
-                yield Trial(question=question, setting=setting, parcel=parcel, reference=reference)
-
-    def _decode(self, trials: Iterator[Trial]) -> Iterator[Trial]:
-        """Each trial when all is known of it; parcels are made when there is a place in the batch."""
-        decoding, decoded = self._pipeline.decoding, dict[Track, Trial]()
-        while True:
-            for trial in islice(trials, decoding.num_places):
-                self._begin(trial, decoded)
-            if decoding.idle:
-                return
-            for track in decoding.step():
-                trial = decoded.pop(track)
-                trial.take(track)
-                if not self._begin(trial, decoded):
-                    yield trial
-
-    def _begin(self, trial: Trial, decoded: dict[Track, Trial]) -> bool:
-        """Adds the trial's next track; False when there is none."""
-        track = trial.next_track()
-        if track is None:
-            return False
-        decoded[track] = trial
-        self._pipeline.decoding.add(track)
-        return True
-
-    def _outcome(self, trial: Trial) -> Outcome:
-        return outcome_of(trial, self._pipeline.text(trial.answer.drawn))
-
-    def _outcomes_of_first_token(self, question: Question) -> Iterator[Outcome]:
-        token = int(question.prefilled.logits.argmax())
-        right = is_right(self._pipeline.text([token]), question.sample.answer)
-        for setting in (FULL, *question.jobs):
-            yield Outcome(setting=setting, task=question.sample.task, right=right)
+    def _job(self, policy: Policy, budget: Budget) -> PrefillJob:
+        return local_job(policy, budget, max_new_tokens=self._config.max_new_tokens)
 
 
 def messages_for(sample: Sample) -> list[public.Message]:
@@ -124,5 +135,5 @@ def messages_for(sample: Sample) -> list[public.Message]:
 
 def _png(image: Image.Image) -> bytes:
     out = io.BytesIO()
-    image.save(out, format="PNG")
+    image.save(out, format="PNG", compress_level=1)
     return out.getvalue()

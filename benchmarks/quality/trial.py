@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import torch
 
 from benchmarks.local_decoding import Track
 from benchmarks.local_pipeline import LocalParcel
@@ -25,7 +27,11 @@ FULL = Setting("full", 1.0)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Question:
-    """A question after its pass, with a job per setting."""
+    """A question with a job per setting.
+
+    Attributes:
+        prefilled: The pass that all jobs share whose policies need none of their own.
+    """
 
     sample: Sample
     prompt: Prompt
@@ -41,37 +47,43 @@ class Trial:
     would have answered; where they part, it is decoded again, freely.
 
     Attributes:
-        reference: The full cache's answer; None when this trial is to find it, and only decodes freely.
+        first_logits: [vocab] fp32, of the first token, which its pass gave.
+        reference: The trial under the full cache, when all is known of it; None when this is that trial, and only
+            decodes freely.
         forced: The track along the reference, when it has ended.
+        free: The track that follows nothing, when it has ended.
     """
 
     question: Question
     setting: Setting
     parcel: LocalParcel
-    reference: Track | None = None
+    first_logits: torch.Tensor
+    reference: Trial | None = None
     forced: Track | None = None
-    _free: Track | None = field(default=None, init=False)
+    free: Track | None = None
 
     @property
-    def answer(self) -> Track:
-        """What it answers; all is known."""
-        answer = self._free or self.forced
-        assert answer is not None
-        return answer
+    def answer(self) -> list[int]:
+        """The tokens of its answer, when all is known."""
+        track = self.free or self.forced
+        assert track is not None
+        return track.drawn
 
     def next_track(self) -> Track | None:
         """What is to be decoded now; None when all is known."""
-        if self._free is None and self.reference is not None and self.forced is None:
-            return self._track(tuple(self.reference.drawn))
-        agreed = self.forced is not None and self.forced.along == tuple(self.forced.drawn)
-        return None if self._free or agreed else self._track(None)
+        while (track := self._missing()) is not None and track.ended:
+            self.take(track)
+        return track
 
     def take(self, track: Track) -> None:
         """Takes a track that has ended."""
         if track.along is None:
-            self._free = track
+            self.free = track
         else:
             self.forced = track
 
-    def _track(self, along: tuple[int, ...] | None) -> Track:
-        return Track(manifest=self.parcel.manifest, body=self.parcel.body, along=along)
+    def _missing(self) -> Track | None:
+        if self.reference is not None and self.forced is None:
+            return self.parcel.track(along=tuple(self.reference.answer))
+        parted = self.reference is None or self.forced is None or self.forced.drawn != self.reference.answer
+        return self.parcel.track() if parted and self.free is None else None

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+import torch
 
+from decode_worker.eviction.attention import RuledAttention, StepAttention
+from decode_worker.eviction.facts import Move
+from decode_worker.eviction.ledger import RowLedger
 from shared.errors import ResourceExhaustedError, TooLargeError
 from shared.kv.layout import KVLayout
 from shared.model.attention import LayerHook
@@ -25,19 +29,28 @@ class Allocation(Protocol):
         """Bytes taken from the pool."""
 
 
+class Growing(Protocol):
+    """What knows how a sequence that evicts grows."""
+
+    def growth(self, tokens: int) -> list[int]:
+        """Rows by which each KV head may grow at most while `tokens` come, layer-major."""
+
+
 @dataclass(eq=False, kw_only=True)
 class SequenceKV:
-    """The KV of one sequence. The step thread alone advances `appended`.
+    """The KV of one sequence. The step thread alone advances `appended` and, with it, `eviction`.
 
     Attributes:
         kept: [num_layers, num_kv_heads] int64, tokens present when it was installed.
         room: Tokens that may be appended.
         appended: Tokens appended so far; the same for all layers and heads.
+        eviction: What drops rows, or leaves them unread; None keeps and reads everything.
     """
 
     kept: np.ndarray
     room: int
     appended: int = 0
+    eviction: RowLedger | None = None
 
     @property
     def full(self) -> bool:
@@ -47,7 +60,12 @@ class SequenceKV:
     @property
     def lengths(self) -> np.ndarray:
         """[num_layers, num_kv_heads] int64, tokens present now."""
-        return self.kept + self.appended
+        return self.kept + self.appended if self.eviction is None else self.eviction.lengths
+
+    @property
+    def eviction_outside(self) -> RowLedger | None:
+        """A copy of the eviction in host memory."""
+        return self.eviction and self.eviction.settled(int(self.lengths.max()), torch.device("cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +74,7 @@ class ExportedKV:
 
     num_kept: tuple[int, ...]
     body: memoryview
+    eviction: RowLedger | None = None
 
 
 SomeAllocation = TypeVar("SomeAllocation", bound=Allocation)
@@ -66,7 +85,8 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
     """Owner of the KV memory.
 
     `allocate`, `shrink` and `free` belong to one thread, the event loop. `install` and `export` touch only the memory
-    of their sequence and run in any thread. `attention` belongs to the step thread.
+    of their sequence and run in any thread. `attention` and `complete` belong to the step thread, and so does the
+    access to rows, which is for evictions.
 
     Conservation law: used + free = capacity, and no two allocations share memory.
     """
@@ -89,8 +109,8 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
         """Share of the free bytes that one allocation cannot have, 0 to 1."""
 
     @abstractmethod
-    def sequence_bytes(self, num_kept: Sequence[int], growth: int) -> int:
-        """Exact bytes of a sequence that starts with `num_kept` and grows by `growth` tokens."""
+    def sequence_bytes(self, num_kept: Sequence[int], growth: int | Sequence[int]) -> int:
+        """Exact bytes of a sequence that starts with `num_kept` and grows by `growth` rows, all alike or each so."""
 
     @abstractmethod
     def bound_bytes(self, kept_tokens: int, growth: int) -> int:
@@ -131,23 +151,73 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
         """Gives an allocation back; no thread may use it any more. Freeing it twice is a bug."""
 
     @abstractmethod
-    def install(self, allocation: SomeAllocation, num_kept: Sequence[int], body: memoryview, growth: int) -> SomeKV:
+    def install(
+        self,
+        allocation: SomeAllocation,
+        num_kept: Sequence[int],
+        body: memoryview,
+        growth: int,
+        eviction: RowLedger | None = None,
+    ) -> SomeKV:
         """Copies a parcel body into memory of at least `sequence_bytes(num_kept, growth)`.
 
         Args:
             num_kept: Layer-major, one count per layer and KV head.
             body: As `KVLayout.sections` describes it; may be read-only.
             growth: Tokens to come.
+            eviction: Copied, too; with it, memory of `sequence_bytes(num_kept, eviction.growth(growth))` is enough.
         """
 
     @abstractmethod
     def export(self, kv: SomeKV) -> ExportedKV:
         """Copies a sequence out, appended tokens included; `install` brings it back bit by bit."""
 
-    @abstractmethod
     def attention(self, batch: Sequence[SomeKV]) -> LayerHook:
         """The attention of one step: appends each sequence's new token, then attends; one query per sequence."""
+        dense = self._attention(batch)
+        return RuledAttention(dense, batch, self) if any(kv.eviction for kv in batch) else dense
+
+    def complete(self, batch: Sequence[SomeKV]) -> None:
+        """Ends a step: counts the new tokens and drops the rows that the sequences' evictions name."""
+        for kv in batch:
+            kv.appended += 1
+            if kv.eviction is not None:
+                for move in kv.eviction.step():
+                    self._move(kv, move)
+
+    def free_room(self, num_kept: Sequence[int], growth: int, tokens: int, eviction: Growing | None) -> int:
+        """All `tokens` where an eviction grows no further with them than without one by `growth`, else `growth`."""
+        enough = self.sequence_bytes(num_kept, growth)
+        return tokens if eviction and self.sequence_bytes(num_kept, eviction.growth(tokens)) <= enough else growth
+
+    @abstractmethod
+    def keys(self, kv: SomeKV, layer: int, number: int) -> torch.Tensor:
+        """See `RowAccess`."""
+
+    @abstractmethod
+    def rows(self, kv: SomeKV, layer: int, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `RowAccess`."""
+
+    @abstractmethod
+    def _attention(self, batch: Sequence[SomeKV]) -> StepAttention:
+        """`attention` without evictions."""
+
+    @abstractmethod
+    def _move(self, kv: SomeKV, move: Move) -> None:
+        """Copies rows onto those that are dropped; `kv.lengths` are those after it."""
 
     @abstractmethod
     def check_integrity(self) -> None:
         """Asserts the conservation law."""
+
+
+def capacities(num_kept: Sequence[int], growth: int | Sequence[int]) -> list[int]:
+    """Rows of each KV head when it has grown by `growth`, all alike or each so."""
+    if isinstance(growth, int):
+        return [kept + growth for kept in num_kept]
+    return [kept + more for kept, more in zip(num_kept, growth, strict=True)]
+
+
+def growth_of(growth: int, eviction: Growing | None) -> int | list[int]:
+    """Rows to come in `growth` tokens."""
+    return growth if eviction is None else eviction.growth(growth)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from decode_worker.kv_pool.base import ExportedKV, KVPool
+from decode_worker.eviction.facts import Move
+from decode_worker.eviction.ledger import RowLedger
+from decode_worker.kv_pool.base import ExportedKV, KVPool, capacities, growth_of
 from decode_worker.kv_pool.slot_tables import BlockKV, SlotTables
 from shared.kernels.dispatch import Kernels
 from shared.kernels.splits import choose_splits
@@ -107,9 +109,9 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         """See `KVPool`; any free block serves any row."""
         return 0.0
 
-    def sequence_bytes(self, num_kept: Sequence[int], growth: int) -> int:
+    def sequence_bytes(self, num_kept: Sequence[int], growth: int | Sequence[int]) -> int:
         """See `KVPool`."""
-        return sum(self._blocks_for(kept + growth) for kept in num_kept) * self._block_bytes
+        return sum(map(self._blocks_for, capacities(num_kept, growth))) * self._block_bytes
 
     def bound_bytes(self, kept_tokens: int, growth: int) -> int:
         """See `KVPool`; at worst every row begins a block for one token."""
@@ -127,14 +129,19 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         """See `KVPool`."""
         self._release(allocation.blocks)
 
-    def install(self, allocation: BlockAllocation, num_kept: Sequence[int], body: memoryview, growth: int) -> BlockKV:
+    def install(
+        self,
+        allocation: BlockAllocation,
+        num_kept: Sequence[int],
+        body: memoryview,
+        growth: int,
+        eviction: RowLedger | None = None,
+    ) -> BlockKV:
         """See `KVPool`."""
-        shape = (self.layout.num_layers, self.layout.num_kv_heads)
-        kept = np.array(num_kept, dtype=np.int64).reshape(shape)
-        kv = BlockKV(kept=kept, room=growth, blocks=self._deal(allocation, kept + growth))
+        kv = self._carve(allocation, num_kept, growth, eviction)
         parcel = np.frombuffer(body, dtype=np.uint8).reshape(-1, self.layout.row_bytes)
         with self._copying():
-            for tokens, places, rows in self._pieces(kv, kept):
+            for tokens, places, rows in self._pieces(kv, kv.kept):
                 # through a copy: torch wraps no read-only buffer without a warning, and numpy knows no bfloat16
                 chosen = torch.from_numpy(parcel[rows].copy()).view(tokens.dtype)
                 tokens.index_copy_(0, places, chosen.to(tokens.device))
@@ -147,11 +154,27 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         with self._copying():
             for tokens, places, rows in self._pieces(kv, lengths):
                 parcel[rows] = tokens.index_select(0, places).view(torch.uint8).cpu().numpy()
-        return ExportedKV(num_kept=tuple(lengths.ravel().tolist()), body=parcel.reshape(-1).data)
+        return ExportedKV(
+            num_kept=tuple(lengths.ravel().tolist()), body=parcel.reshape(-1).data, eviction=kv.eviction_outside
+        )
 
-    def attention(self, batch: Sequence[BlockKV]) -> BlockAttention:
+    def complete(self, batch: Sequence[BlockKV]) -> None:
         """See `KVPool`."""
-        return BlockAttention(self, torch.tensor(self.tables.bind(batch), device=self.key_blocks.device))
+        super().complete(batch)
+        for kv in batch:
+            if kv.eviction is not None:
+                self.tables.measure(kv)
+
+    def keys(self, kv: BlockKV, layer: int, number: int) -> torch.Tensor:
+        """See `RowAccess`."""
+        blocks = self.tables.blocks_of(kv)[layer, :, : self._blocks_for(number)].long()
+        return self.key_blocks[blocks].flatten(1, 2)[:, :number]
+
+    def rows(self, kv: BlockKV, layer: int, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `RowAccess`."""
+        blocks = self.tables.blocks_of(kv)[layer].long().gather(1, chosen // self._block_size)
+        row = chosen % self._block_size
+        return self.key_blocks[blocks, row], self.value_blocks[blocks, row]
 
     def splits(self, batch: int) -> int:
         """Programs per KV head in a step of `batch` sequences of any length."""
@@ -175,6 +198,20 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         self._used[taken] = True
         return BlockAllocation(blocks=taken, block_bytes=self._block_bytes)
 
+    def _attention(self, batch: Sequence[BlockKV]) -> BlockAttention:
+        slots = torch.tensor(self.tables.bind(batch), device=self.key_blocks.device)
+        self.tables.advance(slots)
+        return BlockAttention(self, slots)
+
+    def _move(self, kv: BlockKV, move: Move) -> None:
+        table = self.tables.blocks_of(kv).flatten(0, 1)[move.heads].long()
+        places = [
+            (table.gather(1, rows[:, None] // self._block_size)[:, 0], rows % self._block_size)
+            for rows in (move.source, move.target)
+        ]
+        for blocks in (self.key_blocks, self.value_blocks):
+            blocks[places[1]] = blocks[places[0]]
+
     def _release(self, blocks: np.ndarray) -> None:
         assert self._used[blocks].all(), "a block was given back twice"
         self._used[blocks] = False
@@ -183,6 +220,16 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
+
+    def _carve(
+        self, allocation: BlockAllocation, num_kept: Sequence[int], growth: int, eviction: RowLedger | None
+    ) -> BlockKV:
+        """Deals the blocks; nothing is in them yet."""
+        shape = (self.layout.num_layers, self.layout.num_kv_heads)
+        kept = np.array(num_kept, dtype=np.int64).reshape(shape)
+        capacity = np.array(capacities(num_kept, growth_of(growth, eviction)), dtype=np.int64).reshape(shape)
+        settled = eviction and eviction.settled(int(capacity.max()), self.key_blocks.device)
+        return BlockKV(kept=kept, room=growth, eviction=settled, blocks=self._deal(allocation, capacity))
 
     def _deal(self, allocation: BlockAllocation, tokens: np.ndarray) -> np.ndarray:
         """Gives every row its blocks; [num_layers, num_kv_heads, most blocks of a row]."""
@@ -229,14 +276,17 @@ class BlockAttention:
 
     Args:
         pool: Whose blocks.
-        slots: [batch] int64, the sequences' slots in the pool's tables.
+        slots: [batch] int64, the sequences' slots in the pool's tables, whose lengths count the new tokens already.
     """
 
     def __init__(self, pool: BlockPool, slots: torch.Tensor) -> None:
         self._pool = pool
         self._slots = slots
         self._splits = pool.splits(len(slots))
-        pool.tables.advance(slots)
+
+    def part(self, members: Sequence[int]) -> BlockAttention:
+        """See `StepAttention`."""
+        return BlockAttention(self._pool, self._slots[list(members)])
 
     def attend(
         self,
@@ -249,10 +299,17 @@ class BlockAttention:
     ) -> torch.Tensor:
         """See `LayerHook.attend`; one query per sequence."""
         assert mask is None, "a ragged batch has no mask"
-        pool, kernels, tables = self._pool, self._pool.kernels, self._pool.tables
-        where = (pool.key_blocks, pool.value_blocks, tables.blocks[layer], tables.lengths[layer], self._slots)
-        kernels.append_token(key[:, :, 0], value[:, :, 0], *where)
-        return kernels.paged_attention(query[:, :, 0], *where, scaling, self._splits)[:, None]
+        self.append(layer, key[:, :, 0], value[:, :, 0])
+        kernels = self._pool.kernels
+        return kernels.paged_attention(query[:, :, 0], *self._where(layer), scaling, self._splits)[:, None]
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """See `StepAttention`."""
+        self._pool.kernels.append_token(key, value, *self._where(layer))
+
+    def _where(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        pool, tables = self._pool, self._pool.tables
+        return pool.key_blocks, pool.value_blocks, tables.blocks[layer], tables.lengths[layer], self._slots
 
 
 def _processors(device: torch.device) -> int:

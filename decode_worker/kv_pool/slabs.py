@@ -13,7 +13,9 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from decode_worker.kv_pool.base import ExportedKV, KVPool, SequenceKV
+from decode_worker.eviction.facts import Move
+from decode_worker.eviction.ledger import RowLedger
+from decode_worker.kv_pool.base import ExportedKV, KVPool, SequenceKV, capacities, growth_of
 from shared.kernels.dispatch import SlabAttention as SlabKernel
 from shared.kernels.dispatch import kernels_for
 from shared.kv.extents import ALIGNMENT, Extent, ExtentAllocator
@@ -23,13 +25,15 @@ from shared.model.spec import TORCH_DTYPES
 
 @dataclass(eq=False, kw_only=True)
 class SlabKV(SequenceKV):
-    """Where a sequence's slabs begin, in elements from the start of the pool.
+    """Where a sequence's slabs are.
 
     Attributes:
-        key_at: [num_layers, num_kv_heads] int64.
+        capacity: [num_layers, num_kv_heads] int64, rows of each slab.
+        key_at: [num_layers, num_kv_heads] int64, where K begins, in elements from the start of the pool.
         value_at: As `key_at`.
     """
 
+    capacity: np.ndarray
     key_at: np.ndarray
     value_at: np.ndarray
 
@@ -59,9 +63,9 @@ class SlabPool(KVPool[Extent, SlabKV]):
         free = self._extents.free_bytes
         return 1 - self._extents.largest_free / free if free else 0.0
 
-    def sequence_bytes(self, num_kept: Sequence[int], growth: int) -> int:
+    def sequence_bytes(self, num_kept: Sequence[int], growth: int | Sequence[int]) -> int:
         """See `KVPool`."""
-        return self.layout.body_bytes([kept + growth for kept in num_kept])
+        return self.layout.body_bytes(capacities(num_kept, growth))
 
     def bound_bytes(self, kept_tokens: int, growth: int) -> int:
         """See `KVPool`."""
@@ -75,9 +79,16 @@ class SlabPool(KVPool[Extent, SlabKV]):
         """See `KVPool`."""
         self._extents.free(allocation)
 
-    def install(self, allocation: Extent, num_kept: Sequence[int], body: memoryview, growth: int) -> SlabKV:
+    def install(
+        self,
+        allocation: Extent,
+        num_kept: Sequence[int],
+        body: memoryview,
+        growth: int,
+        eviction: RowLedger | None = None,
+    ) -> SlabKV:
         """See `KVPool`."""
-        kv = self._carve(allocation, num_kept, growth)
+        kv = self._carve(allocation, num_kept, growth, eviction)
         parcel = np.frombuffer(body, dtype=np.uint8).reshape(-1, self.layout.row_bytes)
         for slabs, rows in self._pieces(kv, kv.kept):
             np.copyto(slabs, parcel[rows].reshape(slabs.shape))
@@ -89,35 +100,64 @@ class SlabPool(KVPool[Extent, SlabKV]):
         parcel = np.empty((2 * int(lengths.sum()), self.layout.row_bytes), dtype=np.uint8)
         for slabs, rows in self._pieces(kv, lengths):
             np.copyto(parcel[rows].reshape(slabs.shape), slabs)
-        return ExportedKV(num_kept=tuple(lengths.ravel().tolist()), body=parcel.reshape(-1).data)
+        return ExportedKV(
+            num_kept=tuple(lengths.ravel().tolist()), body=parcel.reshape(-1).data, eviction=kv.eviction_outside
+        )
 
-    def attention(self, batch: Sequence[SlabKV]) -> SlabAttention:
-        """See `KVPool`."""
-        return SlabAttention(self._bytes.view(TORCH_DTYPES[self.layout.dtype]), batch, self._kernel)
+    def keys(self, kv: SlabKV, layer: int, number: int) -> torch.Tensor:
+        """See `RowAccess`."""
+        head_dim, slabs = self.layout.head_dim, []
+        for at, capacity in zip(kv.key_at[layer].tolist(), kv.capacity[layer].tolist(), strict=True):
+            # a head with less room has fewer rows
+            slab = self._elements[at : at + min(number, capacity) * head_dim].view(-1, head_dim)
+            slabs.append(torch.nn.functional.pad(slab, (0, 0, 0, number - len(slab))))
+        return torch.stack(slabs)
+
+    def rows(self, kv: SlabKV, layer: int, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `RowAccess`."""
+        places = (torch.from_numpy(begins[layer])[:, None] for begins in (kv.key_at, kv.value_at))
+        keys, values = (self._elements[_elements_of(at, chosen, self.layout.head_dim)] for at in places)
+        return keys, values
 
     def check_integrity(self) -> None:
         """See `KVPool`."""
         self._extents.check_integrity()
 
+    @property
+    def _elements(self) -> torch.Tensor:
+        return self._bytes.view(TORCH_DTYPES[self.layout.dtype])
+
     def _allocate(self, nbytes: int) -> Extent | None:
         return self._extents.allocate(nbytes)
 
-    def _carve(self, extent: Extent, num_kept: Sequence[int], growth: int) -> SlabKV:
+    def _attention(self, batch: Sequence[SlabKV]) -> SlabAttention:
+        return SlabAttention(self._elements, batch, self._kernel)
+
+    def _move(self, kv: SlabKV, move: Move) -> None:
+        pool = self._elements
+        for begins in (kv.key_at, kv.value_at):
+            at = torch.from_numpy(begins).flatten()[move.heads]
+            source, target = (_elements_of(at, rows, self.layout.head_dim) for rows in (move.source, move.target))
+            pool[target] = pool[source]
+
+    def _carve(self, extent: Extent, num_kept: Sequence[int], growth: int, eviction: RowLedger | None) -> SlabKV:
         """Per layer the K slabs of all heads, then their V slabs."""
         layout = self.layout
-        kept = np.array(num_kept, dtype=np.int64).reshape(layout.num_layers, layout.num_kv_heads)
-        capacities = np.stack([kept + growth, kept + growth], axis=1)
-        begin = np.cumsum(capacities).reshape(capacities.shape) - capacities
+        shape = (layout.num_layers, layout.num_kv_heads)
+        kept = np.array(num_kept, dtype=np.int64).reshape(shape)
+        capacity = np.array(capacities(num_kept, growth_of(growth, eviction)), dtype=np.int64).reshape(shape)
+        both = np.stack([capacity, capacity], axis=1)
+        begin = np.cumsum(both).reshape(both.shape) - both
         at = extent.offset * layout.head_dim // layout.row_bytes + begin * layout.head_dim
-        return SlabKV(kept=kept, room=growth, key_at=at[:, 0], value_at=at[:, 1])
+        settled = eviction and eviction.settled(int(capacity.max()), self._bytes.device)
+        return SlabKV(kept=kept, room=growth, eviction=settled, capacity=capacity, key_at=at[:, 0], value_at=at[:, 1])
 
     def _pieces(self, kv: SlabKV, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, slice]]:
         """The first `lengths` rows of each slab, beside their rows in a parcel body."""
         row = 0
         for layer in range(self.layout.num_layers):
             for begins in (kv.key_at[layer], kv.value_at[layer]):
-                for head, heads, length in _runs(lengths[layer]):
-                    capacity = int(kv.kept[layer, head]) + kv.room
+                for head, heads, length, capacity in _runs(lengths[layer], kv.capacity[layer]):
                     yield self._slabs(int(begins[head]), heads, capacity)[:, :length], slice(row, row + heads * length)
                     row += heads * length
 
@@ -139,10 +179,21 @@ class SlabAttention:
 
     def __init__(self, pool: torch.Tensor, batch: Sequence[SlabKV], kernel: SlabKernel) -> None:
         self._pool = pool
+        self._batch = batch
         self._kernel = kernel
         self._key_at = _by_layer([kv.key_at for kv in batch])
         self._value_at = _by_layer([kv.value_at for kv in batch])
         self._lengths = _by_layer([kv.lengths + 1 for kv in batch])
+
+    def part(self, members: Sequence[int]) -> SlabAttention:
+        """See `StepAttention`."""
+        return SlabAttention(self._pool, [self._batch[member] for member in members], self._kernel)
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """See `StepAttention`."""
+        rows = self._lengths[layer] - 1
+        for begins, new in ((self._key_at[layer], key), (self._value_at[layer], value)):
+            self._pool[_elements_of(begins, rows, new.shape[-1])] = new
 
     def attend(
         self,
@@ -175,10 +226,15 @@ def _by_layer(arrays: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays, axis=1))
 
 
-def _runs(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Neighbouring heads of one length: first head, number of heads, length. Each is one copy."""
+def _runs(lengths: np.ndarray, capacity: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """Neighbouring heads of one length and capacity: first head, number of heads, these two. Each is one copy."""
     head = 0
-    for length, run in groupby(lengths.tolist()):
+    for (length, room), run in groupby(zip(lengths.tolist(), capacity.tolist(), strict=True)):
         heads = len(list(run))
-        yield head, heads, length
+        yield head, heads, length, room
         head += heads
+
+
+def _elements_of(begins: torch.Tensor, rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Elements of rows of slabs that begin there, broadcast against each other, and [head_dim] behind them; int64."""
+    return (begins + rows * head_dim)[..., None] + torch.arange(head_dim)

@@ -60,6 +60,14 @@ class SlotTables:
         self.lengths.index_add_(1, slots, self.lengths.new_ones(layers, len(slots), heads))
         self.lengths[:, self.trash].fill_(1)
 
+    def blocks_of(self, kv: SequenceKV) -> torch.Tensor:
+        """The block table of a sequence of the batch, [num_layers, num_kv_heads, max_blocks] int32."""
+        return self.blocks[:, self._slot_of[kv]]
+
+    def measure(self, kv: SequenceKV) -> None:
+        """Takes over the lengths of a sequence of the batch, which may have dropped rows."""
+        self.lengths[:, self._slot_of[kv]] = torch.from_numpy(kv.lengths).to(self.lengths)
+
     def check_integrity(self) -> None:
         """Asserts that every slot is either free or a sequence's."""
         assert sorted([*self._free, *self._slot_of.values()]) == list(range(self.trash))

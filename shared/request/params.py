@@ -87,10 +87,29 @@ class BudgetScope(enum.Enum):
     CACHE = "cache"
     VISUAL = "visual"
 
+    @classmethod
+    def from_proto(cls, value: pb.BudgetScope) -> BudgetScope:
+        """Reads and checks a value of the contract.
+
+        Raises:
+            InvalidRequestError: It is none of them.
+        """
+        scope = _SCOPES.get(value)
+        if scope is None:
+            raise InvalidRequestError(f"budget_scope is CACHE or VISUAL, not {value}")
+        return scope
+
+
+_SCOPES = {
+    pb.BUDGET_SCOPE_UNSPECIFIED: BudgetScope.CACHE,
+    pb.BUDGET_SCOPE_CACHE: BudgetScope.CACHE,
+    pb.BUDGET_SCOPE_VISUAL: BudgetScope.VISUAL,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much of the prompt's KV is kept: a share (`retention`, in (0, 1]) or a token count per layer."""
+    """How much of the prompt's KV, or of its visual tokens', is kept: a share in (0, 1] or a token count per layer."""
 
     retention: float | None = None
     max_kept_tokens: int | None = None
@@ -110,10 +129,10 @@ class Budget:
         Raises:
             InvalidRequestError: A value is out of its range.
         """
-        kind = message.WhichOneof("budget")
+        kind, scope = message.WhichOneof("budget"), BudgetScope.from_proto(message.budget_scope)
         if kind == "max_kept_tokens":
-            return cls(max_kept_tokens=message.max_kept_tokens)
-        return cls(retention=message.retention if kind == "retention" else default_retention)
+            return cls(max_kept_tokens=message.max_kept_tokens, scope=scope)
+        return cls(retention=message.retention if kind == "retention" else default_retention, scope=scope)
 
     def share_of(self, num_tokens: int) -> Fraction:
         """The retention that this budget means for `num_tokens`, those of its scope.

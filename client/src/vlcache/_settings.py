@@ -3,11 +3,17 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vlcache.v1 import inference_pb2
 
 MAX_SEED = 2**64 - 1
+BudgetScope = Literal["cache", "visual"]
+# the server's default is the cache: what is left out stays absent on the wire
+_SCOPES = {
+    "cache": inference_pb2.BUDGET_SCOPE_UNSPECIFIED,
+    "visual": inference_pb2.BUDGET_SCOPE_VISUAL,
+}
 
 
 def _check(holds: bool, message: str) -> None:
@@ -136,6 +142,8 @@ class Compression:
     policy: name of a compression policy; `Model.policies` lists them.
     retention: kept share of the prompt's KV, in (0, 1]; 1 keeps everything.
     max_kept_tokens: tokens kept per layer on average, instead of `retention`.
+    budget_scope: what the budget is a share of: "cache", the whole prompt's KV, or "visual", that of the visual tokens,
+        all text being kept.
     parameters: parameters of the policy by name, JSON values; the server refuses unknown names.
 
     Raises ValueError when a value is out of its range or both budgets are given.
@@ -144,6 +152,7 @@ class Compression:
     policy: str = ""
     retention: float | None = None
     max_kept_tokens: int | None = None
+    budget_scope: BudgetScope = "cache"
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -159,11 +168,17 @@ class Compression:
             self.max_kept_tokens is None or self.max_kept_tokens >= 1,
             f"max_kept_tokens must be at least 1, got {self.max_kept_tokens}",
         )
+        _check(
+            self.budget_scope in _SCOPES, f"budget_scope must be one of {', '.join(_SCOPES)}, got {self.budget_scope!r}"
+        )
 
     def to_proto(self) -> inference_pb2.CompressionParams:
         """The message of the contract. Raises ValueError when a parameter is not a JSON value."""
         params = inference_pb2.CompressionParams(
-            policy=self.policy, retention=self.retention, max_kept_tokens=self.max_kept_tokens
+            policy=self.policy,
+            retention=self.retention,
+            max_kept_tokens=self.max_kept_tokens,
+            budget_scope=_SCOPES[self.budget_scope],
         )
         params.parameters.update(self.parameters)
         return params

@@ -8,6 +8,9 @@ Idea: what is not important enough to stay need not be lost: it merges into the 
 
 The first and the last tokens take no members. Keys are merged as they are cached, each rotated to its own position:
 the paper accepts that. Own choice: in a budget of visual tokens the text that always stays counts among the anchors.
+
+Sums over all rows favour early tokens, which more rows see, and there is no recent window: the end of a prompt, where
+questions stand, is merged away. The authors' code takes argsort for a rank, and so keeps tokens regardless of score.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Look-ahead (ours; drafts that score: Lookahead Q-Cache, arXiv 2505.20334): an answer's first tokens show its needs.
+"""Look-ahead (ours, after Lookahead Q-Cache, arXiv 2505.20334): an answer's first tokens show what it needs.
 
 Idea: the question's rows guess what an answer will look at; its own first tokens show it. The prefill worker decodes
 them over the full KV, which it has at hand; the client gets them at once, and the decode worker goes on after them.

@@ -10,7 +10,8 @@ filled until all have kept the same cumulative share, and the budget decides how
 The first 4 tokens and the last one always stay; here they lead the order, and so P says what a layer really keeps (the
 authors sort without them and keep them in addition). Theirs is a profile of a few samples made beforehand, with a p
 found by bisection; here it is this prompt's own and exact: each token goes to the layer that has kept the least so far.
-A budget of visual tokens counts from what the text, all of which stays, has kept already.
+A budget of visual tokens counts from what the text, all of which stays, has kept already. Few rows see the end of a
+prompt: sums over all of them rank a question that comes last below everything before it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""VL-Cache (Tu et al., ICLR 2025, arXiv 2410.23317): the default policy.
+"""VL-Cache (Tu et al., ICLR 2025, arXiv 2410.23317), the default: what follows the image says what matters in it.
 
 Idea: in a vision-language prompt the attention of the tokens after the image says both which tokens matter and how
 many of them each layer needs.

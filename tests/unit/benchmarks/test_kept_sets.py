@@ -55,9 +55,12 @@ def test_our_half_keeps_the_budget_of_the_same_prompt_every_time(tmp_path: Path)
     prompt = kept_sets.random_prompt(config)
     assert torch.equal(prompt.inputs["input_ids"], kept_sets.random_prompt(config).inputs["input_ids"])
     for policy in POLICIES:
-        kept = kept_sets.kept_positions(model, prompt, policy, 0.5)
+        layers = kept_sets.observed_layers(model, prompt, policy)
+        kept, ranked = kept_sets.kept_positions(policy, layers, 0.5), kept_sets.ranked_positions(policy, layers)
         assert [len(layer) for layer in kept] == [KV_HEADS] * LAYERS
         assert sum(len(head) for layer in kept for head in layer) == 60 * KV_HEADS * LAYERS
+        for layer, order in zip(kept, ranked, strict=True):
+            assert layer == [sorted(best[: len(head)]) for head, best in zip(layer, order, strict=True)]
 
 
 def test_what_a_press_left_is_found_in_the_cache(compare: Any, tmp_path: Path) -> None:
@@ -83,8 +86,8 @@ def test_presses_get_our_parameters(compare: Any) -> None:
 
 
 def test_sets_are_compared_per_layer(compare: Any) -> None:
-    ours, theirs = [[[0, 1, 2, 3], [4, 5, 6, 7]]], [[[0, 1], [5, 6, 8]]]
-    (row,) = compare.compared(ours, theirs)
-    assert row["jaccard"] == pytest.approx((2 / 4 + 2 / 5) / 2)
-    assert row["nested"] == pytest.approx((2 / 2 + 2 / 3) / 2)
-    assert (row["ours_only"], row["theirs_only"]) == ([[2, 3], [4, 7]], [[], [8]])
+    ours, theirs = [[[0, 1, 2, 3], [4, 5, 6, 7]]], [[[0, 1], [5, 8]]]
+    (row,) = compare.compared(ours, [[[1, 0, 3, 2, 9], [5, 4, 6, 7, 8]]], theirs)
+    assert (row["ours"], row["theirs"]) == (4, 2)
+    assert row["jaccard"] == pytest.approx((2 / 4 + 1 / 5) / 2)
+    assert row["jaccard_at_theirs"] == pytest.approx((2 / 2 + 1 / 3) / 2)

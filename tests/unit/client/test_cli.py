@@ -52,14 +52,16 @@ def test_every_option_reaches_the_service(service, vlcache, tmp_path):
     service.attempts = [whole_answer()]
     images = [option for path in paths for option in ("--image", str(path))]
     settings = "--retention 0.2 --policy knorm --param window=32 --param pool=max --param deep=true --model m"
+    scope = ("--budget-scope", "visual")
     sampling = "--max-new-tokens 7 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 11 --stop . --stop !"
-    assert vlcache("ask", *images, "Which?", *settings.split(), *sampling.split(), "--timeout", "9")[0] == 0
+    assert vlcache("ask", *images, "Which?", *scope, *settings.split(), *sampling.split(), "--timeout", "9")[0] == 0
 
     (request,) = service.requests
     parts = request.messages[0].parts
     assert [part.image.data for part in parts[:2]] == [b"a.png", b"b.png"]
     assert (parts[2].text, request.model) == ("Which?", "m")
     assert (request.compression.retention, request.compression.policy) == (0.2, "knorm")
+    assert request.compression.budget_scope == pb.BUDGET_SCOPE_VISUAL
     assert dict(request.compression.parameters.items()) == {"window": 32.0, "pool": "max", "deep": True}
     sent = request.sampling
     assert (sent.max_new_tokens, sent.temperature, sent.top_p, sent.top_k, sent.seed) == (7, 0.5, 0.9, 4, 11)
@@ -120,6 +122,7 @@ def test_an_unreadable_image_is_an_error(service, vlcache):
         (["--timeout", "0"], "total_s"),
         (["--param", "window"], "NAME=VALUE"),
         (["--retention", "0.1", "--max-kept-tokens", "9"], "not allowed"),
+        (["--budget-scope", "text"], "budget-scope"),
         (["--top-k", "many"], "top-k"),
     ],
 )

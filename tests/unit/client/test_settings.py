@@ -3,6 +3,7 @@ import math
 
 import pytest
 from vlcache import Compression, RetryPolicy, Sampling, Timeout
+from vlcache.v1 import inference_pb2
 
 WRONG = [
     (Timeout, {"connect_s": 0}),
@@ -28,6 +29,7 @@ WRONG = [
     (Compression, {"retention": 1.01}),
     (Compression, {"max_kept_tokens": 0}),
     (Compression, {"retention": 0.5, "max_kept_tokens": 5}),
+    (Compression, {"budget_scope": "text"}),
 ]
 
 
@@ -47,7 +49,7 @@ def test_settings_have_defaults_and_are_frozen(setting):
 
 def test_what_is_left_out_stays_absent_on_the_wire():
     assert Sampling().to_proto().ByteSize() == 0
-    assert Compression().to_proto().WhichOneof("budget") is None
+    assert Compression().to_proto().ByteSize() == 0
 
 
 def test_zero_is_a_choice_and_not_absence():
@@ -68,6 +70,7 @@ def test_every_setting_reaches_its_field():
     assert (params.policy, params.max_kept_tokens) == ("knorm", 64)
     assert dict(params.parameters.items()) == {"window": 32.0, "pool": "max"}
     assert Compression(retention=1.0).to_proto().retention == 1.0
+    assert Compression(budget_scope="visual").to_proto().budget_scope == inference_pb2.BUDGET_SCOPE_VISUAL
 
 
 def test_a_parameter_that_is_no_json_value_is_refused():

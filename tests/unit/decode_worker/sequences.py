@@ -88,11 +88,18 @@ class DoublePool:
         self._memory = torch.cat(pieces)
         places = np.array(begins).reshape(LAYERS, KV_HEADS, 2)
         counts = np.array([[len(indices) for indices in heads] for heads in kept])
-        return SlabKV(kept=counts, room=growth, key_at=places[..., 0], value_at=places[..., 1])
+        return SlabKV(
+            kept=counts, room=growth, capacity=counts + growth, key_at=places[..., 0], value_at=places[..., 1]
+        )
 
     def attention(self, batch: Items[SlabKV]) -> SlabAttention:
         """See `KVPool`."""
         return SlabAttention(self._memory, batch, slab_attention)
+
+    def complete(self, batch: Items[SlabKV]) -> None:
+        """See `KVPool`."""
+        for kv in batch:
+            kv.appended += 1
 
 
 def pooled(pool: KVPool[Any, Any], prefilled: Prefilled, kept: Kept, growth: int) -> SequenceKV:

@@ -131,7 +131,7 @@ FOREIGN: dict[str, tuple[Any, str, str]] = {
     "a first token that does not exist": (
         lambda made: dataclasses.replace(made, generated=(1 << 31,)),
         "INVALID_ARGUMENT",
-        "FIRST_TOKEN",
+        "GENERATED_TOKEN",
     ),
     "sizes that disagree": (
         lambda made: dataclasses.replace(made, body_bytes=64),

@@ -24,7 +24,7 @@ from shared.errors import RequestCancelledError
 from shared.kv.manifest import Manifest, body_digest
 from shared.model.identity import ModelIdentity
 from shared.model.sampler import sample
-from shared.request.params import Budget, Sampling
+from shared.request.params import Budget, Sampling, Wire
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.tiny import tokenizer
 from tests.unit.prefill_worker.compression.observing import positions
@@ -144,6 +144,35 @@ def test_equal_requests_make_equal_parcels(compute: PrefillCompute, prompt: Prom
     assert first.body is not None
     assert first.manifest is not None
     assert first.manifest.digest == body_digest(first.body)
+
+
+def encoded_run(compute: PrefillCompute, prompt: Prompt, retention: float, **wire: Any) -> Computed:
+    work = dataclasses.replace(job(retention), wire=Wire(group=8, residual=0, **wire))
+    return run(compute, work, prompt)
+
+
+@pytest.mark.parametrize("retention", [0.5, 1.0])
+@pytest.mark.parametrize("wire", [{"bits": 4}, {"key_channels": 0.5}, {"bits": 8, "key_channels": 0.5}])
+def test_an_encoded_parcel_is_smaller_and_all_else_is_as_without(
+    compute: PrefillCompute, prompt: Prompt, retention: float, wire: dict[str, Any]
+) -> None:
+    plain, done = run(compute, job(retention), prompt), encoded_run(compute, prompt, retention, **wire)
+    assert done.events == plain.events  # what is kept is told, not what will be sent
+    made, like = done.manifest, plain.manifest
+    assert made is not None
+    assert like is not None
+    assert done.body is not None
+    made.check()
+    made.check_digest(done.body)
+    assert made.encoding is not None
+    assert made.body_bytes < like.body_bytes
+    changed = {"encoding": None, "body_bytes": like.body_bytes, "digest": like.digest}
+    assert dataclasses.replace(made, **changed) == like
+
+
+def test_equal_encoded_requests_make_equal_parcels(compute: PrefillCompute, prompt: Prompt) -> None:
+    first, second = (encoded_run(compute, prompt, 0.5, bits=2, key_channels=0.6) for _ in range(2))
+    assert first.manifest == second.manifest
 
 
 def several(*settings: tuple[Policy, float]) -> list[PrefillJob]:

@@ -116,8 +116,32 @@ def test_what_a_worker_says_about_itself(loaded: LoadedModel, tmp_path: Path) ->
             "vl_cache",
             0.1,
         )
-        assert model.max_tokens_per_image >= VISUAL_TOKENS
+        assert model.max_tokens_per_image - model.max_marker_tokens_per_image == VISUAL_TOKENS
+        assert model.max_marker_tokens_per_image > 0
         assert stack.info.arena_socket.startswith(str(tmp_path))
+
+    run(loaded, tmp_path, body)
+
+
+def wired(**wire: Any) -> public.GenerateRequest:
+    compression = public.CompressionParams(retention=1, wire=public.WireParams(**wire))
+    sampling = public.SamplingParams(max_new_tokens=8, ignore_eos=True)
+    return public.GenerateRequest(
+        request_id="r", messages=[user(encoded(picture(1)), QUESTION)], sampling=sampling, compression=compression
+    )
+
+
+def test_an_encoded_parcel_is_what_is_sent_and_counted(loaded: LoadedModel, tmp_path: Path) -> None:
+    async def body(stack: Stack) -> None:
+        events = await stack.prefill(stack.request(request=wired(bits=4, key_channels=0.5, group=8, residual=0)))
+        ((_, manifest, parcel),) = stack.sink.parcels
+        manifest.check_digest(memoryview(parcel))
+        assert manifest.encoding is not None
+        kept, sent = events[1].compression.kept_bytes, events[2].transfer.sent_bytes
+        assert kept == manifest.layout.body_bytes(manifest.num_kept) == events[1].compression.full_bytes
+        assert len(parcel) < sent < len(parcel) + 1000 < kept / 2
+        metrics = stack.worker.metrics
+        assert metrics.labelled(metrics.transfer_bytes, transport="grpc")._value.get() == sent
 
     run(loaded, tmp_path, body)
 
@@ -137,6 +161,8 @@ def test_what_a_worker_says_about_itself(loaded: LoadedModel, tmp_path: Path) ->
         ),
         (("hi",), {"ticket": pb.Ticket(transport="pigeon", lease_s=30)}, grpc.StatusCode.FAILED_PRECONDITION),
         (("hi",), {"ticket": pb.Ticket(transport="grpc")}, grpc.StatusCode.INVALID_ARGUMENT),
+        (("hi",), {"request": wired(bits=5)}, grpc.StatusCode.INVALID_ARGUMENT),
+        (("hi",), {"request": wired(key_channels=2)}, grpc.StatusCode.INVALID_ARGUMENT),
     ],
 )
 def test_a_bad_request_gets_its_status(

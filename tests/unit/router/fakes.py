@@ -65,6 +65,7 @@ def served_model(name: str = "toy", **changes: Any) -> worker_pb2.ServedModel:
         "max_images": 2,
         "template_tokens": 20,
         "max_tokens_per_image": 576,
+        "max_marker_tokens_per_image": 6,
         "policies": ["vl_cache", "streaming"],
         "default_policy": "vl_cache",
         "default_retention": 0.1,

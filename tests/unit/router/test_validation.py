@@ -19,6 +19,10 @@ def message(role: str = "user", *parts: pb.Part) -> pb.Message:
     return pb.Message(role=role, parts=parts or [pb.Part(text="hello")])
 
 
+def wire(**values: float) -> pb.CompressionParams:
+    return pb.CompressionParams(wire=pb.WireParams(**values))
+
+
 INVALID = {
     "id with a blank": (ask(request_id="a b"), "request_id"),
     "id too long": (ask(request_id="x" * 129), "request_id"),
@@ -43,6 +47,11 @@ INVALID = {
     "retention above 1": (ask(compression=pb.CompressionParams(retention=1.5)), "retention"),
     "retention nan": (ask(compression=pb.CompressionParams(retention=float("nan"))), "retention"),
     "no kept tokens": (ask(compression=pb.CompressionParams(max_kept_tokens=0)), "max_kept_tokens"),
+    "unknown scope": (ask(compression=pb.CompressionParams(budget_scope=9)), "budget_scope"),
+    "bits that do not exist": (ask(compression=wire(bits=5)), "wire.bits is one of 0, 8, 4, 2"),
+    "a share of channels above 1": (ask(compression=wire(key_channels=1.5)), "wire.key_channels"),
+    "channels nan": (ask(compression=wire(key_channels=float("nan"))), "wire.key_channels"),
+    "a group of 1": (ask(compression=wire(bits=4, group=1)), "wire.group"),
     "unknown policy": (ask(compression=pb.CompressionParams(policy="zip")), "vl_cache, streaming"),
 }
 
@@ -129,6 +138,17 @@ def test_a_loose_bound_is_cut_at_the_context_not_refused() -> None:
 def test_keeping_everything_bounds_the_kept_tokens_by_the_prompt() -> None:
     accepted = accept(ask("x" * 100, compression=pb.CompressionParams(retention=1)), MODEL)
     assert accepted.kept_tokens_bound == accepted.prompt_tokens_bound == 120
+
+
+def test_what_the_template_writes_around_an_image_is_text() -> None:
+    """A budget of the visual tokens keeps it, so it must be reserved in full."""
+    visual = pb.CompressionParams(retention=0.1, budget_scope=pb.BUDGET_SCOPE_VISUAL)
+    text = len("what is it?") + 20 + 2 * 6
+    accepted = accept(ask(images=2, compression=visual), MODEL)
+    assert accepted.prompt_tokens_bound == text + 2 * 570
+    assert accepted.kept_tokens_bound == text + 2 * 57 + 16
+    assert accept(ask(images=2), MODEL).prompt_tokens_bound == accepted.prompt_tokens_bound
+    assert accept(ask("x" * 100_000, images=2, compression=visual), MODEL).kept_tokens_bound == 4096
 
 
 def two_models() -> tuple[list[FakePrefill], list[FakeDecode]]:

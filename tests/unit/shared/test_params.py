@@ -10,7 +10,7 @@ import pytest
 from vlcache.v1 import inference_pb2 as pb
 
 from shared.errors import InvalidRequestError
-from shared.request.params import MAX_STOP_BYTES, MAX_STOP_STRINGS, MIN_KEPT_TOKENS, Budget, Sampling, Wire
+from shared.request.params import MAX_STOP_BYTES, MAX_STOP_STRINGS, MIN_KEPT_TOKENS, Budget, BudgetScope, Sampling, Wire
 
 NAN, INF = math.nan, math.inf
 
@@ -99,6 +99,22 @@ def test_the_budget_of_a_message() -> None:
     assert read(retention=0.3) == Budget(retention=0.3)
     assert read(max_kept_tokens=5) == Budget(max_kept_tokens=5)
     assert read(policy="vl_cache", retention=1.0) == Budget(retention=1.0)
+    assert read(budget_scope=pb.BUDGET_SCOPE_CACHE) == Budget(retention=0.1)
+    assert read(budget_scope=pb.BUDGET_SCOPE_VISUAL) == Budget(retention=0.1, scope=BudgetScope.VISUAL)
+    assert read(max_kept_tokens=5, budget_scope=pb.BUDGET_SCOPE_VISUAL) == Budget(
+        max_kept_tokens=5, scope=BudgetScope.VISUAL
+    )
+
+
+def test_a_scope_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="budget_scope is CACHE or VISUAL, not 7"):
+        Budget.from_proto(pb.CompressionParams(budget_scope=7), default_retention=0.1)
+
+
+def test_a_budget_of_the_visual_tokens_keeps_all_text() -> None:
+    tenth = Budget(retention=0.1, scope=BudgetScope.VISUAL)
+    assert tenth.kept_tokens_bound(50, 10_000) == 50 + 1_000 + 100
+    assert tenth.kept_tokens_bound(50, 0) == 50
 
 
 @pytest.mark.parametrize("percent", range(1, 101))

@@ -36,6 +36,12 @@ def _add_compression(group: Any) -> None:
     budget.add_argument("--retention", type=float, help="kept share of the prompt's KV, in (0, 1]")
     budget.add_argument("--max-kept-tokens", type=int, help="tokens kept per layer on average")
     group.add_argument(
+        "--budget-scope",
+        choices=("cache", "visual"),
+        default="cache",
+        help="what the budget is a share of: all KV, or that of the visual tokens, keeping all text",
+    )
+    group.add_argument(
         "--param", action="append", default=[], type=_parameter, metavar="NAME=VALUE", help="of the policy"
     )
 
@@ -93,6 +99,7 @@ def _compression(args: argparse.Namespace) -> Compression:
         policy=args.policy,
         retention=args.retention,
         max_kept_tokens=args.max_kept_tokens,
+        budget_scope=args.budget_scope,
         parameters=dict(args.param),
     )
 

@@ -8,11 +8,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class BudgetScope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BUDGET_SCOPE_UNSPECIFIED: _ClassVar[BudgetScope]
+    BUDGET_SCOPE_CACHE: _ClassVar[BudgetScope]
+    BUDGET_SCOPE_VISUAL: _ClassVar[BudgetScope]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+BUDGET_SCOPE_UNSPECIFIED: BudgetScope
+BUDGET_SCOPE_CACHE: BudgetScope
+BUDGET_SCOPE_VISUAL: BudgetScope
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -72,18 +81,20 @@ class SamplingParams(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: bool = ...) -> None: ...
 
 class CompressionParams(_message.Message):
-    __slots__ = ("policy", "retention", "max_kept_tokens", "parameters", "wire")
+    __slots__ = ("policy", "retention", "max_kept_tokens", "parameters", "wire", "budget_scope")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     RETENTION_FIELD_NUMBER: _ClassVar[int]
     MAX_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_SCOPE_FIELD_NUMBER: _ClassVar[int]
     policy: str
     retention: float
     max_kept_tokens: int
     parameters: _struct_pb2.Struct
     wire: WireParams
-    def __init__(self, policy: _Optional[str] = ..., retention: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., wire: _Optional[_Union[WireParams, _Mapping]] = ...) -> None: ...
+    budget_scope: BudgetScope
+    def __init__(self, policy: _Optional[str] = ..., retention: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., wire: _Optional[_Union[WireParams, _Mapping]] = ..., budget_scope: _Optional[_Union[BudgetScope, str]] = ...) -> None: ...
 
 class WireParams(_message.Message):
     __slots__ = ("bits", "key_channels", "group", "residual")

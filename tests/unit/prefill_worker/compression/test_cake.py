@@ -75,6 +75,18 @@ def test_it_is_the_naive_method(window: int, gamma: float, kernel: int, taus: tu
         assert positions(kept) == naive_kept(layer, window, gamma, kernel, count)
 
 
+def test_what_is_measured_of_the_rows() -> None:
+    policy, layer = Cake(window=6), LAYERS[1]
+    spread, heads = observe(policy, layer)[policy.needs(PROMPT)[0]], columns(layer, 6)
+    entropy = -sum(value * math.log(value) for head in heads for key in head for value in key)
+    assert spread.entropy.item() == pytest.approx(entropy, rel=1e-4)
+    for kv_head, mean, varying in zip(range(2), spread.mean.tolist(), spread.variance.tolist(), strict=True):
+        first, second = heads[2 * kv_head : 2 * kv_head + 2]
+        assert mean == pytest.approx([sum(a + b) / 12 for a, b in zip(first, second, strict=True)], rel=1e-4)
+        expected = [(variance(a) + variance(b)) / 2 for a, b in zip(first, second, strict=True)]
+        assert varying == pytest.approx(expected, rel=1e-3)
+
+
 def test_budgets_are_in_proportion_and_what_a_full_layer_cannot_take_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cake, "layer_shares", lambda *_: [0.9, 0.06, 0.04])
     layers = [observe(Cake(), layer) for layer in LAYERS]

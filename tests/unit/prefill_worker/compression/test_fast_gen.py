@@ -72,6 +72,17 @@ def listed(rows: str) -> list[int]:
 
 
 @pytest.mark.parametrize("rows", ["all", "probe"])
+def test_what_each_key_receives_from_the_rows_near_it(rows: str) -> None:
+    policy = FastGen(rows=rows, **SHARES)
+    _, near = policy.needs(PROMPT)
+    expected = [
+        [sum(head[row][key] for head in group for row in listed(rows) if 0 <= row - key < 20) for key in range(TOKENS)]
+        for group in ATTENTION
+    ]
+    torch.testing.assert_close(observe(policy, LAYER)[near], torch.tensor(expected), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", ["all", "probe"])
 @pytest.mark.parametrize("mass", [0.5, 0.8, 0.95, 1.0])
 def test_every_head_takes_the_cheapest_kind_that_has_enough(rows: str, mass: float) -> None:
     policy = FastGen(rows=rows, mass=mass, **SHARES)
