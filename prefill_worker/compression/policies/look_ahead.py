@@ -7,7 +7,8 @@ them over the full KV, which it has at hand; the client gets them at once, and t
     the most recent `recent_share` of the budget always stays; the same number of tokens in every layer
 
 Scoring by drafted tokens is known (Lookahead Q-Cache; SpecKV); there they are thrown away. A split service has no need
-to: they are the answer, no step is done twice, and what is shorter than `tokens` never crosses. Without `hand_off` they are drafts here, too: only the selection remains, to compare it with others.
+to: they are the answer, no step is done twice, and what is shorter than `tokens` never crosses. Without `hand_off` they
+are drafts here, too: only the selection remains, to compare it with others.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def counted(pool: KVPool[Any, Any], bound: int, exact: int) -> int:
 def test_as_many_fit_as_the_bytes_say(retention: float, kept: int, growth: int) -> None:
     tenants = tenants_of(cpu_path, retention)
     tenants.fill(PROMPT, growth)
-    bound = Budget(retention=retention).kept_tokens_bound(PROMPT)
+    bound = Budget(retention=retention).kept_tokens_bound(0, PROMPT)
     expected = counted(tenants.pool, (bound + growth) * TOKEN_BYTES, (kept + growth) * TOKEN_BYTES)
     assert len(tenants.sequences()) == expected
     assert tenants.occupancy().sequences == expected

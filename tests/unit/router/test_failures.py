@@ -356,7 +356,8 @@ def test_prefill_that_fails_after_the_answer_cannot_take_it_back() -> None:
     async def main() -> None:
         async with bench() as b:
             goes_on = asyncio.Event()
-            b.prefill[0].script = lambda _: [first_token(), compression(), goes_on.wait(), errors.UnavailableError("gone")]
+            gone = errors.UnavailableError("gone")
+            b.prefill[0].script = lambda _: [first_token(), compression(), goes_on.wait(), gone]
             call = b.ask()
             seen = [await call.read() for _ in range(5)]
             assert text_of(seen) == "ABC"
