@@ -53,8 +53,9 @@ def test_every_option_reaches_the_service(service, vlcache, tmp_path):
     images = [option for path in paths for option in ("--image", str(path))]
     settings = "--retention 0.2 --policy knorm --param window=32 --param pool=max --param deep=true --model m"
     scope = ("--budget-scope", "visual")
+    wire = "--wire-bits 4 --key-channels 0.6 --wire-group 64 --wire-residual 0"
     sampling = "--max-new-tokens 7 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 11 --stop . --stop !"
-    assert vlcache("ask", *images, "Which?", *scope, *settings.split(), *sampling.split(), "--timeout", "9")[0] == 0
+    assert vlcache("ask", *images, "Which?", *scope, *f"{settings} {wire} {sampling}".split(), "--timeout", "9")[0] == 0
 
     (request,) = service.requests
     parts = request.messages[0].parts
@@ -63,6 +64,7 @@ def test_every_option_reaches_the_service(service, vlcache, tmp_path):
     assert (request.compression.retention, request.compression.policy) == (0.2, "knorm")
     assert request.compression.budget_scope == pb.BUDGET_SCOPE_VISUAL
     assert dict(request.compression.parameters.items()) == {"window": 32.0, "pool": "max", "deep": True}
+    assert request.compression.wire == pb.WireParams(bits=4, key_channels=0.6, group=64, residual=0)
     sent = request.sampling
     assert (sent.max_new_tokens, sent.temperature, sent.top_p, sent.top_k, sent.seed) == (7, 0.5, 0.9, 4, 11)
     assert list(sent.stop) == [".", "!"]
@@ -75,6 +77,7 @@ def test_without_options_the_service_decides(service, vlcache):
     (request,) = service.requests
     assert request.sampling == pb.SamplingParams()
     assert request.compression.max_kept_tokens == 64
+    assert not request.compression.HasField("wire")
     assert request.compression.policy == ""
 
 

@@ -9,7 +9,7 @@ from vlcache._channel import DEFAULT_ADDRESS
 from vlcache._client import Client
 from vlcache._completion import Completion
 from vlcache._events import Delta
-from vlcache._settings import Compression, Sampling, Timeout
+from vlcache._settings import Compression, Sampling, Timeout, Wire
 from vlcache._stream import Stream
 from vlcache.cli.formatting import format_bytes, format_ms, format_share, to_json
 
@@ -27,6 +27,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     _add_compression(parser.add_argument_group("compression"))
+    _add_wire(parser.add_argument_group("wire", "fewer bytes for what is kept, on its way to the decode worker only"))
     _add_sampling(parser.add_argument_group("sampling"))
 
 
@@ -44,6 +45,13 @@ def _add_compression(group: Any) -> None:
     group.add_argument(
         "--param", action="append", default=[], type=_parameter, metavar="NAME=VALUE", help="of the policy"
     )
+
+
+def _add_wire(group: Any) -> None:
+    group.add_argument("--wire-bits", type=int, default=0, help="8, 4 or 2 bits per value; 0 (default): as it is")
+    group.add_argument("--key-channels", type=float, default=1.0, help="kept share of the K channels, in (0, 1]")
+    group.add_argument("--wire-group", type=int, help="tokens (K) or channels (V) that share a scale, 8 to 256")
+    group.add_argument("--wire-residual", type=int, help="last kept tokens that stay as they are")
 
 
 def _add_sampling(group: Any) -> None:
@@ -101,7 +109,13 @@ def _compression(args: argparse.Namespace) -> Compression:
         max_kept_tokens=args.max_kept_tokens,
         budget_scope=args.budget_scope,
         parameters=dict(args.param),
+        wire=_wire(args),
     )
+
+
+def _wire(args: argparse.Namespace) -> Wire | None:
+    wire = Wire(bits=args.wire_bits, key_channels=args.key_channels, group=args.wire_group, residual=args.wire_residual)
+    return None if wire == Wire() else wire
 
 
 def _print_text(stream: Stream) -> None:
