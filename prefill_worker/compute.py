@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vlcache.v1 import inference_pb2 as public
 
+from prefill_worker.compression.eviction import add_scores, eviction_for
 from prefill_worker.compression.key_channels import wire_statistics
 from prefill_worker.compression.pipeline import (
     Selection,
@@ -28,6 +29,7 @@ from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
 from prefill_worker.parcel_writer import kept_counts
 from prefill_worker.prompt import Prompt
 from prefill_worker.wire_stage import WrittenBody, write_kept
+from shared.kv.eviction import Eviction
 from shared.kv.manifest import Manifest, body_digest, layer_tokens
 from shared.model.identity import ModelIdentity
 from shared.model.sampler import sample
@@ -108,8 +110,13 @@ class PrefillCompute:
         else:
             selections = select_tokens(job.policy, prefilled.observed(prompt.shape), job.budget)
         num_kept = kept_counts(prefilled, selections)
-        written = write_kept(prefilled, selections, num_kept, self._identity.layout, job.wire, body)
-        draft = self._draft(job, prompt, num_kept, selections, first.token, written)
+        layout = self._identity.layout
+        eviction = eviction_for(job.policy, prompt.shape, job.budget, selections, layout.num_kv_heads)
+        written = write_kept(prefilled, selections, num_kept, layout, job.wire, body)
+        if eviction is not None and eviction.carries_scores:
+            scored = prefilled.observed(prompt.shape)
+            written = replace(written, body=add_scores(job.policy, scored, selections, written.body, body))
+        draft = self._draft(job, prompt, num_kept, selections, first.token, written, eviction)
         self._metrics.observe_stage("select", time.monotonic() - started)
         emit(Compressed(message=self._report(draft, prompt)))
         return partial(_complete, draft, written)
@@ -149,6 +156,7 @@ class PrefillCompute:
         selections: list[Selection],
         first_token: int,
         written: WrittenBody,
+        eviction: Eviction | None,
     ) -> Manifest:
         """The manifest without its digest, which needs the body."""
         layout, num_tokens = self._identity.layout, prompt.shape.num_tokens
@@ -169,6 +177,7 @@ class PrefillCompute:
             first_token=first_token,
             sampling=job.sampling,
             encoding=written.encoding,
+            eviction=eviction,
         )
 
     def _report(self, manifest: Manifest, prompt: Prompt) -> public.Compression:
