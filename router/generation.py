@@ -140,8 +140,7 @@ class Generation:
         if kind == "first_token":
             return self._on_first_token(event.first_token)
         if kind == "compression":
-            self._account.compression(event.compression)
-            return (pb.GenerateResponse(compression=event.compression),)
+            return self._on_compression(event.compression)
         if kind == "transfer":
             self._account.transfer(event.transfer)
             return (pb.GenerateResponse(transfer=event.transfer),)
@@ -157,6 +156,12 @@ class Generation:
         else:
             self._current.attach()
         return (pb.GenerateResponse(delta=pb.Delta(token_ids=[token.token_id], text=token.text)),)
+
+    def _on_compression(self, message: pb.Compression) -> Sequence[pb.GenerateResponse]:
+        text, visual = message.prompt_tokens - message.visual_tokens, message.visual_tokens
+        message.asked_retention = float(self.request.asked.retention_of(text, visual))
+        self._account.compression(message)
+        return (pb.GenerateResponse(compression=message),)
 
     def _on_update(self, update: decode_pb2.SequenceUpdate) -> Sequence[pb.GenerateResponse]:
         self._account.tokens(len(update.token_ids))

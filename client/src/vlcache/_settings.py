@@ -180,6 +180,8 @@ class Compression:
     max_kept_tokens: tokens kept per layer on average, instead of `retention`.
     budget_scope: what the budget is a share of: "cache", the whole prompt's KV, or "visual", that of the visual tokens,
         all text being kept.
+    min_retention: share, in (0, 1], down to which the budget may be lowered rather than let the request wait while
+        memory is short; 1 lowers nothing. `Compressed` says what was asked for and what was done.
     parameters: parameters of the policy by name, JSON values; the server refuses unknown names.
     wire: how what is kept is written for its way; as it is when None.
 
@@ -190,6 +192,7 @@ class Compression:
     retention: float | None = None
     max_kept_tokens: int | None = None
     budget_scope: BudgetScope = "cache"
+    min_retention: float | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     wire: Wire | None = None
 
@@ -207,6 +210,10 @@ class Compression:
             f"max_kept_tokens must be at least 1, got {self.max_kept_tokens}",
         )
         _check(
+            self.min_retention is None or 0 < self.min_retention <= 1,
+            f"min_retention must be in (0, 1], got {self.min_retention}",
+        )
+        _check(
             self.budget_scope in _SCOPES, f"budget_scope must be one of {', '.join(_SCOPES)}, got {self.budget_scope!r}"
         )
 
@@ -218,6 +225,7 @@ class Compression:
             max_kept_tokens=self.max_kept_tokens,
             budget_scope=_SCOPES[self.budget_scope],
             wire=None if self.wire is None else self.wire.to_proto(),
+            min_retention=self.min_retention,
         )
         params.parameters.update(self.parameters)
         return params

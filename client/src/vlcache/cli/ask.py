@@ -8,7 +8,7 @@ from typing import Any
 from vlcache._channel import DEFAULT_ADDRESS
 from vlcache._client import Client
 from vlcache._completion import Completion
-from vlcache._events import Delta
+from vlcache._events import Compressed, Delta
 from vlcache._settings import Compression, Sampling, Timeout, Wire
 from vlcache._stream import Stream
 from vlcache.cli.formatting import format_bytes, format_ms, format_share, to_json
@@ -41,6 +41,9 @@ def _add_compression(group: Any) -> None:
         choices=("cache", "visual"),
         default="cache",
         help="what the budget is a share of: all KV, or that of the visual tokens, keeping all text",
+    )
+    group.add_argument(
+        "--min-retention", type=float, metavar="SHARE", help="how far the budget may be lowered while memory is short"
     )
     group.add_argument(
         "--param", action="append", default=[], type=_parameter, metavar="NAME=VALUE", help="of the policy"
@@ -108,6 +111,7 @@ def _compression(args: argparse.Namespace) -> Compression:
         retention=args.retention,
         max_kept_tokens=args.max_kept_tokens,
         budget_scope=args.budget_scope,
+        min_retention=args.min_retention,
         parameters=dict(args.param),
         wire=_wire(args),
     )
@@ -144,11 +148,17 @@ def _kv_parts(completion: Completion) -> list[str]:
     if (kept := completion.compression) is not None:
         parts.append(
             f"KV {format_bytes(kept.full_bytes)} full, {format_bytes(kept.kept_bytes)} kept "
-            f"({format_share(kept.realised_retention, 1)} by {kept.policy})"
+            f"({format_share(kept.realised_retention, 1)} by {kept.policy}{_lowered(kept)})"
         )
     if (transfer := completion.transfer) is not None:
         parts.append(f"{format_bytes(transfer.sent_bytes)} sent via {transfer.transport}")
     return parts
+
+
+def _lowered(kept: Compressed) -> str:
+    if kept.requested_retention >= kept.asked_retention:
+        return ""
+    return f", {format_share(kept.asked_retention, 1)} asked"
 
 
 def _latencies(completion: Completion) -> str:
