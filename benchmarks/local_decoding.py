@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from decode_worker.engine import EagerEngine
-from decode_worker.kv_pool.base import Allocation, KVPool
+from decode_worker.eviction.kinds import opened
+from decode_worker.kv_pool.base import Allocation, KVPool, growth_of
 from decode_worker.sequence import Sequence
 from shared.errors import ResourceExhaustedError
 from shared.kv.manifest import Manifest
@@ -109,15 +110,17 @@ class LocalDecoding:
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_batch:
             track = self._waiting[0]
-            manifest, growth = track.manifest, track.manifest.sampling.max_new_tokens - 1
+            manifest, tokens = track.manifest, track.manifest.sampling.max_new_tokens - 1
+            rows, eviction = opened(manifest, track.body)
             try:
-                allocation = self._pool.allocate(self._pool.sequence_bytes(manifest.num_kept, growth))
+                nbytes = self._pool.sequence_bytes(manifest.num_kept, growth_of(tokens, eviction))
+                allocation = self._pool.allocate(nbytes)
             except ResourceExhaustedError:
                 if not self._running:
                     raise
                 return
             self._waiting.popleft()
-            kv = self._pool.install(allocation, manifest.num_kept, track.body, growth)
+            kv = self._pool.install(allocation, manifest.num_kept, rows, tokens, eviction)
             sequence = Sequence.from_manifest(manifest, kv, frozenset())
             sequence.last_token = track.last_fed
             self._running.append(_Running(track=track, sequence=sequence, allocation=allocation))

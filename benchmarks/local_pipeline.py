@@ -16,6 +16,7 @@ from benchmarks.local_decoding import LocalDecoding, Track
 from decode_worker.config import DecodeConfig
 from decode_worker.worker import build_engine
 from decode_worker.worker import load_model as load_decode
+from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.config import PrefillConfig
@@ -82,7 +83,7 @@ class LocalPipeline:
         """The parcel of a `local_job`."""
         visual, events = prompt.shape.num_visual, list[Event]()
         bound = job.rows_bound(prompt.shape.num_tokens - visual, visual)
-        body = memoryview(bytearray(self._spec.layout.full_bytes(bound)))
+        body = memoryview(bytearray(parcel_bound(job.policy, self._spec.layout, bound)))
         complete = self._compute.compress(job, prompt, prefilled, body, events.append)
         assert complete is not None, "no first token ends an answer that ignores the end"
         manifest, compressed = complete(), events[-1]

@@ -9,13 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import numpy as np
 from vlcache.v1 import inference_pb2 as public
 
-from decode_worker.eviction.kinds import rule_of, scores_in
-from decode_worker.eviction.ledger import RowLedger
-from decode_worker.eviction.rule import Rule
-from decode_worker.kv_pool.base import KVPool, SequenceKV, growth_of
+from decode_worker.eviction.kinds import opened, rule_of
+from decode_worker.kv_pool.base import Growing, KVPool, SequenceKV, growth_of
 from decode_worker.parcel_reader import plain_body
 from decode_worker.parking import Parking
 from decode_worker.reservations import Reservation, Reservations
@@ -216,23 +213,22 @@ class DecodeRunner:
     def _copy(self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool) -> SequenceKV:
         if manifest.encoding is not None:
             body, verify = plain_body(manifest, body, verify=verify), False
-        rule, scores = rule_of(manifest), scores_in(manifest, body)
-        ledger = None if rule is None else RowLedger.begin(rule, scores)
-        rows = body[: len(body) - manifest.score_bytes]
-        kv = self._pool.install(reservation.allocation, manifest.num_kept, rows, self._room(manifest, rule), ledger)
+        rows, eviction = opened(manifest, body)
+        room = self._room(manifest, eviction)
+        kv = self._pool.install(reservation.allocation, manifest.num_kept, rows, room, eviction)
         if verify:
             # after the copy: a slot that was reused meanwhile shows
             manifest.check_digest(body)
-        if scores is not None and not np.isfinite(scores).all():
+        if eviction is not None and not eviction.rows.scores.isfinite().all():
             raise InvalidRequestError("a score is not a number", reason="PARCEL_SCORES")
         return kv
 
-    def _room(self, manifest: Manifest, rule: Rule | None) -> int:
+    def _room(self, manifest: Manifest, eviction: Growing | None) -> int:
         """New tokens that a sequence comes in with: as promised, or all where eviction makes them cost no more."""
         # the rows of tokens that were decoded ahead take their room from the promise
         fed = len(manifest.generated) - 1
         promised = max(0, self.promised(manifest.sampling.max_new_tokens) - fed)
-        return self._pool.free_room(manifest.num_kept, promised, manifest.tokens_to_come, rule)
+        return self._pool.free_room(manifest.num_kept, promised, manifest.tokens_to_come, eviction)
 
     def _bytes_needed(self, manifest: Manifest) -> int:
         rule = rule_of(manifest)

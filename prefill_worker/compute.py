@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vlcache.v1 import inference_pb2 as public
 
+from prefill_worker.compression.eviction import add_scores, eviction_for
 from prefill_worker.compression.key_channels import wire_statistics
 from prefill_worker.compression.pipeline import (
     Selection,
@@ -30,6 +31,7 @@ from prefill_worker.parcel_writer import kept_counts
 from prefill_worker.prompt import Prompt
 from prefill_worker.wire_stage import WrittenBody, write_kept
 from shared.errors import RequestCancelledError
+from shared.kv.eviction import Eviction
 from shared.kv.manifest import Manifest, body_digest, layer_tokens
 from shared.model.identity import ModelIdentity
 from shared.model.spec import VLMSpec
@@ -114,8 +116,13 @@ class PrefillCompute:
             selections = select_tokens(job.policy, prefilled.observed(prompt.shape), job.budget)
             selections = [selection.followed_by(len(opening.tokens) - 1) for selection in selections]
         num_kept = kept_counts(prefilled, selections)
-        written = write_kept(prefilled, selections, num_kept, self._identity.layout, job.wire, body)
-        draft = self._draft(job, prompt, num_kept, selections, opening.tokens, written)
+        layout = self._identity.layout
+        eviction = eviction_for(job.policy, prompt.shape, job.budget, selections, layout.num_kv_heads)
+        written = write_kept(prefilled, selections, num_kept, layout, job.wire, body)
+        if eviction is not None and eviction.carries_scores:
+            scored = prefilled.observed(prompt.shape)
+            written = replace(written, body=add_scores(job.policy, scored, selections, written.body, body))
+        draft = self._draft(job, prompt, num_kept, selections, opening.tokens, written, eviction)
         self._metrics.observe_stage("select", time.monotonic() - started)
         emit(Compressed(message=self._report(draft, prompt)))
         return partial(_complete, draft, written)
@@ -165,6 +172,7 @@ class PrefillCompute:
         selections: list[Selection],
         tokens: Sequence[int],
         written: WrittenBody,
+        eviction: Eviction | None,
     ) -> Manifest:
         """The manifest without its digest, which needs the body."""
         layout, fed = self._identity.layout, len(tokens) - 1
@@ -186,6 +194,7 @@ class PrefillCompute:
             generated=tuple(tokens),
             sampling=job.sampling,
             encoding=written.encoding,
+            eviction=eviction,
         )
 
     def _report(self, manifest: Manifest, prompt: Prompt) -> public.Compression:

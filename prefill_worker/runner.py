@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.job import Event, PrefillJob, Transferred
 from prefill_worker.kv_sender import KVSender
@@ -115,7 +116,7 @@ class PrefillRunner:
         prompt = await self._preprocess(job)
         num_tokens = prompt.shape.num_tokens
         visual = prompt.shape.num_visual
-        bound = self._layout.full_bytes(job.rows_bound(num_tokens - visual, visual))
+        bound = parcel_bound(job.policy, self._layout, job.rows_bound(num_tokens - visual, visual))
         slot = await self._store.allocate(bound)
         try:
             loop = asyncio.get_running_loop()

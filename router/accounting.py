@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 from vlcache.v1 import inference_pb2 as pb
 
@@ -47,6 +48,12 @@ class Accounting:
     def reservation_rejected(self, error: ServiceError) -> None:
         """A decode worker did not promise memory."""
         self.metrics.labelled(self.metrics.reservation_rejected, reason=error.reason).inc()
+
+    def reserved(self, share: Fraction) -> None:
+        """A decode worker promised memory for `share` of what a request asked to keep."""
+        if share < 1:
+            self.metrics.retention_lowered.inc()
+            self.metrics.retention_lowered_ratio.observe(float(share))
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections import defaultdict
@@ -15,6 +16,7 @@ from router.accounting import Accounting
 from router.background import Background
 from router.deadline import Deadline
 from router.placement import Pair, Placement
+from router.retention import Offer
 from router.validation import AcceptedRequest
 from router.waiting import RETRY_AFTER_S, WaitingRoom
 from router.worker import DECODE, PREFILL, READY, Charge, Worker
@@ -33,6 +35,7 @@ class Lease:
     """Decode memory promised to one attempt, and the load that the attempt puts on its pair."""
 
     pair: Pair
+    offer: Offer
     attempt: int
     ticket: prefill_pb2.Ticket
     prefill_charge: Charge
@@ -79,6 +82,9 @@ class Admission:
     async def reserve(self, request: AcceptedRequest, *, avoid: Collection[Worker], deadline: Deadline) -> Lease:
         """Waits for a pair with decode memory; no prefill worker of `avoid` is taken.
 
+        Before it waits, and whenever it is its turn to ask again, everything that the request puts up with is tried,
+        what it asked for first: memory that became free goes into quality before it goes into the next request.
+
         Raises:
             UnavailableError: No ready pair is left.
             ResourceExhaustedError: No memory within the queue timeout, or too many requests wait for it.
@@ -99,14 +105,23 @@ class Admission:
         raise ResourceExhaustedError("no decode memory became free in time", retry_after_s=RETRY_AFTER_S)
 
     async def _try(self, ask: _Ask) -> Lease | None:
-        """One round over the decode workers; None when at least one of them is full only for now."""
+        """Down the offers; None when the last one met a decode worker that is full only for now."""
+        *better, last = ask.request.offers
+        for offer in better:
+            with contextlib.suppress(TooLargeError):
+                if lease := await self._round(ask, offer):
+                    return lease
+        return await self._round(ask, last)
+
+    async def _round(self, ask: _Ask, offer: Offer) -> Lease | None:
+        """Over the decode workers; None when at least one of them is full only for now."""
         refused: set[Worker] = set()
         hopeless: TooLargeError | None = None
         for pair in self._placement.order(self._pairs(ask)):
             if pair.decode in refused or not pair.ready:
                 continue
             try:
-                return await self._reserve(pair, ask)
+                return await self._reserve(pair, ask, offer)
             except TooLargeError as error:
                 self._accounting.reservation_rejected(error)
                 hopeless = error
@@ -124,21 +139,23 @@ class Admission:
     def _pairs(self, ask: _Ask) -> list[Pair]:
         return [pair for pair in self._table.pairs(ask.request.model.name) if pair.prefill not in ask.avoid]
 
-    async def _reserve(self, pair: Pair, ask: _Ask) -> Lease:
+    async def _reserve(self, pair: Pair, ask: _Ask, offer: Offer) -> Lease:
         attempt = next(self._attempts) % ATTEMPTS
         prefill_charge = pair.prefill.charge(ask.request.prompt_tokens_bound)
-        decode_charge = pair.decode.charge(_decode_bytes(pair, ask.request))
+        decode_charge = pair.decode.charge(_decode_bytes(pair, ask.request, offer))
         try:
             response = await self._answer(
-                pair.decode.client, _reserve_request(pair, attempt, ask.request), ask.deadline
+                pair.decode.client, _reserve_request(pair, attempt, ask.request, offer), ask.deadline
             )
         except BaseException:
             prefill_charge.end()
             decode_charge.end()
             raise
         decode_charge.resize(response.reserved_bytes)
+        self._accounting.reserved(offer.share)
         return Lease(
             pair=pair,
+            offer=offer,
             attempt=attempt,
             ticket=_ticket(pair.decode, response),
             prefill_charge=prefill_charge,
@@ -179,18 +196,18 @@ class _Ask:
     deadline: Deadline
 
 
-def _decode_bytes(pair: Pair, request: AcceptedRequest) -> int:
+def _decode_bytes(pair: Pair, request: AcceptedRequest, offer: Offer) -> int:
     """Estimate of a reservation until the worker says the exact figure."""
-    return pair.decode.layout.full_bytes(request.kept_tokens_bound + request.max_new_tokens)
+    return pair.decode.layout.full_bytes(offer.kept_tokens_bound + request.max_new_tokens)
 
 
-def _reserve_request(pair: Pair, attempt: int, request: AcceptedRequest) -> decode_pb2.ReserveRequest:
+def _reserve_request(pair: Pair, attempt: int, request: AcceptedRequest, offer: Offer) -> decode_pb2.ReserveRequest:
     return decode_pb2.ReserveRequest(
         request_id=request.request_id,
         attempt=attempt,
         model=request.model.name,
         compatibility=pair.decode.info.model.compatibility,
-        kept_tokens_bound=request.kept_tokens_bound,
+        kept_tokens_bound=offer.kept_tokens_bound,
         max_new_tokens=request.max_new_tokens,
         prefill_epoch=pair.prefill.info.epoch,
         arena_socket=pair.prefill.info.arena_socket,

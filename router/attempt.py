@@ -48,7 +48,7 @@ class Attempt:
         self._open = True
 
     def start_prefill(self, message: pb.GenerateRequest, deadline: Deadline) -> None:
-        """Sends the prompt to the prefill worker."""
+        """Sends the prompt to the prefill worker, with the budget that memory was promised for."""
         timeout_s = deadline.remaining_s()
         request = prefill_pb2.PrefillRequest(
             request=message,
@@ -56,6 +56,7 @@ class Attempt:
             ticket=self.lease.ticket,
             epoch=self.lease.pair.prefill.info.epoch,
         )
+        self.lease.offer.budget.write_to(request.request.compression)
         self._pump = self._background.spawn(self._read_prefill(request, timeout_s))
 
     def attach(self) -> None:

@@ -28,6 +28,9 @@ class RouterConfig:
     """Seconds that a request waits for decode memory before it is refused."""
     max_waiting: int = 256
     """Requests per model that may wait for decode memory; further ones are refused at once."""
+    min_retention: float = 1.0
+    """How far the retention of a request that names no floor of its own may be lowered while decode memory is short, in
+    (0, 1]; 1 lowers none. Requests that keep everything are spared."""
     drain_s: float = 30.0
     """Seconds that running requests get to finish after SIGTERM or SIGINT."""
     log_level: str = "INFO"
@@ -41,6 +44,8 @@ class RouterConfig:
         for name in ("drain_s", "max_waiting"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 < self.min_retention <= 1:
+            raise ValueError(f"min_retention must lie in (0, 1], not {self.min_retention}")
         open_registry(self.registry)
         if not self.name:
             raise ValueError("name must not be empty")

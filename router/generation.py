@@ -142,9 +142,7 @@ class Generation:
         if kind == "next_token":
             return self._on_next_token(event.next_token)
         if kind == "compression":
-            self._account.compression(event.compression)
-            self._hand_over()
-            return (pb.GenerateResponse(compression=event.compression),)
+            return self._on_compression(event.compression)
         if kind == "transfer":
             self._account.transfer(event.transfer)
             return (pb.GenerateResponse(transfer=event.transfer),)
@@ -166,10 +164,14 @@ class Generation:
             self._answered(token.finish_reason)
         return (pb.GenerateResponse(delta=pb.Delta(token_ids=[token.token_id], text=token.text)),)
 
-    def _hand_over(self) -> None:
-        """What follows comes from the decode worker; not before the prefill worker has said its last token."""
+    def _on_compression(self, message: pb.Compression) -> Sequence[pb.GenerateResponse]:
+        """The prefill worker has said its last token: what follows comes from the decode worker."""
+        text, visual = message.prompt_tokens - message.visual_tokens, message.visual_tokens
+        message.asked_retention = float(self.request.asked.retention_of(text, visual))
+        self._account.compression(message)
         if not self._reason:
             self._current.attach()
+        return (pb.GenerateResponse(compression=message),)
 
     def _on_update(self, update: decode_pb2.SequenceUpdate) -> Sequence[pb.GenerateResponse]:
         self._account.tokens(len(update.token_ids))

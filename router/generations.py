@@ -28,12 +28,14 @@ class Generations:
         background: Background,
         accounting: Accounting,
         patience_s: float,
+        min_retention: float,
     ) -> None:
         self._table = table
         self._admission = admission
         self._background = background
         self._accounting = accounting
         self._patience_s = patience_s
+        self._min_retention = min_retention
         self._running: dict[str, Generation] = {}
         self._draining = False
         self._idle = asyncio.Event()
@@ -83,7 +85,7 @@ class Generations:
         worker = served.get(self._model_name(message.model, list(served)))
         if worker is None:
             raise self._not_served(message.model, list(served))
-        return validation.accept(message, worker.info.model)
+        return validation.accept(message, worker.info.model, min_retention=self._min_retention)
 
     def _model_name(self, asked: str, served: list[str]) -> str:
         if not asked and len(served) > 1:

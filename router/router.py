@@ -60,6 +60,7 @@ class Router:
             background=self._background,
             accounting=self.accounting,
             patience_s=config.control_timeout_s,
+            min_retention=config.min_retention,
         )
         self._running = contextlib.AsyncExitStack()
 

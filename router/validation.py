@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import uuid
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import worker_pb2
 
+from router.retention import Offer, offers_of
 from shared.errors import InvalidRequestError
 from shared.request.params import Budget, Sampling, Wire
 from shared.rpc.options import MAX_REQUEST_BYTES
@@ -25,8 +27,13 @@ class AcceptedRequest:
     message: pb.GenerateRequest
     model: worker_pb2.ServedModel
     prompt_tokens_bound: int
-    kept_tokens_bound: int
-    """Bound of the mean number of kept tokens per layer."""
+    offers: tuple[Offer, ...]
+    """Budgets that it puts up with, what it asked for first."""
+
+    @property
+    def asked(self) -> Budget:
+        """The budget it asked for."""
+        return self.offers[0].budget
 
     @property
     def request_id(self) -> str:
@@ -51,8 +58,13 @@ def request_id_of(message: pb.GenerateRequest) -> str:
     return message.request_id
 
 
-def accept(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> AcceptedRequest:
+def accept(
+    message: pb.GenerateRequest, model: worker_pb2.ServedModel, *, min_retention: float = 1.0
+) -> AcceptedRequest:
     """Checks `message` against `model` and fills in what the workers need to agree on. Changes `message`.
+
+    Args:
+        min_retention: How far the budget of a request that does not say it may be lowered.
 
     Raises:
         InvalidRequestError: A value is out of its range, or the request asks for nothing.
@@ -68,11 +80,13 @@ def accept(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> Accept
     markers = images * model.max_marker_tokens_per_image
     text = min(_text_tokens_bound(message, model) + markers, model.context_tokens)
     visual = min(images * model.max_tokens_per_image - markers, model.context_tokens - text)
+    # a request for everything is a request for exact answers
+    default = min_retention if budget.retention_of(text, visual) < 1 else 1.0
     return AcceptedRequest(
         message=message,
         model=model,
         prompt_tokens_bound=text + visual,
-        kept_tokens_bound=budget.kept_tokens_bound(text, visual),
+        offers=offers_of(budget, _floor(message.compression, default), text, visual),
     )
 
 
@@ -101,13 +115,20 @@ def _fill_compression(message: pb.GenerateRequest, model: worker_pb2.ServedModel
     given = message.compression
     budget = Budget.from_proto(given, default_retention=model.default_retention)
     Wire.from_proto(given.wire)  # raises before anyone works for it
-    if budget.retention is not None:
-        # what is reserved and what is asked for must not drift apart
-        given.retention = budget.retention
+    # what is reserved and what is asked for must not drift apart
+    budget.write_to(given)
     given.policy = given.policy or model.default_policy
     known = ", ".join(model.policies)
     _require(given.policy in model.policies, f"unknown compression policy {given.policy!r}; known: {known}")
     return budget
+
+
+def _floor(given: pb.CompressionParams, default: float) -> float:
+    if not given.HasField("min_retention"):
+        return default
+    floor = given.min_retention
+    _require(math.isfinite(floor) and 0 < floor <= 1, f"min_retention is a share and must lie in (0, 1], not {floor}")
+    return floor
 
 
 def _text_tokens_bound(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> int:

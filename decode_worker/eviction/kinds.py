@@ -6,6 +6,7 @@ import numpy as np
 
 from decode_worker.eviction.fixed_slot import FixedSlotRule
 from decode_worker.eviction.heavy_hitters import HeavyHittersRule
+from decode_worker.eviction.ledger import RowLedger
 from decode_worker.eviction.rule import Rule
 from decode_worker.eviction.scope import ScopeRule
 from decode_worker.eviction.sparse_read import SparseReadRule
@@ -32,8 +33,8 @@ def rule_of(manifest: Manifest) -> Rule | None:
     return None
 
 
-def scores_in(manifest: Manifest, body: memoryview) -> np.ndarray | None:
-    """The scores at a body's end, [sum of kept] fp32; None where the rule does not go by them."""
-    if not manifest.score_bytes:
-        return None
-    return np.frombuffer(body[len(body) - manifest.score_bytes :], dtype="<f4")
+def opened(manifest: Manifest, body: memoryview) -> tuple[memoryview, RowLedger | None]:
+    """The rows of a plain parcel body, and what its sequence evicts by."""
+    rule, rows_end = rule_of(manifest), len(body) - manifest.score_bytes
+    scores = np.frombuffer(body[rows_end:], dtype="<f4") if manifest.score_bytes else None
+    return body[:rows_end], None if rule is None else RowLedger.begin(rule, scores)

@@ -92,7 +92,11 @@ def _unit(kind: type[Policy]) -> str:
 
 def _also(kind: type[Policy]) -> str:
     """What it does beside choosing tokens."""
-    extras = {"merge": "merges dropped tokens", "sparse_prefill": "computes less in the pass"}
+    extras = {
+        "merge": "merges dropped tokens",
+        "sparse_prefill": "computes less in the pass",
+        "eviction": "goes on while tokens are generated",
+    }
     return _overridden(kind, extras, ", ")
 
 

@@ -2,7 +2,8 @@
 
     observe -> score -> allocate -> select -> [merge]
 
-retention = 1 bypasses every policy.
+retention = 1 bypasses every policy. A policy may go on while tokens are generated (`eviction`): the decode worker does
+that part.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from prefill_worker.compression.selection import best_tokens
 from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.compression.statistics import ObservedLayer, Statistic
 from shared.errors import InvalidRequestError
+from shared.kv.eviction import Eviction
 from shared.request.params import MIN_KEPT_TOKENS
 
 
@@ -49,6 +51,8 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
+    carries_scores: ClassVar[bool] = False
+    """Whether its eviction goes by scores that begin in the prompt."""
 
     def for_prompt(self, prompt: PromptShape) -> Policy:
         """The policy that runs in its place for prompts that this method does not cover; by default itself."""
@@ -106,6 +110,21 @@ class Policy(ABC):
             Keys and values [sum of kept, head_dim], head after head, positions ascending.
         """
         return None
+
+    def eviction(self, prompt: PromptShape, chosen: Sequence[torch.Tensor], retention: Fraction) -> Eviction | None:
+        """What the decode worker drops or leaves unread while it generates; by default nothing.
+
+        At retention 1 nothing may be dropped, whatever is returned.
+
+        Args:
+            chosen: Per layer, as `select` returned it.
+            retention: What the budget means as a share of all tokens, exactly.
+        """
+        return None
+
+    def accumulated(self, layer: ObservedLayer) -> torch.Tensor:
+        """What the scores of `carries_scores` are at the prompt's end, [num_kv_heads, num_tokens] fp32."""
+        return self.score(layer)
 
     def require(self, condition: bool, message: str) -> None:
         """Refuses a parameter.

@@ -23,9 +23,11 @@ from prefill_worker.compression.policies.mix_kv import MixKV
 from prefill_worker.compression.policies.prefix_kv import PrefixKV
 from prefill_worker.compression.policies.pyramid_kv import PyramidKV
 from prefill_worker.compression.policies.random_tokens import RandomTokens
+from prefill_worker.compression.policies.scope import Scope
 from prefill_worker.compression.policies.snap_kv import SnapKV
 from prefill_worker.compression.policies.streaming_llm import StreamingLLM
 from prefill_worker.compression.policies.tgv_kv import TGVKV
+from prefill_worker.compression.policies.tidal_decode import TidalDecode
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policies.zip_vl import ZipVL
 from prefill_worker.compression.policy import Policy
@@ -56,6 +58,8 @@ POLICIES: dict[str, type[Policy]] = {
         FastV,
         ZipVL,
         LookAheadPolicy,
+        Scope,
+        TidalDecode,
     )
 }
 DEFAULT_POLICY = VLCache.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from vlcache.v1 import inference_pb2 as pb
@@ -133,6 +133,28 @@ class Budget:
         if kind == "max_kept_tokens":
             return cls(max_kept_tokens=message.max_kept_tokens, scope=scope)
         return cls(retention=message.retention if kind == "retention" else default_retention, scope=scope)
+
+    def write_to(self, message: pb.CompressionParams) -> None:
+        """Makes this the budget of a message of the same scope."""
+        if self.max_kept_tokens is not None:
+            message.max_kept_tokens = self.max_kept_tokens
+        elif self.retention is not None:
+            message.retention = self.retention
+
+    def lowered(self, share: Fraction) -> Budget:
+        """The budget that keeps `share` of this one, rounded down to whole tokens where it is a count."""
+        if self.max_kept_tokens is not None:
+            return replace(self, max_kept_tokens=int(self.max_kept_tokens * share))
+        return replace(self, retention=float(Fraction(str(self.retention)) * share))
+
+    def tokens_of(self, text_tokens: int, visual_tokens: int) -> int:
+        """How many of a prompt's tokens are in its scope."""
+        return visual_tokens + (text_tokens if self.scope is BudgetScope.CACHE else 0)
+
+    def retention_of(self, text_tokens: int, visual_tokens: int) -> Fraction:
+        """The retention that this budget means for a prompt; 1 where nothing is in its scope."""
+        tokens = self.tokens_of(text_tokens, visual_tokens)
+        return self.share_of(tokens) if tokens else Fraction(1)
 
     def share_of(self, num_tokens: int) -> Fraction:
         """The retention that this budget means for `num_tokens`, those of its scope.

@@ -85,6 +85,10 @@ class RouterMetrics(_RoleMetrics):
         self.cancellations = c("cancellations_total", "Requests cancelled by their client", "stage")
         self.reservation_rejected = c("reservation_rejected_total", "Refused reservations", "reason")
         self.reservation_wait = h("reservation_wait_seconds", "Time in the queue for decode memory", LATENCY_BUCKETS)
+        self.retention_lowered = c("retention_lowered_total", "Reservations below the retention asked for")
+        self.retention_lowered_ratio = h(
+            "retention_lowered_ratio", "Share of the retention asked for that these got", RATIO_BUCKETS
+        )
         self.requests_running = g("num_requests_running", "Requests in flight")
         self.requests_waiting = g("num_requests_waiting", "Requests waiting for decode memory")
         self.kv_full_bytes = c("kv_bytes_full_total", "KV bytes of all prompts before compression")

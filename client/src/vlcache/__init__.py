@@ -40,7 +40,7 @@ from vlcache._events import (
 )
 from vlcache._messages import Image, ImageSource, Message
 from vlcache._server_info import KVBytes, Model, ServerInfo, Totals, Worker
-from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout
+from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout, Wire
 from vlcache._stream import Stream
 
 __all__ = [
@@ -86,5 +86,6 @@ __all__ = [
     "Unavailable",
     "Usage",
     "VlcacheError",
+    "Wire",
     "Worker",
 ]

@@ -63,7 +63,10 @@ class Compressed:
     """What the prefill worker kept of the prompt's KV.
 
     policy: name of the compression policy.
-    requested_retention, realised_retention: kept share of the KV, in (0, 1].
+    asked_retention: kept share that the request asked for, in (0, 1].
+    requested_retention: what the policy was told to keep: less than asked when memory was short and `min_retention`
+        allowed it.
+    realised_retention: kept share of the KV, in (0, 1].
     full_bytes, kept_bytes: bytes of KV before and after.
     layer_tokens: tokens kept in each layer (the largest KV head of the layer).
     layer_attention_mass: per layer, share of the post-vision attention that falls on kept tokens, in [0, 1].
@@ -71,6 +74,7 @@ class Compressed:
     """
 
     policy: str
+    asked_retention: float
     requested_retention: float
     realised_retention: float
     full_bytes: int
@@ -128,6 +132,8 @@ def event_from_proto(response: inference_pb2.GenerateResponse) -> Event | None:
 def _compressed(message: inference_pb2.Compression) -> Compressed:
     return Compressed(
         policy=message.policy,
+        # a service that never lowers a retention does not say it
+        asked_retention=message.asked_retention or message.requested_retention,
         requested_retention=message.requested_retention,
         realised_retention=message.realised_retention,
         full_bytes=message.full_bytes,

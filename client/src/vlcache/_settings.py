@@ -8,6 +8,7 @@ from typing import Any, Literal
 from vlcache.v1 import inference_pb2
 
 MAX_SEED = 2**64 - 1
+MAX_RESIDUAL = 2**32 - 1
 BudgetScope = Literal["cache", "visual"]
 # the server's default is the cache: what is left out stays absent on the wire
 _SCOPES = {
@@ -136,6 +137,41 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wire:
+    """How what is kept is written for its way to the decode worker, which restores it.
+
+    Fewer bytes travel; the decode worker stores as many as without. `Transferred.sent_bytes` says how many were sent.
+
+    bits: 8, 4 or 2 per value, quantised; 0 leaves values as they are.
+    key_channels: kept share of the K channels of each KV head, in (0, 1]; the others become zeros.
+    group: tokens (K) or channels (V) that share a scale, 8 to 256; the server's default (32) when None.
+    residual: last kept tokens of each KV head that stay as they are; the server's default (32) when None.
+
+    Raises ValueError when a value is out of its range.
+    """
+
+    bits: int = 0
+    key_channels: float = 1.0
+    group: int | None = None
+    residual: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.bits in (0, 8, 4, 2), f"bits must be one of 0, 8, 4, 2, got {self.bits}")
+        _check(0 < self.key_channels <= 1, f"key_channels must be in (0, 1], got {self.key_channels}")
+        _check(self.group is None or 8 <= self.group <= 256, f"group must be in [8, 256], got {self.group}")
+        _check(
+            self.residual is None or 0 <= self.residual <= MAX_RESIDUAL,
+            f"residual must be in [0, {MAX_RESIDUAL}], got {self.residual}",
+        )
+
+    def to_proto(self) -> inference_pb2.WireParams:
+        """The message of the contract; fields left None stay absent."""
+        return inference_pb2.WireParams(
+            bits=self.bits, key_channels=self.key_channels, group=self.group, residual=self.residual
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compression:
     """How much of the prompt's KV is kept, and who chooses it. What is left out is the server's default.
 
@@ -144,7 +180,10 @@ class Compression:
     max_kept_tokens: tokens kept per layer on average, instead of `retention`.
     budget_scope: what the budget is a share of: "cache", the whole prompt's KV, or "visual", that of the visual tokens,
         all text being kept.
+    min_retention: share, in (0, 1], down to which the budget may be lowered rather than let the request wait while
+        memory is short; 1 lowers nothing. `Compressed` says what was asked for and what was done.
     parameters: parameters of the policy by name, JSON values; the server refuses unknown names.
+    wire: how what is kept is written for its way; as it is when None.
 
     Raises ValueError when a value is out of its range or both budgets are given.
     """
@@ -153,7 +192,9 @@ class Compression:
     retention: float | None = None
     max_kept_tokens: int | None = None
     budget_scope: BudgetScope = "cache"
+    min_retention: float | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    wire: Wire | None = None
 
     def __post_init__(self) -> None:
         _check(
@@ -169,6 +210,10 @@ class Compression:
             f"max_kept_tokens must be at least 1, got {self.max_kept_tokens}",
         )
         _check(
+            self.min_retention is None or 0 < self.min_retention <= 1,
+            f"min_retention must be in (0, 1], got {self.min_retention}",
+        )
+        _check(
             self.budget_scope in _SCOPES, f"budget_scope must be one of {', '.join(_SCOPES)}, got {self.budget_scope!r}"
         )
 
@@ -179,6 +224,8 @@ class Compression:
             retention=self.retention,
             max_kept_tokens=self.max_kept_tokens,
             budget_scope=_SCOPES[self.budget_scope],
+            wire=None if self.wire is None else self.wire.to_proto(),
+            min_retention=self.min_retention,
         )
         params.parameters.update(self.parameters)
         return params

@@ -6,6 +6,9 @@ Idea: what is not important enough to stay need not be lost: it merges into the 
     keep the first `start`, the last one, and the best of the rest (anchors); the same number in every layer
     anchor  = mean of itself and the dropped tokens that are nearest to it by position (ties: the lower anchor)
 
+While tokens are generated, the token in one fixed place goes (25 before the end of what was kept of the prompt, or its
+middle) whenever the cache holds more than its share of all tokens seen so far.
+
 The first and the last tokens take no members. Keys are merged as they are cached, each rotated to its own position:
 the paper accepts that. Own choice: in a budget of visual tokens the text that always stays counts among the anchors.
 
@@ -15,7 +18,9 @@ questions stand, is merged away. The authors' code takes argsort for a rank, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -26,10 +31,13 @@ from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.selection import with_sinks
 from prefill_worker.compression.statistics import ColumnSums, ObservedLayer
+from shared.kv.eviction import FixedSlot, share_that_travels
 from shared.request.params import MIN_KEPT_TOKENS
 
 # So that every budget leaves an anchor beside the first tokens and the last one.
 MAX_START = MIN_KEPT_TOKENS - 2
+# Of the place where generated tokens push others out, from the end of the kept prompt.
+DISTANCE = -25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +74,7 @@ class ElasticCache(Policy):
         groups = groups_of(chosen, *nearest(anchors))
         key, value = (groups.means(groups.members(whole)).to(whole.dtype) for whole in (layer.key, layer.value))
         return key, value
+
+    def eviction(self, prompt: PromptShape, chosen: Sequence[torch.Tensor], retention: Fraction) -> FixedSlot:
+        """The same place and share in every layer."""
+        return FixedSlot(retention=(share_that_travels(retention),) * len(chosen), distance=DISTANCE)

@@ -12,22 +12,28 @@ authors sort without them and keep them in addition). Theirs is a profile of a f
 found by bisection; here it is this prompt's own and exact: each token goes to the layer that has kept the least so far.
 A budget of visual tokens counts from what the text, all of which stays, has kept already. Few rows see the end of a
 prompt: sums over all of them rank a question that comes last below everything before it.
+
+While tokens are generated, each layer goes on as in Elastic Cache, with the share that it kept of the prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
 from torch.nn import functional
 
 from prefill_worker.compression.accumulated import OBSERVED, column_sums, received
+from prefill_worker.compression.eviction import shares_kept
+from prefill_worker.compression.policies.elastic_cache import DISTANCE
 from prefill_worker.compression.policy import Policy, TokenBudget
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.selection import best_tokens, with_sinks
 from prefill_worker.compression.statistics import ColumnSums, ObservedLayer
+from shared.kv.eviction import FixedSlot
 from shared.request.params import MIN_KEPT_TOKENS
 
 FIRST = 4
@@ -64,6 +70,10 @@ class PrefixKV(Policy):
         masses = masses[:, prompt.num_tokens - budget.num_tokens :]
         masses[:, :fewest] = -1.0
         return lowest_first(masses, max(budget.total, len(layers) * fewest))
+
+    def eviction(self, prompt: PromptShape, chosen: Sequence[torch.Tensor], retention: Fraction) -> FixedSlot:
+        """Each layer by its own share."""
+        return FixedSlot(retention=shares_kept(chosen), distance=DISTANCE)
 
     def _mass_before(self, layer: ObservedLayer, stays: torch.Tensor) -> torch.Tensor:
         """Share of the attention that is kept already when the next best token comes, [num_tokens] float64."""

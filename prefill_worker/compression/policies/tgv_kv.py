@@ -1,4 +1,4 @@
-"""TGV-KV (ICML 2026, arXiv 2606.03075): text guides which visual tokens stay; this is its prefill part.
+"""TGV-KV (ICML 2026, arXiv 2606.03075): text guides which visual tokens stay.
 
 Idea: text is worth more than vision, and a visual token is worth what important text tokens pay to it. A layer whose
 text looks more at the image keeps more.
@@ -9,6 +9,9 @@ text looks more at the image keeps more.
     score_i  = sum over j of w_j A[j, i]                for visual tokens
     text is ranked above, by its attention from P; the first 4 tokens and the last one stay; one choice for all KV heads
 
+While tokens are generated, a layer that holds more than its share of all tokens seen so far drops the one that the
+current token attends to least (head mean); the first 4 stay, and as many of the last as text was kept after the image.
+
 Layer shares are clipped to the floor and 1 with the rest redistributed (the authors' code loses what it clips). Own
 choices: P is capped, and text before the image is ranked by P's attention, too, instead of all rows'; P is the fallback
 rows when nothing follows the image, and without an image the layers share alike.
@@ -18,17 +21,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar, NamedTuple
 
 import torch
 
 from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.budget import strict_budget
+from prefill_worker.compression.eviction import shares_kept
 from prefill_worker.compression.policy import Policy, TokenBudget
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rows import MAX_ROWS, post_vision_rows
 from prefill_worker.compression.selection import with_sinks, with_text_first
 from prefill_worker.compression.statistics import ObservedLayer, Statistic
+from shared.kv.eviction import TextGuard
 from shared.request.params import MIN_KEPT_TOKENS
 
 SINKS = 4
@@ -95,6 +101,13 @@ class TGVKV(Policy):
         guided = self._guided(layers[0].prompt)
         masses = [layer[guided].received.cpu()[visual].sum().item() for layer in layers]
         return strict_budget([max(mass, FAINTEST_MASS) for mass in masses], budget, MIN_KEPT_TOKENS)
+
+    def eviction(self, prompt: PromptShape, chosen: Sequence[torch.Tensor], retention: Fraction) -> TextGuard:
+        """Each layer by its own share; without a cap on the text that is counted."""
+        rows = post_vision_rows(prompt, max_rows=0)
+        text = ~prompt.visual[rows.start :]
+        kept = tuple(int((layer[0, rows.start :].cpu() & text).sum()) for layer in chosen)
+        return TextGuard(retention=shares_kept(chosen), sinks=SINKS, text=kept)
 
     def _guided(self, prompt: PromptShape) -> TextGuided:
         return TextGuided(post_vision_rows(prompt, self.max_rows))

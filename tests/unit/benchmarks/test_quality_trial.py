@@ -30,7 +30,7 @@ QUESTION = Question(
 
 def trial(first: int = 3, *, reference: Trial | None = None, limit: int = 8, logits: torch.Tensor = LOGITS) -> Trial:
     parcel = LocalParcel(
-        manifest=manifest(first_token=first, sampling=Sampling(max_new_tokens=limit)),
+        manifest=manifest(generated=(first,), sampling=Sampling(max_new_tokens=limit)),
         body=memoryview(b""),
         compression=public.Compression(),
         eos_token_ids=frozenset({END}),

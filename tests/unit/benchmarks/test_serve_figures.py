@@ -24,6 +24,7 @@ def completion(arrivals_s: tuple[float, ...]) -> vlcache.Completion:
     )
     compressed = vlcache.Compressed(
         policy="vl_cache",
+        asked_retention=0.1,
         requested_retention=0.1,
         realised_retention=0.1,
         full_bytes=1000,

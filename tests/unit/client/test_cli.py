@@ -10,7 +10,7 @@ from vlcache.cli import main
 from vlcache.cli.formatting import format_bytes, format_table
 from vlcache.v1 import inference_pb2 as pb
 
-from tests.unit.client.service import delta, fail, started, whole_answer
+from tests.unit.client.service import compression, delta, fail, finished, started, whole_answer
 
 
 @pytest.fixture
@@ -37,6 +37,14 @@ def test_ask_prints_the_answer_and_then_its_cost(service, vlcache):
     assert "ITL" in line
 
 
+def test_ask_says_when_less_was_kept_than_asked(service, vlcache):
+    lowered = pb.GenerateResponse()
+    lowered.CopyFrom(compression())
+    lowered.compression.asked_retention = 0.4
+    service.attempts = [[started(), delta("a ", 5), lowered, finished()]]
+    assert "(12.5 % by vl_cache, 40.0 % asked)" in vlcache("ask", "Which?")[2]
+
+
 def test_ask_streams(service, vlcache, monkeypatch):
     flushed = []
     monkeypatch.setattr("builtins.print", lambda *args, flush=False, **_: flushed.append((*args, flush)))
@@ -52,17 +60,19 @@ def test_every_option_reaches_the_service(service, vlcache, tmp_path):
     service.attempts = [whole_answer()]
     images = [option for path in paths for option in ("--image", str(path))]
     settings = "--retention 0.2 --policy knorm --param window=32 --param pool=max --param deep=true --model m"
-    scope = ("--budget-scope", "visual")
+    scope = ("--budget-scope", "visual", "--min-retention", "0.05")
+    wire = "--wire-bits 4 --key-channels 0.6 --wire-group 64 --wire-residual 0"
     sampling = "--max-new-tokens 7 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 11 --stop . --stop !"
-    assert vlcache("ask", *images, "Which?", *scope, *settings.split(), *sampling.split(), "--timeout", "9")[0] == 0
+    assert vlcache("ask", *images, "Which?", *scope, *f"{settings} {wire} {sampling}".split(), "--timeout", "9")[0] == 0
 
     (request,) = service.requests
     parts = request.messages[0].parts
     assert [part.image.data for part in parts[:2]] == [b"a.png", b"b.png"]
     assert (parts[2].text, request.model) == ("Which?", "m")
     assert (request.compression.retention, request.compression.policy) == (0.2, "knorm")
-    assert request.compression.budget_scope == pb.BUDGET_SCOPE_VISUAL
+    assert (request.compression.budget_scope, request.compression.min_retention) == (pb.BUDGET_SCOPE_VISUAL, 0.05)
     assert dict(request.compression.parameters.items()) == {"window": 32.0, "pool": "max", "deep": True}
+    assert request.compression.wire == pb.WireParams(bits=4, key_channels=0.6, group=64, residual=0)
     sent = request.sampling
     assert (sent.max_new_tokens, sent.temperature, sent.top_p, sent.top_k, sent.seed) == (7, 0.5, 0.9, 4, 11)
     assert list(sent.stop) == [".", "!"]
@@ -75,6 +85,7 @@ def test_without_options_the_service_decides(service, vlcache):
     (request,) = service.requests
     assert request.sampling == pb.SamplingParams()
     assert request.compression.max_kept_tokens == 64
+    assert not request.compression.HasField("wire")
     assert request.compression.policy == ""
 
 

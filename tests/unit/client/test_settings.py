@@ -2,7 +2,7 @@ import dataclasses
 import math
 
 import pytest
-from vlcache import Compression, RetryPolicy, Sampling, Timeout
+from vlcache import Compression, RetryPolicy, Sampling, Timeout, Wire
 from vlcache.v1 import inference_pb2
 
 WRONG = [
@@ -29,7 +29,15 @@ WRONG = [
     (Compression, {"retention": 1.01}),
     (Compression, {"max_kept_tokens": 0}),
     (Compression, {"retention": 0.5, "max_kept_tokens": 5}),
+    (Wire, {"bits": 3}),
+    (Wire, {"key_channels": 0}),
+    (Wire, {"key_channels": math.nan}),
+    (Wire, {"group": 7}),
+    (Wire, {"residual": -1}),
+    (Wire, {"residual": 2**32}),
     (Compression, {"budget_scope": "text"}),
+    (Compression, {"min_retention": 0}),
+    (Compression, {"min_retention": 1.5}),
 ]
 
 
@@ -39,7 +47,7 @@ def test_a_wrong_value_is_refused_by_name(setting, values):
         setting(**values)
 
 
-@pytest.mark.parametrize("setting", [Timeout, RetryPolicy, Sampling, Compression])
+@pytest.mark.parametrize("setting", [Timeout, RetryPolicy, Sampling, Compression, Wire])
 def test_settings_have_defaults_and_are_frozen(setting):
     value = setting()
     name = dataclasses.fields(value)[0].name
@@ -70,7 +78,15 @@ def test_every_setting_reaches_its_field():
     assert (params.policy, params.max_kept_tokens) == ("knorm", 64)
     assert dict(params.parameters.items()) == {"window": 32.0, "pool": "max"}
     assert Compression(retention=1.0).to_proto().retention == 1.0
+    assert not Compression().to_proto().HasField("wire")
+    params = Compression(wire=Wire(bits=4, key_channels=0.6, group=64, residual=0)).to_proto().wire
+    assert (params.bits, params.key_channels, params.group, params.residual) == (4, 0.6, 64, 0)
+    assert params.HasField("residual")
+    params = Wire(bits=2).to_proto()
+    assert not params.HasField("group")
+    assert not params.HasField("residual")
     assert Compression(budget_scope="visual").to_proto().budget_scope == inference_pb2.BUDGET_SCOPE_VISUAL
+    assert Compression(min_retention=0.05).to_proto().min_retention == 0.05
 
 
 def test_a_parameter_that_is_no_json_value_is_refused():

@@ -27,6 +27,7 @@ def test_events_arrive_typed_and_in_order(service, client):
     assert events[1] == Delta(text="a ", token_ids=(5,))
     assert events[2] == vlcache.Compressed(
         policy="vl_cache",
+        asked_retention=0.1,
         requested_retention=0.1,
         realised_retention=0.125,
         full_bytes=2 * 2**20,

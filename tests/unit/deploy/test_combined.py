@@ -16,12 +16,14 @@ from decode_worker.graph_engine import GraphEngine
 from decode_worker.kv_pool.base import KVPool
 from deploy.combined.config import CombinedConfig
 from deploy.combined.worker import LoadedModel, load_model
+from prefill_worker.compression.pipeline import sparse_prefill_for, statistics_for
 from prefill_worker.compression.registry import build_policy
 from prefill_worker.config import PrefillConfig
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.config import Listen
 from shared.model.loading import load_decode_model
 from shared.model.packing import PackedLinear
+from shared.request.params import Budget
 from tests.unit.decode_worker import tiny
 from tests.unit.decode_worker.pools import CPU, block_pool, slab_pool
 from tests.unit.decode_worker.sequences import LAYOUT, advance, pooled, prefill, sequence, some, text_ids
@@ -120,17 +122,20 @@ def test_steps_over_the_whole_model_are_those_over_its_language_model(
     assert generated(*build(loaded.decode.model), checkpoint) == expected
 
 
-def test_prefill_and_steps_at_the_same_time_do_not_disturb_each_other(loaded: LoadedModel, checkpoint: Path) -> None:
+@pytest.mark.parametrize("policy", ["vl_cache", "fast_v", "zip_vl"])
+def test_prefill_and_steps_at_the_same_time_do_not_disturb_each_other(
+    loaded: LoadedModel, checkpoint: Path, policy: str
+) -> None:
     builder = PromptBuilder(loaded.prefill.processor, loaded.prefill.spec, max_images=2)
     prompts = [builder.build([user(encoded(picture(seed)), "what?" * seed)], max_new_tokens=4) for seed in range(1, 4)]
-    alone = [prefilled(loaded, prompt) for prompt in prompts]
+    alone = [prefilled(loaded, prompt, policy) for prompt in prompts]
     expected = generated(*eager(loaded.decode.model), checkpoint)
     together: list[list[torch.Tensor]] = []
     over = threading.Event()
 
     def prefill_again_and_again() -> None:
         while not (over.is_set() and together):
-            together.extend(prefilled(loaded, prompt) for prompt in prompts)
+            together.extend(prefilled(loaded, prompt, policy) for prompt in prompts)
 
     thread = threading.Thread(target=prefill_again_and_again)
     thread.start()
@@ -145,7 +150,9 @@ def test_prefill_and_steps_at_the_same_time_do_not_disturb_each_other(loaded: Lo
             assert torch.equal(tensor, reference)
 
 
-def prefilled(loaded: LoadedModel, prompt: Prompt) -> list[torch.Tensor]:
-    """Logits, keys, and values of one pass that observes attention."""
-    found = loaded.prefill.engine.prefill(prompt, build_policy("vl_cache", {}), threading.Event())
+def prefilled(loaded: LoadedModel, prompt: Prompt, name: str) -> list[torch.Tensor]:
+    """Logits, keys, and values of one pass that observes attention, or changes it."""
+    policy, shape = build_policy(name, {}), prompt.shape
+    sparse = sparse_prefill_for(policy, shape, Budget(retention=0.7), loaded.prefill.spec.layout.num_layers)
+    found = loaded.prefill.engine.prefill(prompt, statistics_for(policy, shape), threading.Event(), sparse)
     return [found.logits, *found.keys, *found.values]

@@ -26,6 +26,7 @@ def completion(
         usage=Usage(prompt_tokens=50, visual_tokens=40, generated_tokens=3),
         compression=Compressed(
             policy="vl_cache",
+            asked_retention=0.1,
             requested_retention=0.1,
             realised_retention=0.098,
             full_bytes=10_000,

@@ -105,7 +105,7 @@ def test_no_prompt_may_keep_more_than_was_reserved(
         return
     budget = Budget.from_proto(request.message.compression, default_retention=0.1)
     assert shape.num_tokens <= request.prompt_tokens_bound
-    assert most_kept(shape, budget, densities) <= request.kept_tokens_bound * len(densities)
+    assert most_kept(shape, budget, densities) <= request.offers[0].kept_tokens_bound * len(densities)
 
 
 @settings(max_examples=40)
@@ -126,7 +126,7 @@ def test_no_prompt_of_the_model_keeps_more_than_was_reserved(
         prefilled = engine.prefill(prompt, statistics_for(policy, prompt.shape), threading.Event())
         selections = select_tokens(policy, prefilled.observed(prompt.shape), budget)
     kept = sum(sum(selection.num_kept(KV_HEADS, prompt.shape.num_tokens)) for selection in selections)
-    assert kept <= request.kept_tokens_bound * LAYERS * KV_HEADS
+    assert kept <= request.offers[0].kept_tokens_bound * LAYERS * KV_HEADS
 
 
 @given(

@@ -132,12 +132,12 @@ def test_the_prompt_is_bounded_by_bytes_images_and_one_template_per_message() ->
 def test_a_loose_bound_is_cut_at_the_context_not_refused() -> None:
     accepted = accept(ask("x" * 100_000), MODEL)
     assert accepted.prompt_tokens_bound == 4096
-    assert accepted.kept_tokens_bound < 4096
+    assert accepted.offers[0].kept_tokens_bound < 4096
 
 
 def test_keeping_everything_bounds_the_kept_tokens_by_the_prompt() -> None:
     accepted = accept(ask("x" * 100, compression=pb.CompressionParams(retention=1)), MODEL)
-    assert accepted.kept_tokens_bound == accepted.prompt_tokens_bound == 120
+    assert accepted.offers[0].kept_tokens_bound == accepted.prompt_tokens_bound == 120
 
 
 def test_what_the_template_writes_around_an_image_is_text() -> None:
@@ -146,9 +146,9 @@ def test_what_the_template_writes_around_an_image_is_text() -> None:
     text = len("what is it?") + 20 + 2 * 6
     accepted = accept(ask(images=2, compression=visual), MODEL)
     assert accepted.prompt_tokens_bound == text + 2 * 570
-    assert accepted.kept_tokens_bound == text + 2 * 57 + 16
+    assert accepted.offers[0].kept_tokens_bound == text + 2 * 57 + 16
     assert accept(ask(images=2), MODEL).prompt_tokens_bound == accepted.prompt_tokens_bound
-    assert accept(ask("x" * 100_000, images=2, compression=visual), MODEL).kept_tokens_bound == 4096
+    assert accept(ask("x" * 100_000, images=2, compression=visual), MODEL).offers[0].kept_tokens_bound == 4096
 
 
 def two_models() -> tuple[list[FakePrefill], list[FakeDecode]]:

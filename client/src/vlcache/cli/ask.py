@@ -8,8 +8,8 @@ from typing import Any
 from vlcache._channel import DEFAULT_ADDRESS
 from vlcache._client import Client
 from vlcache._completion import Completion
-from vlcache._events import Delta
-from vlcache._settings import Compression, Sampling, Timeout
+from vlcache._events import Compressed, Delta
+from vlcache._settings import Compression, Sampling, Timeout, Wire
 from vlcache._stream import Stream
 from vlcache.cli.formatting import format_bytes, format_ms, format_share, to_json
 
@@ -27,6 +27,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     _add_compression(parser.add_argument_group("compression"))
+    _add_wire(parser.add_argument_group("wire", "fewer bytes for what is kept, on its way to the decode worker only"))
     _add_sampling(parser.add_argument_group("sampling"))
 
 
@@ -42,8 +43,18 @@ def _add_compression(group: Any) -> None:
         help="what the budget is a share of: all KV, or that of the visual tokens, keeping all text",
     )
     group.add_argument(
+        "--min-retention", type=float, metavar="SHARE", help="how far the budget may be lowered while memory is short"
+    )
+    group.add_argument(
         "--param", action="append", default=[], type=_parameter, metavar="NAME=VALUE", help="of the policy"
     )
+
+
+def _add_wire(group: Any) -> None:
+    group.add_argument("--wire-bits", type=int, default=0, help="8, 4 or 2 bits per value; 0 (default): as it is")
+    group.add_argument("--key-channels", type=float, default=1.0, help="kept share of the K channels, in (0, 1]")
+    group.add_argument("--wire-group", type=int, help="tokens (K) or channels (V) that share a scale, 8 to 256")
+    group.add_argument("--wire-residual", type=int, help="last kept tokens that stay as they are")
 
 
 def _add_sampling(group: Any) -> None:
@@ -100,8 +111,15 @@ def _compression(args: argparse.Namespace) -> Compression:
         retention=args.retention,
         max_kept_tokens=args.max_kept_tokens,
         budget_scope=args.budget_scope,
+        min_retention=args.min_retention,
         parameters=dict(args.param),
+        wire=_wire(args),
     )
+
+
+def _wire(args: argparse.Namespace) -> Wire | None:
+    wire = Wire(bits=args.wire_bits, key_channels=args.key_channels, group=args.wire_group, residual=args.wire_residual)
+    return None if wire == Wire() else wire
 
 
 def _print_text(stream: Stream) -> None:
@@ -130,11 +148,17 @@ def _kv_parts(completion: Completion) -> list[str]:
     if (kept := completion.compression) is not None:
         parts.append(
             f"KV {format_bytes(kept.full_bytes)} full, {format_bytes(kept.kept_bytes)} kept "
-            f"({format_share(kept.realised_retention, 1)} by {kept.policy})"
+            f"({format_share(kept.realised_retention, 1)} by {kept.policy}{_lowered(kept)})"
         )
     if (transfer := completion.transfer) is not None:
         parts.append(f"{format_bytes(transfer.sent_bytes)} sent via {transfer.transport}")
     return parts
+
+
+def _lowered(kept: Compressed) -> str:
+    if kept.requested_retention >= kept.asked_retention:
+        return ""
+    return f", {format_share(kept.asked_retention, 1)} asked"
 
 
 def _latencies(completion: Completion) -> str:

@@ -81,20 +81,22 @@ class SamplingParams(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: bool = ...) -> None: ...
 
 class CompressionParams(_message.Message):
-    __slots__ = ("policy", "retention", "max_kept_tokens", "parameters", "wire", "budget_scope")
+    __slots__ = ("policy", "retention", "max_kept_tokens", "parameters", "wire", "budget_scope", "min_retention")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     RETENTION_FIELD_NUMBER: _ClassVar[int]
     MAX_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
     BUDGET_SCOPE_FIELD_NUMBER: _ClassVar[int]
+    MIN_RETENTION_FIELD_NUMBER: _ClassVar[int]
     policy: str
     retention: float
     max_kept_tokens: int
     parameters: _struct_pb2.Struct
     wire: WireParams
     budget_scope: BudgetScope
-    def __init__(self, policy: _Optional[str] = ..., retention: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., wire: _Optional[_Union[WireParams, _Mapping]] = ..., budget_scope: _Optional[_Union[BudgetScope, str]] = ...) -> None: ...
+    min_retention: float
+    def __init__(self, policy: _Optional[str] = ..., retention: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., wire: _Optional[_Union[WireParams, _Mapping]] = ..., budget_scope: _Optional[_Union[BudgetScope, str]] = ..., min_retention: _Optional[float] = ...) -> None: ...
 
 class WireParams(_message.Message):
     __slots__ = ("bits", "key_channels", "group", "residual")
@@ -139,7 +141,7 @@ class Delta(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Compression(_message.Message):
-    __slots__ = ("policy", "requested_retention", "realised_retention", "full_bytes", "kept_bytes", "layer_tokens", "layer_attention_mass", "prompt_tokens", "visual_tokens")
+    __slots__ = ("policy", "requested_retention", "realised_retention", "full_bytes", "kept_bytes", "layer_tokens", "layer_attention_mass", "prompt_tokens", "visual_tokens", "asked_retention")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_RETENTION_FIELD_NUMBER: _ClassVar[int]
     REALISED_RETENTION_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +151,7 @@ class Compression(_message.Message):
     LAYER_ATTENTION_MASS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VISUAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ASKED_RETENTION_FIELD_NUMBER: _ClassVar[int]
     policy: str
     requested_retention: float
     realised_retention: float
@@ -158,7 +161,8 @@ class Compression(_message.Message):
     layer_attention_mass: _containers.RepeatedScalarFieldContainer[float]
     prompt_tokens: int
     visual_tokens: int
-    def __init__(self, policy: _Optional[str] = ..., requested_retention: _Optional[float] = ..., realised_retention: _Optional[float] = ..., full_bytes: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., layer_tokens: _Optional[_Iterable[int]] = ..., layer_attention_mass: _Optional[_Iterable[float]] = ..., prompt_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ...) -> None: ...
+    asked_retention: float
+    def __init__(self, policy: _Optional[str] = ..., requested_retention: _Optional[float] = ..., realised_retention: _Optional[float] = ..., full_bytes: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., layer_tokens: _Optional[_Iterable[int]] = ..., layer_attention_mass: _Optional[_Iterable[float]] = ..., prompt_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ..., asked_retention: _Optional[float] = ...) -> None: ...
 
 class Transfer(_message.Message):
     __slots__ = ("transport", "sent_bytes", "seconds")

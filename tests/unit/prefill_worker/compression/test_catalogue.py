@@ -37,7 +37,7 @@ def test_every_policy_has_a_line_that_says_where_it_comes_from(name: str) -> Non
         ("vl_cache", ["post-vision rows", "layer", "-"]),
         ("streaming_llm", ["nothing", "-", "-", "`sinks=4`"]),
         ("snap_kv", ["last 32 rows", "-", "-", "`window=32` `kernel=5` `pooling=avg`"]),
-        ("h2o", ["all rows or probe rows", "-", "-", "`rows=all` `recent_share=0.5`"]),
+        ("h2o", ["all rows or probe rows", "-", "goes on while tokens are generated", "`rows=all` `recent_share=0.5`"]),
         ("ada_kv", ["last 32 rows", "head", "-"]),
         ("d2o", ["all rows or probe rows", "layer", "merges dropped tokens"]),
         ("fast_v", ["last row", "layer", "computes less in the pass"]),
