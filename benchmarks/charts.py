@@ -8,7 +8,8 @@ from typing import Any
 
 from vlcache.cli.formatting import format_bytes
 
-from benchmarks.plot import Panel, bar_chart
+from benchmarks.plot import MOST_SERIES, Panel, bar_chart
+from benchmarks.quality.heat_map import contenders_in, quality_map
 
 Figures = Mapping[str, Any]
 
@@ -155,21 +156,22 @@ def _medians(runs: Sequence[Figures], key: str, *, factor: float = 1.0) -> dict[
 
 
 def quality(runs: Sequence[Figures]) -> str:
-    """Right answers by task under one policy, over all tasks by policy under several; a bar per retention."""
+    """Right answers: bars by task under one policy at few retentions, else policies by retention and by task."""
     found = _only(runs)
     workload, rows = found["workload"], found["results"]
-    policies = _distinct(row["policy"] for row in rows)
-    key = "task" if len(policies) == 1 else "policy"
+    policies = contenders_in(rows)
+    retentions = sorted({row["retention"] for row in rows}, reverse=True)
+    notes = [f"{workload['samples']} fresh questions to {workload['model']}", _machine(found)]
+    if len(policies) > 1 or len(retentions) > MOST_SERIES:
+        return quality_map(rows, notes)
     groups: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
-        if key == "task" or row["task"] == "all":
-            groups[row[key]][f"retention {row['retention']:g}"] = 100 * row["exact_match"]
-    compared = policies[0] if key == "task" else f"{len(policies)} policies"
+        groups[row["task"]][f"retention {row['retention']:g}"] = 100 * row["exact_match"]
     return bar_chart(
-        title=f"Answers that stay right under compression: {compared}",
-        notes=[f"{workload['samples']} fresh questions to {workload['model']}", _machine(found)],
+        title=f"Answers that stay right under compression: {policies[0]}",
+        notes=notes,
         series=_distinct(name for values in groups.values() for name in values),
-        panels=[Panel(title=f"exact match by {key}, %", groups=groups)],
+        panels=[Panel(title="exact match by task, %", groups=groups)],
     )
 
 

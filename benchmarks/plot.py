@@ -57,24 +57,35 @@ def bar_chart(*, title: str, notes: Sequence[str], series: Sequence[str], panels
     """
     if len(series) > MOST_SERIES:
         raise ValueError(f"{MOST_SERIES} series at most have a colour, not {len(series)}: {', '.join(series)}")
-    parts, top = [_text(MARGIN, MARGIN + 14, title, kind="title")], MARGIN + LINE_HEIGHT
+    parts, top = [text(MARGIN, MARGIN + 14, title, kind="title")], MARGIN + LINE_HEIGHT
     for note in notes:
-        parts.append(_text(MARGIN, top + 12, note, kind="note"))
+        parts.append(text(MARGIN, top + 12, note, kind="note"))
         top += NOTE_HEIGHT
     parts.append(_legend(series, top))
     top += LINE_HEIGHT + PANEL_GAP
     for panel in panels:
         drawn, top = _panel(panel, series, top)
         parts.append(drawn)
-    size = f'width="{WIDTH}" height="{top}" viewBox="0 0 {WIDTH} {top}"'
+    return page(parts, top)
+
+
+def page(parts: Sequence[str], height: int) -> str:
+    """SVG of `height` pixels around what is drawn."""
+    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
     body = "\n".join(['<rect class="page" width="100%" height="100%"/>', *parts])
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n<style>{STYLE}</style>\n{body}\n</svg>\n'
+
+
+def text(left: float, baseline: float, written: str, *, kind: str = "", anchor: str = "start", how: str = "") -> str:
+    """An escaped text; `how`: further SVG attributes."""
+    place = f'x="{left:.1f}" y="{baseline:.1f}" text-anchor="{anchor}"{how}'
+    return f'<text {place} class="{kind}">{html.escape(written)}</text>'
 
 
 def _legend(series: Sequence[str], top: int) -> str:
     step = (WIDTH - 2 * MARGIN) // MOST_SERIES
     return "\n".join(
-        _bar(MARGIN + index * step, top + 4, 12, index) + _text(MARGIN + index * step + 18, top + 16, name)
+        _bar(MARGIN + index * step, top + 4, 12, index) + text(MARGIN + index * step + 18, top + 16, name)
         for index, name in enumerate(series)
     )
 
@@ -83,12 +94,12 @@ def _panel(panel: Panel, series: Sequence[str], top: int) -> tuple[str, int]:
     """The panel, and where the next one begins."""
     largest = max((value or 0.0 for values in panel.groups.values() for value in values.values()), default=0.0)
     scale = (WIDTH - 2 * MARGIN - LABEL_WIDTH - VALUE_WIDTH) / (largest or 1.0)
-    parts, left = [_text(MARGIN, top + 12, panel.title, kind="panel")], MARGIN + LABEL_WIDTH
+    parts, left = [text(MARGIN, top + 12, panel.title, kind="panel")], MARGIN + LABEL_WIDTH
     top += LINE_HEIGHT
     begin = top
     for label, values in panel.groups.items():
         height = len(values) * (BAR_HEIGHT + BAR_GAP)
-        parts.append(_text(left - 10, top + height // 2 + 3, label, anchor="end"))
+        parts.append(text(left - 10, top + height // 2 + 3, label, anchor="end"))
         for row, (name, value) in enumerate(values.items()):
             at = top + row * (BAR_HEIGHT + BAR_GAP)
             parts.append(_valued_bar(left, at, value, scale, series.index(name), panel.digits))
@@ -99,15 +110,10 @@ def _panel(panel: Panel, series: Sequence[str], top: int) -> tuple[str, int]:
 
 def _valued_bar(left: int, top: int, value: float | None, scale: float, series: int, digits: int) -> str:
     if value is None:
-        return _text(left + 6, top + 13, "none")
+        return text(left + 6, top + 13, "none")
     width = value * scale
-    return _bar(left, top, width, series) + _text(left + width + 6, top + 13, f"{value:.{digits}f}")
+    return _bar(left, top, width, series) + text(left + width + 6, top + 13, f"{value:.{digits}f}")
 
 
 def _bar(left: float, top: float, width: float, series: int) -> str:
     return f'<rect class="s{series}" x="{left}" y="{top}" width="{width:.1f}" height="{BAR_HEIGHT}"/>'
-
-
-def _text(left: float, baseline: float, text: str, *, kind: str = "", anchor: str = "start") -> str:
-    place = f'x="{left:.1f}" y="{baseline:.1f}" text-anchor="{anchor}"'
-    return f'<text {place} class="{kind}">{html.escape(text)}</text>'

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from benchmarks.quality.config import QualityConfig
 from benchmarks.quality.rows import Figures
 from benchmarks.quality.runner import QualityRunner
+from benchmarks.quality.setting import FULL, Setting
 from benchmarks.quality.tables import tables
-from benchmarks.quality.trial import FULL, Setting
 from benchmarks.report import write_json
 
 

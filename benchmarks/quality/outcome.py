@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from vlcache.v1 import inference_pb2 as public
 
 from benchmarks.local_decoding import Track
-from benchmarks.quality.trial import Setting, Trial
+from benchmarks.quality.setting import Setting
+from benchmarks.quality.trial import Trial
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.quality.outcome import Outcome
-from benchmarks.quality.trial import Setting
+from benchmarks.quality.setting import ALL_TASKS, Setting
 from benchmarks.report import wilson_interval
-
-ALL_TASKS = "all"
 
 
 class Figures:

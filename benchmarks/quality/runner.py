@@ -14,7 +14,8 @@ from benchmarks.local_decoding import Track
 from benchmarks.local_pipeline import LocalPipeline, local_job
 from benchmarks.quality.config import QualityConfig
 from benchmarks.quality.outcome import Outcome, outcome_of
-from benchmarks.quality.trial import FULL, Question, Setting, Trial
+from benchmarks.quality.setting import FULL, Setting
+from benchmarks.quality.trial import Question, Trial
 from models.shapes_vlm.questions import Sample, draw_samples
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.registry import DEFAULT_POLICY, build_policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.quality.rows import ALL_TASKS
+from benchmarks.quality.setting import ALL_TASKS
 from benchmarks.report import table
 
 Row = Mapping[str, Any]

@@ -8,21 +8,11 @@ import torch
 
 from benchmarks.local_decoding import Track
 from benchmarks.local_pipeline import LocalParcel
+from benchmarks.quality.setting import Setting
 from models.shapes_vlm.questions import Sample
 from prefill_worker.engine import Prefilled
 from prefill_worker.job import PrefillJob
 from prefill_worker.prompt import Prompt
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is compared: a policy as it was written, and the kept share that was asked for."""
-
-    policy: str
-    retention: float
-
-
-FULL = Setting("full", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -49,7 +50,10 @@ def test_a_committed_picture_is_what_its_result_gives(svg: Path) -> None:
 @pytest.mark.parametrize("svg", COMMITTED, ids=lambda svg: svg.stem)
 def test_no_text_of_a_committed_picture_is_cut(svg: Path) -> None:
     for text in ElementTree.fromstring(svg.read_text(encoding="utf-8")).iter(f"{SVG}text"):
+        if "transform" in text.attrib:
+            continue
         x, width = float(text.attrib["x"]), CHARACTER[text.attrib["class"]] * len(text.text or "")
+        width = float(text.attrib.get("textLength", width))
         left = x - width if text.attrib["text-anchor"] == "end" else x
         assert 0 <= left < left + width <= WIDTH, text.text
 
@@ -85,16 +89,61 @@ def test_a_gpu_gives_its_name_and_prefills_without_stages() -> None:
     assert {"2 KV heads", "8 KV heads"} <= set(texts(root))
 
 
-def test_one_policy_is_shown_by_task_and_several_by_policy() -> None:
+def test_one_policy_is_shown_by_task() -> None:
     found = stored("quality")
     tasks = {row["task"] for row in found["results"]}
-    assert tasks <= set(texts(root_of(found)))
+    root = root_of(found)
+    assert tasks <= set(texts(root))
+    legend = 2
+    assert len(bars(root)) == legend + len(found["results"])
+
+
+def with_another(found: Any) -> Any:
     other = [{**row, "policy": "other", "exact_match": 0.123} for row in found["results"]]
-    root = root_of({**found, "results": [*found["results"], *other]})
-    assert not tasks & set(texts(root))
-    assert {"vl_cache", "other", "12.3"} <= set(texts(root))
-    legend, settings = 2, 4
-    assert len(bars(root)) == legend + settings
+    return {**found, "results": [*found["results"], *other]}
+
+
+def test_several_policies_are_shown_by_retention_and_by_task_the_best_first() -> None:
+    found = stored("quality")
+    full = [{**row, "policy": "full"} for row in found["results"] if row["retention"] == 1]
+    several = with_another(found)
+    shown = texts(root_of({**several, "results": [*full, *several["results"]]}))
+    labels = [text for text in shown if text in ("vl_cache", "other", "full")]
+    assert labels == ["vl_cache", "other", "full", "vl_cache", "other"]
+    tasks = list(dict.fromkeys(row["task"] for row in found["results"]))
+    kept = {row["task"]: f"{100 * row['exact_match']:.0f}" for row in found["results"] if row["retention"] < 1}
+    line = shown[len(shown) - 1 - shown[::-1].index("vl_cache") + 1 :][: len(tasks)]
+    assert line == [kept[task] for task in tasks]
+    assert shown[-len(tasks) :] == len(tasks) * ["12"]
+
+
+def test_a_darker_cell_is_a_higher_share() -> None:
+    root = root_of(with_another(stored("quality")))
+    cells = [cell for cell in root.iter(f"{SVG}rect") if "fill-opacity" in cell.attrib]
+    shades = [float(cell.attrib["fill-opacity"]) for cell in cells]
+    numbers = [text.text for text in root.iter(f"{SVG}text") if text.attrib["text-anchor"] == "middle"]
+    pairs = sorted(zip(map(float, map(str, numbers)), shades, strict=True))
+    assert all(0 < low[1] <= high[1] < 1 for low, high in itertools.pairwise(pairs) if low[0] < high[0])
+    assert len(set(shades)) > 5
+
+
+def test_no_cell_or_label_of_a_long_table_is_outside() -> None:
+    found = stored("quality")
+    name = "oracle:base=vl_cache,budget=uniform,shared_heads=true"
+    long = [{**row, "policy": name} for row in found["results"]]
+    root = root_of({**found, "results": [*found["results"], *long]})
+    cells = [cell for cell in root.iter(f"{SVG}rect") if "fill-opacity" in cell.attrib]
+    assert max(float(cell.attrib["x"]) + float(cell.attrib["width"]) for cell in cells) <= WIDTH
+    assert max(float(cell.attrib["y"]) + float(cell.attrib["height"]) for cell in cells) <= float(root.attrib["height"])
+    labels = [text for text in root.iter(f"{SVG}text") if text.text == name]
+    assert all(float(label.attrib["x"]) - float(label.attrib["textLength"]) >= 0 for label in labels)
+
+
+def test_more_tasks_than_have_room_are_refused() -> None:
+    found = with_another(stored("quality"))
+    more = [{**row, "task": f"another {number}"} for row in found["results"][:1] for number in range(3)]
+    with pytest.raises(ValueError, match="12 columns at most have room, not 1"):
+        picture({**found, "results": [*found["results"], *({**row, "retention": 0.1} for row in more)]})
 
 
 def test_serving_has_a_bar_per_load_retention_and_quantity() -> None:

@@ -9,8 +9,8 @@ from vlcache.v1 import inference_pb2 as public
 
 from benchmarks.quality.outcome import Outcome
 from benchmarks.quality.rows import Figures
+from benchmarks.quality.setting import FULL, Setting
 from benchmarks.quality.tables import tables
-from benchmarks.quality.trial import FULL, Setting
 from benchmarks.report import wilson_interval
 
 KEPT = Setting("some:window=4", 0.1)

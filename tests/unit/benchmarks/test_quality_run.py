@@ -16,7 +16,7 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality.config import QualityConfig
 from benchmarks.quality.outcome import Outcome
 from benchmarks.quality.runner import QualityRunner, messages_for
-from benchmarks.quality.trial import FULL, Setting
+from benchmarks.quality.setting import FULL, Setting
 from models.shapes_vlm.paths import CHECKPOINT
 from models.shapes_vlm.questions import draw_samples
 from prefill_worker.compression.registry import build_policy

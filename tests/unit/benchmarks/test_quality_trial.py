@@ -11,7 +11,8 @@ from vlcache.v1 import inference_pb2 as public
 from benchmarks.local_decoding import Track
 from benchmarks.local_pipeline import LocalParcel
 from benchmarks.quality.outcome import outcome_of
-from benchmarks.quality.trial import FULL, Question, Setting, Trial
+from benchmarks.quality.setting import FULL, Setting
+from benchmarks.quality.trial import Question, Trial
 from models.shapes_vlm.questions import Sample
 from shared.request.params import Sampling
 from tests.unit.prefill_worker.manifests import manifest

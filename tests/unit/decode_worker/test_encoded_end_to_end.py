@@ -178,3 +178,20 @@ def test_compressed_and_encoded_answers_are_the_same_over_both_ways(
     assert answers[0].tokens == answers[1].tokens
     assert torch.equal(answers[0].logits, answers[1].logits)
     assert answers[0].kept_bytes == answers[1].kept_bytes > answers[0].sent_bytes
+
+
+def test_scores_travel_behind_an_encoded_body(loaded: LoadedModel, prefill_model: LoadedPrefill) -> None:
+    """H2O goes on while tokens are generated: its parcel carries a score per kept row."""
+    answers: list[Answer] = []
+
+    async def body(served: Served) -> None:
+        for wire in (None, public.WireParams(bits=8, residual=0, group=16)):
+            compression = public.CompressionParams(policy="h2o", retention=0.6, wire=wire)
+            answers.append(await ask(served, prefill_model, "memory", compression))
+
+    run(loaded, body)
+    plain, coded = answers
+    assert coded.kept_bytes == plain.kept_bytes
+    assert coded.sent_bytes < plain.sent_bytes
+    assert 0 < float((coded.logits[0] - plain.logits[0]).abs().max() / plain.logits[0].std()) < 0.05
+    assert len(coded.tokens) == NEW_TOKENS

@@ -233,3 +233,17 @@ def test_any_bytes_of_the_right_size_are_decoded_or_refused(noise: bytes, data: 
     body = torch.tensor(list(noise), dtype=torch.uint8).repeat(size // len(noise) + 1)[:size].clone()
     with contextlib.suppress(InvalidRequestError):
         assert decoded(body, layout, (9, 1, 3, 40), encoding).shape == (2 * 53, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4, 2, 0])
+def test_a_gpu_writes_the_same_bytes(bits: int) -> None:
+    layout = KVLayout(num_layers=2, num_kv_heads=2, head_dim=63, dtype="bfloat16")
+    encoding = Encoding(bits=bits, group=32, residual=5, key_channels=40)
+    rows, channels = some_rows(layout, (100, 33, 5, 70)), some_channels(layout, encoding)
+    assert channels is not None
+    wanted = encoded(rows, layout, (100, 33, 5, 70), encoding, channels)
+    body = torch.full_like(wanted, 0xA5, device="cuda")
+    encode(rows.cuda(), layout, (100, 33, 5, 70), encoding, channels.cuda(), body)
+    assert torch.equal(body.cpu(), wanted)
+    assert fits(rows.cuda())
