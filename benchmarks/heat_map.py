@@ -12,8 +12,8 @@ LABEL_WIDTH = 270
 CELL_WIDTH, CELL_HEIGHT, CELL_GAP = 34, 18, 2
 # Of column names, which climb to the right: pixels in height per character, and below them.
 HEADER_SLOPE, HEADER_GAP = 5.7, 14
-# A label that is longer than its room at this width is squeezed into it.
-CHARACTER = 6.9
+# Pixels of a label's font, and of a wide character in it; a label without room gets a smaller font.
+FONT_SIZE, CHARACTER = 12, 6.9
 # Opacity of a cell at 0 and at 100: text stays readable on both pages.
 FAINTEST, STRONGEST = 0.04, 0.6
 
@@ -84,9 +84,9 @@ def _turned(left: float, baseline: float, name: str) -> str:
 
 
 def _label(baseline: float, label: str) -> str:
-    room = LABEL_WIDTH - 20
-    squeezed = f' textLength="{room}" lengthAdjust="spacingAndGlyphs"' if CHARACTER * len(label) > room else ""
-    return text(MARGIN + LABEL_WIDTH - 10, baseline, label, kind="note", anchor="end", how=squeezed)
+    needed, room = CHARACTER * len(label), LABEL_WIDTH - 20
+    smaller = f' style="font-size: {FONT_SIZE * room / needed:.1f}px"' if needed > room else ""
+    return text(MARGIN + LABEL_WIDTH - 10, baseline, label, kind="note", anchor="end", how=smaller)
 
 
 def _cell(left: float, top: float, value: float) -> str:

@@ -8,18 +8,19 @@ No bound: a model may read the answer off other tokens than those it was drawn o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from models.shapes_vlm.questions import Sample
-from prefill_worker.compression.policy import Policy, TokenBudget
+from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.registry import build_policy
 from prefill_worker.compression.rows import post_vision_rows
-from prefill_worker.compression.statistics import ColumnSums, ObservedLayer, Statistic
+from prefill_worker.compression.statistics import ColumnSums, ObservedLayer
 
 ORACLE = "oracle"
 # Above what attention gives: a token receives at most 1 from each row and query head, and there are at most 64 rows.
@@ -48,7 +49,7 @@ def build_oracle(answer: tuple[int, ...], parameters: Mapping[str, object]) -> P
     rest = {key: value for key, value in parameters.items() if key != "base"}
     base = build_policy(str(parameters["base"]), rest)
     base.require(not base.needs_own_pass, "chooses during its pass, before it could be told")
-    return Informed(answer=answer, base=base)
+    return informed(base, answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,44 +72,21 @@ class Oracle(Policy):
         return _raise_answer(layer[sums] + TEXT * text, self.answer)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Informed(Policy):
-    """A policy that is told the answer's patches; everything else is its own."""
+def informed(policy: Policy, answer: tuple[int, ...]) -> Policy:
+    """The policy with the answer's patches above everything; all other stages, now and to come, are its own."""
+    told = copy(policy)
 
-    name: ClassVar[str] = ORACLE
+    def score(layer: ObservedLayer) -> torch.Tensor:
+        return _raise_answer(policy.score(layer), answer)
 
-    answer: tuple[int, ...]
-    """Positions of the answer's patches."""
-    base: Policy
-    """Who is told."""
+    def for_prompt(prompt: PromptShape) -> Policy:
+        other = policy.for_prompt(prompt)
+        return told if other is policy else informed(other, answer)
 
-    def for_prompt(self, prompt: PromptShape) -> Informed:
-        """Whoever runs in the base's place is told instead."""
-        return replace(self, base=self.base.for_prompt(prompt))
-
-    def needs(self, prompt: PromptShape) -> tuple[Statistic[Any], ...]:
-        """The base's."""
-        return self.base.needs(prompt)
-
-    def score(self, layer: ObservedLayer) -> torch.Tensor:
-        """The base's, but for the answer."""
-        return _raise_answer(self.base.score(layer), self.answer)
-
-    def allocate(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
-        """The base's."""
-        return self.base.allocate(layers, budget)
-
-    def share_heads(self, scores: torch.Tensor, kept: int) -> list[int]:
-        """The base's."""
-        return self.base.share_heads(scores, kept)
-
-    def select(self, scores: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
-        """The base's."""
-        return self.base.select(scores, kept)
-
-    def merge(self, layer: ObservedLayer, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The base's."""
-        return self.base.merge(layer, chosen)
+    # policies are frozen; this one was made here
+    for stage in (score, for_prompt):
+        object.__setattr__(told, stage.__name__, stage)
+    return told
 
 
 def _raise_answer(scores: torch.Tensor, answer: tuple[int, ...]) -> torch.Tensor:

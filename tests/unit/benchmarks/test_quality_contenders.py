@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks.quality.config import QualityConfig
 from benchmarks.quality.contenders import contenders_of
-from benchmarks.quality.oracle import Informed, Oracle, answer_tokens
+from benchmarks.quality.oracle import Oracle, answer_tokens, informed
 from models.shapes_vlm.questions import Sample
 from prefill_worker.compression.pipeline import Selection, select_tokens
 from prefill_worker.compression.policies.air_cache import AirCache
@@ -21,7 +21,7 @@ from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.registry import POLICIES
 from shared.request.params import Budget, BudgetScope
-from tests.unit.prefill_worker.compression.observing import observe, prompt_shape, random_attention
+from tests.unit.prefill_worker.compression.observing import observe, positions, prompt_shape, random_attention
 
 PATCHES = 24
 PROMPT = PromptShape(visual=torch.tensor([False] * 2 + [True] * PATCHES + [False] + [True] * PATCHES + [False] * 9))
@@ -48,7 +48,7 @@ def kept_by(policy: Policy, budget: Budget) -> list[Selection]:
         ("snap_kv:window=16,pooling=max", SnapKV(window=16, pooling="max")),
         ("vl_cache:threshold=1e-1,max_rows=0,shared_heads=false", VLCache(threshold=0.1, max_rows=0)),
         ("oracle", Oracle(answer=ANSWER)),
-        ("oracle:base=snap_kv,window=4", Informed(answer=ANSWER, base=SnapKV(window=4))),
+        ("oracle:base=snap_kv,window=4", SnapKV(window=4)),
     ],
 )
 def test_a_policy_is_read_with_its_parameters(written: str, policy: Policy) -> None:
@@ -111,7 +111,7 @@ def test_the_oracle_keeps_answer_then_text_then_what_is_looked_at() -> None:
         assert set(selection.chosen.nonzero()[:, 1].tolist()) < set(many)
 
 
-@pytest.mark.parametrize("base", ["vl_cache", "snap_kv", "ada_kv", "air_cache"])
+@pytest.mark.parametrize("base", ["vl_cache", "snap_kv", "ada_kv", "air_cache", "h2o"])
 def test_an_informed_policy_keeps_the_answer_within_the_budgets_of_its_base(base: str) -> None:
     budget = Budget(max_kept_tokens=20)
     alone, told = kept_by(policy_of(base), budget), kept_by(policy_of(f"oracle:base={base}"), budget)
@@ -123,9 +123,22 @@ def test_an_informed_policy_keeps_the_answer_within_the_budgets_of_its_base(base
     assert not all(before.chosen[:, list(ANSWER)].all() for before in alone if before.chosen is not None)
 
 
+def test_telling_a_policy_leaves_the_one_that_was_told_alone() -> None:
+    policy, budget = SnapKV(), Budget(max_kept_tokens=20)
+    before = [positions(selection) for selection in kept_by(policy, budget)]
+    told = informed(policy, ANSWER)
+    assert told.for_prompt(PROMPT) is told
+    assert policy.for_prompt(PROMPT) is policy
+    assert [positions(selection) for selection in kept_by(told, budget)] != before
+    assert [positions(selection) for selection in kept_by(policy, budget)] == before
+
+
 def test_whoever_takes_over_a_prompt_is_told_too() -> None:
     words = prompt_shape(40)
-    assert words.num_visual == 0
-    told = Informed(answer=(), base=AirCache()).for_prompt(words)
-    assert told == Informed(answer=(), base=AirCache().for_prompt(words))
-    assert told.base != AirCache()
+    other = AirCache().for_prompt(words)
+    assert other != AirCache()
+    layer = observe(other, random_attention(words, 1))
+    scores = informed(AirCache(), (3, 5)).for_prompt(words).score(layer)
+    assert torch.isinf(scores[:, [3, 5]]).all()
+    rest = [place for place in range(40) if place not in (3, 5)]
+    torch.testing.assert_close(scores[:, rest], other.score(layer)[:, rest])
