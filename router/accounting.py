@@ -55,6 +55,14 @@ class Accounting:
             self.metrics.retention_lowered.inc()
             self.metrics.retention_lowered_ratio.observe(float(share))
 
+    def replayed(self, outcome: str) -> None:
+        """A request of the shadow sample was answered once more, or was not."""
+        self.metrics.labelled(self.metrics.shadow_requests, outcome=outcome).inc()
+
+    def agreed(self, share: float) -> None:
+        """`share` of an answer's tokens are those of the full cache."""
+        self.metrics.shadow_agreement.observe(share)
+
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Counts a request as waiting for decode memory while open."""

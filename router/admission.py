@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 
 from vlcache.worker.v1 import decode_pb2, prefill_pb2
@@ -18,7 +17,7 @@ from router.deadline import Deadline
 from router.placement import Pair, Placement
 from router.retention import Offer
 from router.validation import AcceptedRequest
-from router.waiting import RETRY_AFTER_S, WaitingRoom
+from router.waiting import RETRY_AFTER_S, Rooms
 from router.worker import DECODE, PREFILL, READY, Charge, Worker
 from router.worker_client import WorkerClient
 from router.workers import WorkerTable
@@ -67,9 +66,17 @@ class Admission:
         *,
         background: Background,
         accounting: Accounting,
+        rooms: Rooms,
         queue_timeout_s: float,
-        max_waiting: int,
+        make_room: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
+        """Prepares.
+
+        Args:
+            rooms: Where requests wait; nobody overtakes those who do.
+            queue_timeout_s: How long they wait.
+            make_room: Frees memory that is held for less than a client, where there is any, and says whether it did.
+        """
         self._table = table
         self._placement = placement
         self._background = background
@@ -77,7 +84,8 @@ class Admission:
         self._queue_timeout_s = queue_timeout_s
         # One count for all requests: whoever asks again under the same id cannot meet the remains of the last try.
         self._attempts = itertools.count(1)
-        self._rooms: defaultdict[str, WaitingRoom] = defaultdict(lambda: WaitingRoom(max_waiting))
+        self._rooms = rooms
+        self._make_room = make_room
 
     async def reserve(self, request: AcceptedRequest, *, avoid: Collection[Worker], deadline: Deadline) -> Lease:
         """Waits for a pair with decode memory; no prefill worker of `avoid` is taken.
@@ -109,9 +117,16 @@ class Admission:
         *better, last = ask.request.offers
         for offer in better:
             with contextlib.suppress(TooLargeError):
-                if lease := await self._round(ask, offer):
+                if lease := await self._insist(ask, offer):
                     return lease
-        return await self._round(ask, last)
+        return await self._insist(ask, last)
+
+    async def _insist(self, ask: _Ask, offer: Offer) -> Lease | None:
+        """A round, and a second one when memory could be made free."""
+        lease = await self._round(ask, offer)
+        if lease is None and self._make_room is not None and await self._make_room():
+            return await self._round(ask, offer)
+        return lease
 
     async def _round(self, ask: _Ask, offer: Offer) -> Lease | None:
         """Over the decode workers; None when at least one of them is full only for now."""

@@ -31,6 +31,9 @@ class RouterConfig:
     min_retention: float = 1.0
     """How far the retention of a request that names no floor of its own may be lowered while decode memory is short, in
     (0, 1]; 1 lowers none. Requests that keep everything are spared."""
+    shadow_share: float = 0.0
+    """Share of the finished requests, in [0, 1], that is answered once more at retention 1 while no client needs the
+    memory, to measure how many tokens compression changed."""
     drain_s: float = 30.0
     """Seconds that running requests get to finish after SIGTERM or SIGINT."""
     log_level: str = "INFO"
@@ -46,6 +49,8 @@ class RouterConfig:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 < self.min_retention <= 1:
             raise ValueError(f"min_retention must lie in (0, 1], not {self.min_retention}")
+        if not 0 <= self.shadow_share <= 1:
+            raise ValueError(f"shadow_share must lie in [0, 1], not {self.shadow_share}")
         open_registry(self.registry)
         if not self.name:
             raise ValueError("name must not be empty")

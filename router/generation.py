@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import decode_pb2, prefill_pb2
@@ -69,7 +69,7 @@ class Generation:
         self._usage = pb.Usage()
         self._open = True
 
-    async def events(self) -> AsyncIterator[pb.GenerateResponse]:
+    async def events(self) -> AsyncGenerator[pb.GenerateResponse, None]:
         """The answer.
 
         Raises:

@@ -15,6 +15,8 @@ from router.generations import Generations
 from router.health import follow_workers
 from router.placement import LeastLoaded
 from router.service import SERVICE_NAME, InferenceServicer
+from router.shadow import Shadow
+from router.waiting import Rooms
 from router.worker_client import WorkerClient
 from router.workers import WorkerTable
 from shared.registry.location import open_registry
@@ -46,13 +48,22 @@ class Router:
             background=self._background,
             poll_interval_s=config.poll_interval_s,
         )
+        rooms = Rooms(config.max_waiting)
+        self.shadow = Shadow(
+            config.shadow_share,
+            table=self.table,
+            rooms=rooms,
+            accounting=self.accounting,
+            patience_s=config.control_timeout_s,
+        )
         admission = Admission(
             self.table,
             LeastLoaded(),
             background=self._background,
             accounting=self.accounting,
+            rooms=rooms,
             queue_timeout_s=config.queue_timeout_s,
-            max_waiting=config.max_waiting,
+            make_room=self.shadow.give_way,
         )
         self.generations = Generations(
             self.table,
@@ -71,7 +82,7 @@ class Router:
             OSError: A port cannot be bound.
         """
         listen = self._config.listen
-        servicer = InferenceServicer(self.generations, self.table, self.accounting)
+        servicer = InferenceServicer(self.generations, self.shadow, self.table, self.accounting)
         async with contextlib.AsyncExitStack() as stack:
             exporter = MetricsExporter(self.metrics.registry, host=listen.host, port=listen.metrics_port)
             stack.enter_context(exporter)
@@ -100,13 +111,20 @@ class Router:
         self._health.cancel()
         await asyncio.gather(self._health, return_exceptions=True)
         await self._server.set_ready(False)
+        await self.shadow.close()
         finished = await self.generations.drain(self._config.drain_s)
         await self._running.aclose()
         return finished
 
     async def settle(self, timeout_s: float) -> None:
-        """Waits for releases and clean-ups of requests that have ended."""
+        """Waits for a shadow request, and for releases and clean-ups of requests that have ended."""
+        await self.shadow.settle(timeout_s)
         await self._background.settle(timeout_s)
+
+    def check_integrity(self) -> None:
+        """Asserts that idle means idle."""
+        self.generations.check_integrity()
+        self.table.check_integrity(idle=not self.generations.busy and not self.shadow.busy)
 
     def _connect(self, address: str) -> WorkerClient:
         config = self._config

@@ -10,6 +10,7 @@ from vlcache.v1 import inference_pb2_grpc
 
 from router.accounting import Accounting
 from router.generations import Generations
+from router.shadow import Shadow
 from router.worker import UNREACHABLE, Worker
 from router.workers import WorkerTable
 from shared.version import VERSION
@@ -20,8 +21,9 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """What clients call."""
 
-    def __init__(self, generations: Generations, table: WorkerTable, accounting: Accounting) -> None:
+    def __init__(self, generations: Generations, shadow: Shadow, table: WorkerTable, accounting: Accounting) -> None:
         self._generations = generations
+        self._shadow = shadow
         self._table = table
         self._accounting = accounting
 
@@ -36,7 +38,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         generation = self._generations.open(request, context.time_remaining())
         # a handler that is cancelled while it writes never resumes its generator
         context.add_done_callback(lambda _: generation.close())
-        return generation.events()
+        return self._shadow.follow(generation)
 
     async def ListModels(  # noqa: N802
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext

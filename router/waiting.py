@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
 from shared.errors import ResourceExhaustedError
@@ -12,6 +12,13 @@ from shared.errors import ResourceExhaustedError
 RETRY_AFTER_S = 1.0
 FIRST_BACKOFF_S = 0.02
 LAST_BACKOFF_S = 0.25
+
+
+class Rooms(defaultdict[str, "WaitingRoom"]):
+    """The waiting rooms of all models; one is there as soon as somebody looks."""
+
+    def __init__(self, max_waiting: int) -> None:
+        super().__init__(lambda: WaitingRoom(max_waiting))
 
 
 class WaitingRoom:

@@ -89,6 +89,12 @@ class RouterMetrics(_RoleMetrics):
         self.retention_lowered_ratio = h(
             "retention_lowered_ratio", "Share of the retention asked for that these got", RATIO_BUCKETS
         )
+        self.shadow_requests = c("shadow_requests_total", "Finished requests sampled to be repeated", "outcome")
+        self.shadow_agreement = h(
+            "shadow_agreement_ratio",
+            "Share of an answer's tokens but the first that retention 1 draws too",
+            RATIO_BUCKETS,
+        )
         self.requests_running = g("num_requests_running", "Requests in flight")
         self.requests_waiting = g("num_requests_waiting", "Requests waiting for decode memory")
         self.kv_full_bytes = c("kv_bytes_full_total", "KV bytes of all prompts before compression")

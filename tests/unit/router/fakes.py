@@ -310,8 +310,9 @@ class Bench:
     async def idle(self) -> None:
         """Waits until no request is in flight and every clean-up has ended; then everything must be zero."""
         await asyncio.wait_for(self.router.generations.idle(), TIMEOUT_S)
-        self.router.generations.check_integrity()
+        self.router.check_integrity()
         await self.router.settle(TIMEOUT_S)
+        self.router.check_integrity()
 
     def worker(self, name: str) -> Any:
         return next(worker for worker in self.router.table.workers() if worker.info.name == name)

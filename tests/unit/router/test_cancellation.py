@@ -139,7 +139,7 @@ def test_before_the_first_event_was_asked_for() -> None:
 
     async def main() -> None:
         async with bench() as b:
-            servicer = InferenceServicer(b.router.generations, b.router.table, b.router.accounting)
+            servicer = InferenceServicer(b.router.generations, b.router.shadow, b.router.table, b.router.accounting)
             context: Any = Context()
             servicer.Generate(ask(request_id="early"), context)
             with pytest.raises(errors.DuplicateRequestError):

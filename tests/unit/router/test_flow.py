@@ -221,7 +221,7 @@ def test_load_is_counted_while_a_request_runs_and_gone_after_it() -> None:
             await b.prefill[0].requests.reaches(1)
             assert b.worker("prefill-0").load == len(b"what is it?") + 20
             assert b.worker("decode-0").load == (b.decode[0].reserves[0].kept_tokens_bound + 16) * TOKEN_BYTES
-            b.router.generations.check_integrity()
+            b.router.check_integrity()
             goes_on.set()
             assert kinds([event async for event in call])[-1] == "finished"
             assert b.worker("prefill-0").load == b.worker("decode-0").load == 0

@@ -182,7 +182,7 @@ def test_integrity_notices_load_that_nobody_carries_any_more() -> None:
         async with bench() as b:
             charge = b.worker("decode-0").charge(1)
             with pytest.raises(AssertionError, match="decode-0"):
-                b.router.generations.check_integrity()
+                b.router.check_integrity()
             charge.end()
 
     run(main)
