@@ -43,6 +43,11 @@ class RunningStack:
         return self._stack.address
 
     @property
+    def services(self) -> list[Announcement]:
+        """Where everything listens, the router first."""
+        return self._stack.services
+
+    @property
     def clean(self) -> bool:
         return self._stack.clean
 
