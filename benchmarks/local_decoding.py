@@ -27,7 +27,7 @@ class Track:
     Attributes:
         manifest: Of a parcel whose sampling ignores the end of an answer: the track knows when it ends.
         along: What is fed, whatever the logits say, from the first token on; None feeds what is drawn.
-        drawn: The parcel's first token, then what each step drew.
+        drawn: What the parcel brings of the answer, then what each step drew.
         log_probabilities: Per step, of the token that was fed next.
     """
 
@@ -39,7 +39,9 @@ class Track:
     log_probabilities: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.drawn += self.manifest.generated
+        for token in self.manifest.generated:
+            if not (self.drawn and self.ended):
+                self.drawn.append(token)
 
     @property
     def last_fed(self) -> int:
@@ -110,7 +112,7 @@ class LocalDecoding:
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_batch:
             track = self._waiting[0]
-            manifest, tokens = track.manifest, track.manifest.sampling.max_new_tokens - 1
+            manifest, tokens = track.manifest, track.manifest.tokens_to_come
             rows, eviction = opened(manifest, track.body)
             try:
                 nbytes = self._pool.sequence_bytes(manifest.num_kept, growth_of(tokens, eviction))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlcache.v1 import inference_pb2 as public
@@ -34,7 +35,8 @@ def outcome_of(trial: Trial, text: str) -> Outcome:
     """Compares a finished trial with the full cache; `text` is what the client reads."""
     reference, sample = trial.reference or trial, trial.question.sample
     same = [one == other for one, other in zip(reference.answer, trial.answer, strict=False)]
-    full, kept = _log_probabilities(reference, reference), _log_probabilities(trial, reference)
+    full = _log_probabilities(reference, reference, ())
+    kept = _log_probabilities(trial, reference, full)
     return Outcome(
         setting=trial.setting,
         task=sample.task,
@@ -45,9 +47,9 @@ def outcome_of(trial: Trial, text: str) -> Outcome:
     )
 
 
-def _log_probabilities(trial: Trial, reference: Trial) -> list[float]:
-    """Of the reference's tokens."""
+def _log_probabilities(trial: Trial, reference: Trial, full: Sequence[float]) -> list[float]:
+    """Of the reference's tokens; those that came with the parcel were drawn under the full cache, too."""
     track = trial.forced or trial.free
     assert isinstance(track, Track)
     first = trial.first_logits.log_softmax(dim=-1)[reference.answer[0]].item()
-    return [first, *track.log_probabilities]
+    return [first, *full[1 : len(full) - len(track.log_probabilities)], *track.log_probabilities]
