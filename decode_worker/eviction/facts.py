@@ -87,9 +87,7 @@ class RowFacts:
 
     def observe(self, layer: int, attention: torch.Tensor) -> None:
         """Takes a layer's attention from the current token, [num_kv_heads, rows present] fp32."""
-        number = attention.shape[1]
-        self.attention[layer, :, :number] = attention
-        self.attention[layer, :, number:] = 0
+        self.attention[layer, :, : attention.shape[1]] = attention
 
     def append(self) -> None:
         """Counts the rows of one more token, which lie behind the others."""

@@ -1,0 +1,57 @@
+"""Small numbers for each kind, so that much is dropped in few steps."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from hypothesis import strategies as st
+
+from shared.kv.eviction import SCOPE_VARIANTS, Eviction, FixedSlot, HeavyHitters, Scope, SparseRead, TextGuard
+from shared.kv.layout import KVLayout
+
+
+def shares(layers: int) -> st.SearchStrategy[tuple[Fraction, ...]]:
+    share = st.fractions(0, 1, max_denominator=12)
+    return st.lists(share, min_size=layers, max_size=layers).map(tuple)
+
+
+@st.composite
+def parcels(draw: st.DrawFn) -> tuple[KVLayout, Eviction | None, tuple[int, ...], int]:
+    """Layout, eviction, kept rows that suit it, and tokens of the prompt."""
+    layers, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    layout = KVLayout(num_layers=layers, num_kv_heads=heads, head_dim=draw(st.sampled_from([3, 8])), dtype="float32")
+    counts = st.integers(1, 9)
+    kind = draw(st.sampled_from(["none", "slot", "heavy", "scope", "guard", "sparse"]))
+    if kind == "guard":
+        kept = [count for count in draw(st.lists(counts, min_size=layers, max_size=layers)) for _ in range(heads)]
+    elif kind == "sparse":
+        kept = [draw(counts)] * (layers * heads)
+    else:
+        kept = draw(st.lists(counts, min_size=layers * heads, max_size=layers * heads))
+    prompt_tokens = max(kept) + draw(st.integers(0, 30))
+    return layout, draw(evictions(kind, layers, max(kept))), tuple(kept), prompt_tokens
+
+
+@st.composite
+def evictions(draw: st.DrawFn, kind: str, layers: int, most_kept: int) -> Eviction | None:
+    recent = draw(st.integers(1, 4))
+    match kind:
+        case "slot":
+            return FixedSlot(retention=draw(shares(layers)), distance=-draw(st.integers(1, 6)))
+        case "heavy":
+            budget = most_kept + draw(st.integers(0, 3))
+            return HeavyHitters(budget=budget, recent=draw(st.integers(0, budget)))
+        case "scope":
+            return Scope(
+                variant=draw(st.sampled_from(SCOPE_VARIANTS)),
+                window=recent + draw(st.integers(0, 4)),
+                recent=recent,
+                delta=draw(st.integers(1, 4)),
+            )
+        case "guard":
+            text = tuple(draw(st.lists(st.integers(0, 4), min_size=layers, max_size=layers)))
+            return TextGuard(retention=draw(shares(layers)), sinks=draw(st.integers(0, 4)), text=text)
+        case "sparse":
+            select = draw(st.sets(st.integers(0, layers), min_size=1, max_size=layers))
+            return SparseRead(select_layers=tuple(sorted(select)), top=draw(st.integers(1, 8)))
+    return None
