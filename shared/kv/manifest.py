@@ -16,6 +16,7 @@ from shared.request.params import Sampling
 
 FORMAT_VERSION = 1
 MAX_LOGICAL_LENGTH = 1 << 24
+MAX_TABLE_ROWS = 1 << 27
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,8 @@ class Manifest:
 
     def _check_eviction(self) -> None:
         if self.eviction is not None:
+            # tables of the decode worker give every head as many places as the largest one needs
+            _require(max(self.num_kept) * len(self.num_kept) <= MAX_TABLE_ROWS, "too many rows to evict from")
             try:
                 self.eviction.check(self.layout, self.num_kept)
             except ValueError as error:

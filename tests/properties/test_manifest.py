@@ -15,7 +15,7 @@ from vlcache.worker.v1 import kv_pb2 as pb
 from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError
 from shared.kv.eviction import FixedSlot, HeavyHitters
 from shared.kv.layout import KVLayout
-from shared.kv.manifest import MAX_LOGICAL_LENGTH, Manifest, TransferId, body_digest, score_bytes
+from shared.kv.manifest import MAX_LOGICAL_LENGTH, MAX_TABLE_ROWS, Manifest, TransferId, body_digest, score_bytes
 from shared.request.params import Sampling
 from tests.properties.encodings import saving
 from tests.properties.evictions import evictions
@@ -147,6 +147,26 @@ def test_an_exact_share_stays_exact() -> None:
     share = pb.Eviction.Share(numerator=29, denominator=100)
     manifest = Manifest.from_proto(changed(eviction=slot(retention=[share, HALF])))
     assert manifest.eviction == FixedSlot(retention=(Fraction(29, 100), Fraction(1, 2)), distance=-25)
+
+
+def test_a_table_that_no_worker_could_hold_is_an_invalid_request() -> None:
+    """One head with many rows makes room for as many in all others."""
+    most = MAX_TABLE_ROWS // 1024
+    wide = KVLayout(num_layers=32, num_kv_heads=32, head_dim=4, dtype="float32")
+    for kept, fits in ((most, True), (most + 1, False)):
+        num_kept = [kept] + [1] * 1023
+        message = changed(
+            layout=wide.to_proto(),
+            num_kept=num_kept,
+            logical_length=kept,
+            body_bytes=wide.body_bytes(num_kept),
+            eviction=scope(),
+        )
+        if fits:
+            assert Manifest.from_proto(message).eviction is not None
+        else:
+            with pytest.raises(InvalidRequestError, match="too many rows"):
+                Manifest.from_proto(message)
 
 
 BAD_EVICTIONS = {
