@@ -234,7 +234,3 @@ class Reservations:
         self._pool.check_integrity()
         assert sum(self.bytes_in(stage) for stage in Stage) == self._pool.used_bytes, "an extent has no owner"
         assert self.idle.is_set() == (not self._by_token and not self._lingering)
-        for held in self:
-            eviction = held.eviction_at_rest
-            if eviction is not None:
-                eviction.check_integrity()

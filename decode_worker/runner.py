@@ -207,8 +207,12 @@ class DecodeRunner:
         self._install_thread.shutdown()
 
     def check_integrity(self) -> None:
-        """Asserts that every extent has an owner."""
+        """Asserts that every extent has an owner, and that rows at rest are those that their evictions know."""
         self._reservations.check_integrity()
+        for held in self._reservations:
+            eviction = held.eviction_at_rest
+            if eviction is not None:
+                eviction.check_integrity()
 
     def _copy(self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool) -> SequenceKV:
         if manifest.encoding is not None:

@@ -131,6 +131,22 @@ def test_who_needs_no_more_rows_than_were_promised_comes_with_room_for_all(
     run(loaded, body, promised_tokens=3)
 
 
+def test_rows_that_are_lost_show(loaded: LoadedModel, shipments: dict[str, RuledShipment]) -> None:
+    async def body(served: Served) -> None:
+        promise = await served.reserve(max_new_tokens=STEPS + 1, kept_tokens_bound=40)
+        manifest = shipments["tgv"].manifest(compatibility=loaded.identity.compatibility, sampling=SAMPLING)
+        await served.put(frames(promise.token, manifest, shipments["tgv"].body))
+        held = served.held.find(promise.token)
+        served.worker.runner.check_integrity()
+        assert held.eviction_at_rest is not None
+        held.eviction_at_rest.lengths[1, 0] -= 1
+        with pytest.raises(AssertionError, match="rows were lost"):
+            served.worker.runner.check_integrity()
+        served.worker.runner.end(held)
+
+    run(loaded, body)
+
+
 def damaged(shipment: RuledShipment, how: str) -> tuple[bytearray, dict[str, Any]]:
     body = bytearray(shipment.body)
     if how == "not a number":
