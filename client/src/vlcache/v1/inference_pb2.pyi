@@ -14,6 +14,14 @@ class BudgetScope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BUDGET_SCOPE_CACHE: _ClassVar[BudgetScope]
     BUDGET_SCOPE_VISUAL: _ClassVar[BudgetScope]
 
+class GuardOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GUARD_OUTCOME_UNSPECIFIED: _ClassVar[GuardOutcome]
+    GUARD_OUTCOME_KEPT: _ClassVar[GuardOutcome]
+    GUARD_OUTCOME_GROWN: _ClassVar[GuardOutcome]
+    GUARD_OUTCOME_FULL: _ClassVar[GuardOutcome]
+    GUARD_OUTCOME_REFUSED: _ClassVar[GuardOutcome]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -22,6 +30,11 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 BUDGET_SCOPE_UNSPECIFIED: BudgetScope
 BUDGET_SCOPE_CACHE: BudgetScope
 BUDGET_SCOPE_VISUAL: BudgetScope
+GUARD_OUTCOME_UNSPECIFIED: GuardOutcome
+GUARD_OUTCOME_KEPT: GuardOutcome
+GUARD_OUTCOME_GROWN: GuardOutcome
+GUARD_OUTCOME_FULL: GuardOutcome
+GUARD_OUTCOME_REFUSED: GuardOutcome
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -81,7 +94,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: bool = ...) -> None: ...
 
 class CompressionParams(_message.Message):
-    __slots__ = ("policy", "retention", "max_kept_tokens", "parameters", "wire", "budget_scope", "min_retention")
+    __slots__ = ("policy", "retention", "max_kept_tokens", "parameters", "wire", "budget_scope", "min_retention", "min_attention_mass", "explain")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     RETENTION_FIELD_NUMBER: _ClassVar[int]
     MAX_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +102,8 @@ class CompressionParams(_message.Message):
     WIRE_FIELD_NUMBER: _ClassVar[int]
     BUDGET_SCOPE_FIELD_NUMBER: _ClassVar[int]
     MIN_RETENTION_FIELD_NUMBER: _ClassVar[int]
+    MIN_ATTENTION_MASS_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     policy: str
     retention: float
     max_kept_tokens: int
@@ -96,7 +111,9 @@ class CompressionParams(_message.Message):
     wire: WireParams
     budget_scope: BudgetScope
     min_retention: float
-    def __init__(self, policy: _Optional[str] = ..., retention: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., wire: _Optional[_Union[WireParams, _Mapping]] = ..., budget_scope: _Optional[_Union[BudgetScope, str]] = ..., min_retention: _Optional[float] = ...) -> None: ...
+    min_attention_mass: float
+    explain: bool
+    def __init__(self, policy: _Optional[str] = ..., retention: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., wire: _Optional[_Union[WireParams, _Mapping]] = ..., budget_scope: _Optional[_Union[BudgetScope, str]] = ..., min_retention: _Optional[float] = ..., min_attention_mass: _Optional[float] = ..., explain: bool = ...) -> None: ...
 
 class WireParams(_message.Message):
     __slots__ = ("bits", "key_channels", "group", "residual")
@@ -141,7 +158,7 @@ class Delta(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Compression(_message.Message):
-    __slots__ = ("policy", "requested_retention", "realised_retention", "full_bytes", "kept_bytes", "layer_tokens", "layer_attention_mass", "prompt_tokens", "visual_tokens", "asked_retention")
+    __slots__ = ("policy", "requested_retention", "realised_retention", "full_bytes", "kept_bytes", "layer_tokens", "layer_attention_mass", "prompt_tokens", "visual_tokens", "asked_retention", "guard", "kept")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_RETENTION_FIELD_NUMBER: _ClassVar[int]
     REALISED_RETENTION_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +169,8 @@ class Compression(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VISUAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ASKED_RETENTION_FIELD_NUMBER: _ClassVar[int]
+    GUARD_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     policy: str
     requested_retention: float
     realised_retention: float
@@ -162,7 +181,37 @@ class Compression(_message.Message):
     prompt_tokens: int
     visual_tokens: int
     asked_retention: float
-    def __init__(self, policy: _Optional[str] = ..., requested_retention: _Optional[float] = ..., realised_retention: _Optional[float] = ..., full_bytes: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., layer_tokens: _Optional[_Iterable[int]] = ..., layer_attention_mass: _Optional[_Iterable[float]] = ..., prompt_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ..., asked_retention: _Optional[float] = ...) -> None: ...
+    guard: GuardOutcome
+    kept: KeptTokens
+    def __init__(self, policy: _Optional[str] = ..., requested_retention: _Optional[float] = ..., realised_retention: _Optional[float] = ..., full_bytes: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., layer_tokens: _Optional[_Iterable[int]] = ..., layer_attention_mass: _Optional[_Iterable[float]] = ..., prompt_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ..., asked_retention: _Optional[float] = ..., guard: _Optional[_Union[GuardOutcome, str]] = ..., kept: _Optional[_Union[KeptTokens, _Mapping]] = ...) -> None: ...
+
+class KeptTokens(_message.Message):
+    __slots__ = ("num_kv_heads", "layers", "images")
+    NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    num_kv_heads: int
+    layers: _containers.RepeatedScalarFieldContainer[bytes]
+    images: _containers.RepeatedCompositeFieldContainer[ImageGrid]
+    def __init__(self, num_kv_heads: _Optional[int] = ..., layers: _Optional[_Iterable[bytes]] = ..., images: _Optional[_Iterable[_Union[ImageGrid, _Mapping]]] = ...) -> None: ...
+
+class ImageGrid(_message.Message):
+    __slots__ = ("first_token", "rows", "columns", "left", "top", "right", "bottom")
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    RIGHT_FIELD_NUMBER: _ClassVar[int]
+    BOTTOM_FIELD_NUMBER: _ClassVar[int]
+    first_token: int
+    rows: int
+    columns: int
+    left: float
+    top: float
+    right: float
+    bottom: float
+    def __init__(self, first_token: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., left: _Optional[float] = ..., top: _Optional[float] = ..., right: _Optional[float] = ..., bottom: _Optional[float] = ...) -> None: ...
 
 class Transfer(_message.Message):
     __slots__ = ("transport", "sent_bytes", "seconds")

@@ -42,6 +42,20 @@ class ReserveResponse(_message.Message):
     lease_s: float
     def __init__(self, token: _Optional[bytes] = ..., transport: _Optional[str] = ..., reserved_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
+class GrowReservationRequest(_message.Message):
+    __slots__ = ("token", "kept_tokens_bound")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    KEPT_TOKENS_BOUND_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    kept_tokens_bound: int
+    def __init__(self, token: _Optional[bytes] = ..., kept_tokens_bound: _Optional[int] = ...) -> None: ...
+
+class GrowReservationResponse(_message.Message):
+    __slots__ = ("reserved_bytes",)
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    reserved_bytes: int
+    def __init__(self, reserved_bytes: _Optional[int] = ...) -> None: ...
+
 class RenewRequest(_message.Message):
     __slots__ = ("token",)
     TOKEN_FIELD_NUMBER: _ClassVar[int]

@@ -46,6 +46,11 @@ class DecodeServiceStub(object):
                 request_serializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.ReserveRequest.SerializeToString,
                 response_deserializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.ReserveResponse.FromString,
                 _registered_method=True)
+        self.GrowReservation = channel.unary_unary(
+                '/vlcache.worker.v1.DecodeService/GrowReservation',
+                request_serializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.GrowReservationRequest.SerializeToString,
+                response_deserializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.GrowReservationResponse.FromString,
+                _registered_method=True)
         self.Renew = channel.unary_unary(
                 '/vlcache.worker.v1.DecodeService/Renew',
                 request_serializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.RenewRequest.SerializeToString,
@@ -76,6 +81,14 @@ class DecodeServiceServicer(object):
     def Reserve(self, request, context):
         """Promises memory for a parcel of at most `kept_tokens_bound` tokens per layer and the tokens to come, before
         any compute is spent. RESOURCE_EXHAUSTED costs nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GrowReservation(self, request, context):
+        """Promises more for a parcel that has not begun to arrive; what was promised before stays when there is no room
+        (RESOURCE_EXHAUSTED). The lease stays as it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,6 +127,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Reserve,
                     request_deserializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.ReserveRequest.FromString,
                     response_serializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.ReserveResponse.SerializeToString,
+            ),
+            'GrowReservation': grpc.unary_unary_rpc_method_handler(
+                    servicer.GrowReservation,
+                    request_deserializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.GrowReservationRequest.FromString,
+                    response_serializer=vlcache_dot_worker_dot_v1_dot_decode__pb2.GrowReservationResponse.SerializeToString,
             ),
             'Renew': grpc.unary_unary_rpc_method_handler(
                     servicer.Renew,
@@ -186,6 +204,33 @@ class DecodeService(object):
             '/vlcache.worker.v1.DecodeService/Reserve',
             vlcache_dot_worker_dot_v1_dot_decode__pb2.ReserveRequest.SerializeToString,
             vlcache_dot_worker_dot_v1_dot_decode__pb2.ReserveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GrowReservation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vlcache.worker.v1.DecodeService/GrowReservation',
+            vlcache_dot_worker_dot_v1_dot_decode__pb2.GrowReservationRequest.SerializeToString,
+            vlcache_dot_worker_dot_v1_dot_decode__pb2.GrowReservationResponse.FromString,
             options,
             channel_credentials,
             insecure,
