@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 from vlcache.worker.v1 import prefill_pb2_grpc, worker_pb2
 
-from prefill_worker.compression.registry import DEFAULT_POLICY, POLICIES
+from prefill_worker.compression.registry import CHOICES, DEFAULT_POLICY
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.config import PrefillConfig
 from prefill_worker.engine import PrefillEngine
@@ -138,7 +138,7 @@ def _served_model(config: PrefillConfig, identity: ModelIdentity, builder: Promp
     served.template_tokens = builder.template_tokens()
     served.max_tokens_per_image = builder.image_tokens()
     served.max_marker_tokens_per_image = builder.marker_tokens()
-    served.policies.extend(sorted(POLICIES))
+    served.policies.extend(sorted(CHOICES))
     served.default_policy = DEFAULT_POLICY
     served.default_retention = config.default_retention
     served.max_new_tokens = config.max_new_tokens

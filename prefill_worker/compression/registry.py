@@ -63,6 +63,10 @@ POLICIES: dict[str, type[Policy]] = {
     )
 }
 DEFAULT_POLICY = VLCache.name
+# The winner of the quality table: may become another policy when a better one is found.
+RECOMMENDED = "recommended"
+CHOICES: dict[str, type[Policy]] = {**POLICIES, RECOMMENDED: LookAheadPolicy}
+"""Every name that a request may give."""
 
 
 def build_policy(name: str, parameters: Mapping[str, object]) -> Policy:
@@ -75,9 +79,9 @@ def build_policy(name: str, parameters: Mapping[str, object]) -> Policy:
     Raises:
         InvalidRequestError: Unknown policy or parameter, or a value of the wrong type or range.
     """
-    policy = POLICIES.get(name or DEFAULT_POLICY)
+    policy = CHOICES.get(name or DEFAULT_POLICY)
     if policy is None:
-        known = ", ".join(sorted(POLICIES))
+        known = ", ".join(sorted(CHOICES))
         raise InvalidRequestError(f"unknown policy {name!r}; known: {known}", reason="UNKNOWN_POLICY")
     types = get_type_hints(policy)
     known_fields = [field.name for field in fields(policy)]  # type: ignore[arg-type]  # every policy is a dataclass

@@ -11,7 +11,7 @@ from vlcache.v1 import inference_pb2 as public
 from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, kv_pb2_grpc, prefill_pb2_grpc, worker_pb2
 from vlcache.worker.v1 import prefill_pb2 as pb
 
-from prefill_worker.compression.registry import POLICIES
+from prefill_worker.compression.registry import CHOICES
 from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import LoadedModel, PrefillWorker, load_model
 from shared.kv.manifest import Manifest
@@ -112,7 +112,7 @@ def test_what_a_worker_says_about_itself(loaded: LoadedModel, tmp_path: Path) ->
         assert (stack.info.role, stack.info.state, stack.info.kv.retained) == ("prefill", "ready", 0)
         assert (model.name, model.context_tokens, model.max_images) == (loaded.identity.name, CONTEXT, 2)
         assert (list(model.policies), model.default_policy, model.default_retention) == (
-            sorted(POLICIES),
+            sorted(CHOICES),
             "vl_cache",
             0.1,
         )

@@ -31,6 +31,12 @@ def test_the_default_is_vl_cache_with_its_documented_parameters() -> None:
     assert DEFAULT_POLICY in POLICIES
 
 
+def test_the_recommended_policy_goes_by_its_own_name() -> None:
+    policy = build_policy("recommended", {"tokens": 4.0})
+    assert policy.name in POLICIES
+    assert policy == build_policy("look_ahead", {"tokens": 4})
+
+
 def test_whole_floats_become_the_integers_that_were_meant() -> None:
     policy = build_policy("vl_cache", {"max_rows": 50.0, "min_tokens": 1.0, "threshold": 1, "recent_share": 0})
     assert policy == VLCache(max_rows=50, min_tokens=1, threshold=1.0, recent_share=0.0)
