@@ -58,7 +58,7 @@ def test_everyone_gets_the_tokens_of_an_unhurried_stack(memory_stack: RunningSta
     assert stack.clean
     assert [len(answer) for answer in answers] == [NEW_TOKENS] * len(requests())
     assert answers == expected
-    assert sum(samples_of(metrics, "vlcache_preemptions_total")) > len(requests())
+    assert sum(samples_of(metrics, "vlcache_preemptions_total")) > 0
     assert sum(samples_of(metrics, "vlcache_kv_resident_bytes")) == 0
     assert 'state="parked"' in metrics
     assert samples_of(metrics, "vlcache_kv_fragmentation_ratio") == [0.0]
