@@ -26,6 +26,7 @@ from prefill_worker.compression.pipeline import (
 from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.engine import Prefilled, PrefillEngine
 from prefill_worker.job import Compressed, Event, FirstToken, NextToken, PrefillJob
+from prefill_worker.kept_tokens import kept_report, token_bitmaps
 from prefill_worker.opening import Opening
 from prefill_worker.parcel_writer import kept_counts
 from prefill_worker.prompt import Prompt
@@ -195,6 +196,7 @@ class PrefillCompute:
             sampling=job.sampling,
             encoding=written.encoding,
             eviction=eviction,
+            kept_tokens=token_bitmaps(selections, layout.num_kv_heads, num_tokens) if job.explain else (),
         )
 
     def _report(self, manifest: Manifest, prompt: Prompt) -> public.Compression:
@@ -214,6 +216,7 @@ class PrefillCompute:
             layer_attention_mass=mass,
             prompt_tokens=prompt.shape.num_tokens,
             visual_tokens=prompt.shape.num_visual,
+            kept=kept_report(manifest, prompt),
         )
 
 

@@ -20,7 +20,7 @@ from shared.request.params import Budget, Sampling, Wire
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillJob:
-    """A checked request. `cancelled` stops it at the next layer."""
+    """A checked request. `explain` says which tokens were kept, `cancelled` stops it at the next layer."""
 
     transfer: TransferId
     messages: tuple[public.Message, ...]
@@ -29,6 +29,7 @@ class PrefillJob:
     policy: Policy
     ticket: Ticket
     wire: Wire = field(default_factory=Wire)
+    explain: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -50,6 +51,7 @@ class PrefillJob:
             policy=build_policy(compression.policy, _parameters(compression)),
             ticket=Ticket.from_proto(message.ticket),
             wire=Wire.from_proto(compression.wire),
+            explain=compression.explain,
         )
 
     def rows_bound(self, text_tokens: int, visual_tokens: int) -> int:

@@ -13,6 +13,7 @@ from PIL import Image
 from vlcache.v1 import inference_pb2 as pb
 
 from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.image_grid import ImageGrid, image_grids
 from prefill_worker.images import open_images
 from prefill_worker.token_kinds import TokenKinds
 from shared.errors import ContextTooLongError, InvalidRequestError
@@ -32,6 +33,7 @@ class Prompt:
         position_ids: [1, num_tokens]; always explicit, a model must not remember the previous request's.
         next_position: RoPE position of the first generated token.
         pixels: Pixels of each image as sent.
+        grids: Where the visual tokens of each image lie.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -39,6 +41,7 @@ class Prompt:
     next_position: int
     shape: PromptShape
     pixels: tuple[int, ...]
+    grids: tuple[ImageGrid, ...] = ()
 
 
 class PromptBuilder:
@@ -64,12 +67,14 @@ class PromptBuilder:
         inputs = self._process(self._render(messages), images)
         num_tokens = inputs["input_ids"].shape[1]
         self._check_context(num_tokens, max_new_tokens)
+        shape = self._shape(inputs)
         return Prompt(
             inputs=inputs,
             position_ids=torch.arange(num_tokens)[None],
             next_position=num_tokens,
-            shape=self._shape(inputs),
+            shape=shape,
             pixels=tuple(image.width * image.height for image in images),
+            grids=self._grids(inputs, shape, images),
         )
 
     def template_tokens(self) -> int:
@@ -133,6 +138,13 @@ class PromptBuilder:
             raise ContextTooLongError(
                 f"the prompt has {num_tokens} tokens and max_new_tokens is {max_new_tokens}; the context is {limit}"
             )
+
+    def _grids(
+        self, inputs: dict[str, torch.Tensor], shape: PromptShape, images: list[Image.Image]
+    ) -> tuple[ImageGrid, ...]:
+        if not images:
+            return ()
+        return image_grids(self._processor, shape.visual, inputs["pixel_values"], [image.size for image in images])
 
     def _shape(self, inputs: dict[str, torch.Tensor]) -> PromptShape:
         seed = xxhash.xxh3_64()

@@ -11,6 +11,7 @@ from functools import partial
 from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.job import Event, PrefillJob, Transferred
+from prefill_worker.kept_tokens import check_explainable
 from prefill_worker.kv_sender import KVSender
 from prefill_worker.parcel_store import ParcelStore
 from prefill_worker.prompt import Prompt, PromptBuilder
@@ -116,6 +117,8 @@ class PrefillRunner:
         prompt = await self._preprocess(job)
         num_tokens = prompt.shape.num_tokens
         visual = prompt.shape.num_visual
+        if job.explain:
+            check_explainable(num_tokens + job.policy.look_ahead, self._layout)
         bound = parcel_bound(job.policy, self._layout, job.rows_bound(num_tokens - visual, visual))
         slot = await self._store.allocate(bound)
         try:

@@ -56,6 +56,9 @@ class Manifest:
     encoding: Encoding | None = None
     """None: the body is plain."""
     eviction: Eviction | None = None
+    kept_tokens: tuple[bytes, ...] = ()
+    """Which tokens the rows are: entries as in `num_kept`, each a bitmap over the `logical_length` tokens, the first in
+    the lowest bit; empty unless the request wants it explained."""
 
     @property
     def kv_bytes(self) -> int:
@@ -90,6 +93,7 @@ class Manifest:
         _require(0 < self.next_position <= 2 * MAX_LOGICAL_LENGTH, "next position out of range")
         _require(0 < len(self.generated) <= min(self.num_kept) + 1, "as many rows as tokens that were fed are needed")
         self._check_eviction()
+        self._check_kept_tokens()
 
     def check_compatible(self, *, compatibility: str, layout: KVLayout) -> None:
         """Refuses a parcel of another model.
@@ -143,6 +147,7 @@ class Manifest:
             sampling=Sampling.from_proto(message.sampling, default_max_new_tokens=0),
             encoding=Encoding.from_proto(message.encoding) if message.HasField("encoding") else None,
             eviction=_eviction(message),
+            kept_tokens=tuple(message.kept_tokens),
         )
         _require(message.score_bytes == manifest.score_bytes, "kept counts and scores disagree")
         manifest.check()
@@ -174,6 +179,7 @@ class Manifest:
             encoding=self.encoding.to_proto() if self.encoding else None,
             eviction=self.eviction.to_proto() if self.eviction else None,
             score_bytes=self.score_bytes,
+            kept_tokens=self.kept_tokens,
         )
 
     def _check_eviction(self) -> None:
@@ -184,6 +190,16 @@ class Manifest:
                 self.eviction.check(self.layout, self.num_kept)
             except ValueError as error:
                 raise _refusal(str(error)) from error
+
+    def _check_kept_tokens(self) -> None:
+        if not self.kept_tokens:
+            return
+        _require(len(self.kept_tokens) == len(self.num_kept), "one bitmap per layer and KV head is needed")
+        for bitmap, kept in zip(self.kept_tokens, self.num_kept, strict=True):
+            _require(len(bitmap) == -(-self.logical_length // 8), "a bitmap is as long as the tokens need")
+            bits = int.from_bytes(bitmap, "little")
+            _require(bits.bit_length() <= self.logical_length, "a kept token is none of the prompt's")
+            _require(bits.bit_count() == kept, "kept tokens and kept counts disagree")
 
 
 def body_digest(body: memoryview) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -41,13 +42,17 @@ def manifests(draw: st.DrawFn) -> Manifest:
     eviction = draw(evictions(layout, num_kept))
     encoding = draw(saving(layout, num_kept))
     kv_bytes = encoding.body_bytes(layout, num_kept) if encoding else layout.body_bytes(num_kept)
+    explained = draw(st.booleans())
+    logical_length = draw(st.integers(max(num_kept), max(num_kept) + 20 if explained else MAX_LOGICAL_LENGTH))
+    chance = draw(st.randoms(use_true_random=False))
+    places = [chance.sample(range(logical_length), kept) for kept in num_kept] if explained else []
     return Manifest(
         transfer=TransferId(request_id=draw(text), attempt=draw(st.integers(0, 2**32 - 1)), prefill_epoch=draw(text)),
         model=draw(text),
         compatibility=draw(text),
         layout=layout,
         num_kept=num_kept,
-        logical_length=draw(st.integers(max(num_kept), MAX_LOGICAL_LENGTH)),
+        logical_length=logical_length,
         next_position=draw(st.integers(1, 2 * MAX_LOGICAL_LENGTH)),
         policy=draw(text),
         requested_retention=draw(shares),
@@ -59,7 +64,12 @@ def manifests(draw: st.DrawFn) -> Manifest:
         sampling=draw(samplings),
         encoding=encoding,
         eviction=eviction,
+        kept_tokens=tuple(bitmap(kept, logical_length) for kept in places),
     )
+
+
+def bitmap(kept: Iterable[int], num_tokens: int) -> bytes:
+    return sum(1 << place for place in kept).to_bytes(-(-num_tokens // 8), "little")
 
 
 @given(manifests())
@@ -211,7 +221,22 @@ def test_an_encoded_body_has_a_size_of_its_own() -> None:
     assert Manifest.from_proto(changed(encoding=CODED, body_bytes=CODED_BYTES)).kv_bytes == CODED_BYTES
 
 
+# of the example's five tokens
+KEPT = [b"\x15", b"\x10", b"\x03", b"\x18"]
+
+
+def test_kept_tokens_are_told_where_they_are_asked_for() -> None:
+    assert Manifest.from_proto(changed(kept_tokens=KEPT)).kept_tokens == tuple(KEPT)
+    assert not Manifest.from_proto(changed()).to_proto().kept_tokens
+
+
 INCONSISTENT = {
+    "kept tokens of too few heads": {"kept_tokens": KEPT[:3]},
+    "kept tokens of too many heads": {"kept_tokens": [*KEPT, b"\x03"]},
+    "another number of kept tokens": {"kept_tokens": [*KEPT[:3], b"\x08"]},
+    "a kept token behind the last": {"kept_tokens": [*KEPT[:3], b"\x28"]},
+    "a bitmap too short": {"kept_tokens": [*KEPT[:3], b""]},
+    "an enormous bitmap": {"kept_tokens": [*KEPT[:3], b"\x18" + bytes(1 << 20)]},
     "scores that nobody needs": WITH_SCORES,
     "scores that the eviction does not need": WITH_SCORES | {"eviction": slot()},
     "scores that are missing": {"eviction": hitters(3, 1)},

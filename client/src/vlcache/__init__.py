@@ -38,6 +38,7 @@ from vlcache._events import (
     Transferred,
     Usage,
 )
+from vlcache._kept import ImageGrid, Kept
 from vlcache._messages import Image, ImageSource, Message
 from vlcache._server_info import KVBytes, Model, ServerInfo, Totals, Worker
 from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout, Wire
@@ -63,10 +64,12 @@ __all__ = [
     "FinishReason",
     "Finished",
     "Image",
+    "ImageGrid",
     "ImageSource",
     "InternalError",
     "InvalidRequest",
     "KVBytes",
+    "Kept",
     "Message",
     "Model",
     "NotFound",

@@ -3,6 +3,7 @@
 import enum
 from dataclasses import dataclass
 
+from vlcache._kept import Kept, kept_from_proto
 from vlcache.v1 import inference_pb2
 
 
@@ -71,6 +72,7 @@ class Compressed:
     layer_tokens: tokens kept in each layer (the largest KV head of the layer).
     layer_attention_mass: per layer, share of the post-vision attention that falls on kept tokens, in [0, 1].
     prompt_tokens, visual_tokens: tokens of the prompt, and how many of them are visual.
+    kept: which tokens were kept; None unless the request said `explain`.
     """
 
     policy: str
@@ -83,6 +85,7 @@ class Compressed:
     layer_attention_mass: tuple[float, ...]
     prompt_tokens: int
     visual_tokens: int
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,7 @@ def _compressed(message: inference_pb2.Compression) -> Compressed:
         layer_attention_mass=tuple(message.layer_attention_mass),
         prompt_tokens=message.prompt_tokens,
         visual_tokens=message.visual_tokens,
+        kept=kept_from_proto(message.kept) if message.HasField("kept") else None,
     )
 
 

@@ -184,6 +184,7 @@ class Compression:
         memory is short; 1 lowers nothing. `Compressed` says what was asked for and what was done.
     parameters: parameters of the policy by name, JSON values; the server refuses unknown names.
     wire: how what is kept is written for its way; as it is when None.
+    explain: say which tokens were kept, in `Compressed.kept`.
 
     Raises ValueError when a value is out of its range or both budgets are given.
     """
@@ -195,6 +196,7 @@ class Compression:
     min_retention: float | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     wire: Wire | None = None
+    explain: bool = False
 
     def __post_init__(self) -> None:
         _check(
@@ -226,6 +228,7 @@ class Compression:
             budget_scope=_SCOPES[self.budget_scope],
             wire=None if self.wire is None else self.wire.to_proto(),
             min_retention=self.min_retention,
+            explain=self.explain,
         )
         params.parameters.update(self.parameters)
         return params
