@@ -80,6 +80,10 @@ class KVReceiver:
         """See `LocalReceiver`."""
         self._reservations.renew(self._reservations.find(token), time.monotonic())
 
+    def grow(self, token: bytes, kept_tokens_bound: int) -> None:
+        """See `LocalReceiver`."""
+        self._runner.grow(token, kept_tokens_bound)
+
     def _begin(self, token: bytes, manifest: Manifest) -> Reservation:
         reservation = self._reservations.find(token)
         self._runner.check_parcel(reservation, manifest)

@@ -117,8 +117,7 @@ class Reservations:
         """
         if any((held.request_id, held.attempt) == (request_id, attempt) for held in self._by_token.values()):
             raise DuplicateRequestError(f"request {request_id!r} already holds a reservation")
-        if any(held.parked for held in self._by_token.values()):
-            raise ResourceExhaustedError("sequences wait for KV memory", reason="KV_FULL", retry_after_s=0.1)
+        self._let_waiting_go_first()
         reservation = Reservation(
             token=secrets.token_bytes(TOKEN_BYTES),
             request_id=request_id,
@@ -133,6 +132,28 @@ class Reservations:
         self._by_token[reservation.token] = reservation
         self.idle.clear()
         return reservation
+
+    def grow(self, reservation: Reservation, nbytes: int) -> None:
+        """Promises `nbytes` in all for a parcel that has not begun to arrive; less than it has changes nothing.
+
+        Raises:
+            AlreadyCommittedError: A delivery is under way or done.
+            ResourceExhaustedError: No room, or someone waits for some; what it has stays.
+            TooLargeError: There never will be room.
+        """
+        if reservation.stage is not Stage.RESERVED:
+            raise AlreadyCommittedError("the parcel was delivered already")
+        held = reservation.pool_bytes
+        if nbytes <= held:
+            return
+        self._let_waiting_go_first()
+        # nothing lies there yet: what it holds may become part of the larger piece
+        self._pool.free(reservation.allocation)
+        try:
+            reservation.allocation = self._pool.allocate(nbytes)
+        except ResourceExhaustedError:
+            reservation.allocation = self._pool.allocate(held)
+            raise
 
     def find(self, token: bytes) -> Reservation:
         """The live reservation with that secret.
@@ -228,6 +249,10 @@ class Reservations:
         # read from the metrics' thread, too: through one copy, and each reservation once
         parked = [held.parked for held in tuple(self._by_token.values())]
         return sum(len(kv.body) for kv in parked if kv)
+
+    def _let_waiting_go_first(self) -> None:
+        if any(held.parked for held in self._by_token.values()):
+            raise ResourceExhaustedError("sequences wait for KV memory", reason="KV_FULL", retry_after_s=0.1)
 
     def check_integrity(self) -> None:
         """Asserts the conservation law."""

@@ -87,6 +87,21 @@ class DecodeRunner:
         growth = max_new_tokens - 1
         return growth if self._promised_tokens is None else min(growth, self._promised_tokens)
 
+    def grow(self, token: bytes, kept_tokens_bound: int) -> Reservation:
+        """Promises room for a parcel of at most `kept_tokens_bound` tokens per layer that has not begun to arrive.
+
+        Raises:
+            NotFoundError: The reservation has ended.
+            AlreadyCommittedError: A delivery is under way or done.
+            ResourceExhaustedError: No room now; what was promised stays.
+            TooLargeError: The whole pool has no room for it and all its new tokens.
+        """
+        reservation = self._reservations.find(token)
+        self._pool.check_fits(self._pool.bound_bytes(kept_tokens_bound, reservation.max_new_tokens - 1))
+        growth = self.promised(reservation.max_new_tokens)
+        self._reservations.grow(reservation, self._pool.bound_bytes(kept_tokens_bound, growth))
+        return reservation
+
     def check_parcel(self, reservation: Reservation, manifest: Manifest) -> None:
         """Compares a parcel with what was reserved, before anything is allocated or read.
 

@@ -106,6 +106,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             lease_s=self._reservations.lease_s,
         )
 
+    async def GrowReservation(  # noqa: N802
+        self, request: pb.GrowReservationRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GrowReservationResponse:
+        """See the proto file."""
+        reservation = self._runner.grow(request.token, request.kept_tokens_bound)
+        return pb.GrowReservationResponse(reserved_bytes=reservation.pool_bytes)
+
     async def Renew(  # noqa: N802
         self, request: pb.RenewRequest, context: grpc.aio.ServicerContext
     ) -> pb.RenewResponse:

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # A lease of 30 s is renewed every 5 s: several renewals may be lost before it ends.
 RENEWALS_PER_LEASE = 6
+# The model thread waits for the answer: a worker that is late with it counts as full.
+GROW_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,16 @@ class KVSender:
         self._metrics.labelled(self._metrics.transfer_seconds, **labels).observe(report.seconds)
         return report
 
+    async def grow(self, ticket: Ticket, kept_tokens_bound: int) -> bool:
+        """Asks for room for a parcel of at most so many tokens per layer; False where it is refused or not granted in
+        time, and what was promised before stays."""
+        try:
+            await self._grow(ticket, kept_tokens_bound)
+        except ServiceError as error:
+            log.info("%s gave no more room: %s", ticket.decode_worker, error.message)
+            return False
+        return True
+
     @contextlib.asynccontextmanager
     async def keep_alive(self, ticket: Ticket) -> AsyncIterator[None]:
         """While open, renews the reservation's lease, whatever the model thread is doing.
@@ -132,6 +144,17 @@ class KVSender:
         stub = decode_pb2_grpc.DecodeServiceStub(self._channel(ticket.address))
         try:
             await stub.Renew(decode_pb2.RenewRequest(token=ticket.token), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def _grow(self, ticket: Ticket, kept_tokens_bound: int) -> None:
+        if self._local is not None and ticket.transport == LocalTransport.name:
+            self._local.grow(ticket.token, kept_tokens_bound)
+            return
+        stub = decode_pb2_grpc.DecodeServiceStub(self._channel(ticket.address))
+        request = decode_pb2.GrowReservationRequest(token=ticket.token, kept_tokens_bound=kept_tokens_bound)
+        try:
+            await stub.GrowReservation(request, timeout=GROW_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
 

@@ -23,6 +23,14 @@ class LocalReceiver(Protocol):
             ServiceError: The parcel is refused.
         """
 
+    def grow(self, token: bytes, kept_tokens_bound: int) -> None:
+        """Promises room for a parcel of at most `kept_tokens_bound` tokens per layer that has not begun to arrive.
+
+        Raises:
+            NotFoundError: The reservation has ended.
+            ResourceExhaustedError: There is no room; what was promised stays.
+        """
+
     def renew(self, token: bytes) -> None:
         """Extends the lease of a reservation.
 

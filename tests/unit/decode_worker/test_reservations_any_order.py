@@ -37,6 +37,22 @@ class Life(RuleBasedStateMachine):
             assert self.pool.used_bytes > 0
 
     @precondition(lambda self: self.all)
+    @rule(data=st.data(), nbytes=st.integers(1, 9000))
+    def grow(self, data: st.DataObject, nbytes: int) -> None:
+        reservation = self.pick(data, self.all)
+        if reservation.ended:
+            return
+        held = reservation.pool_bytes
+        try:
+            self.held.grow(reservation, nbytes)
+        except AlreadyCommittedError:
+            assert reservation.stage is not Stage.RESERVED
+        except ResourceExhaustedError:
+            assert reservation.pool_bytes == held < nbytes
+        else:
+            assert reservation.pool_bytes >= max(held, nbytes)
+
+    @precondition(lambda self: self.all)
     @rule(data=st.data())
     def begin_fill(self, data: st.DataObject) -> None:
         reservation = self.pick(data, self.all)

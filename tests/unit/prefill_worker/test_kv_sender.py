@@ -36,6 +36,9 @@ class Decode(decode_pb2_grpc.DecodeServiceServicer):
             raise answer
         return decode_pb2.RenewResponse(lease_s=1)
 
+    async def GrowReservation(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await asyncio.Event().wait()
+
     async def renewals(self, count: int) -> None:
         while len(self.tokens) < count:
             self.renewed.clear()
@@ -157,5 +160,15 @@ def test_an_unknown_transport_is_refused_and_counted() -> None:
             await sender.send(parcel, ticket(promised.address, "pigeon"))
         failures = sender._metrics.labelled(sender._metrics.transfer_failures, reason="TRANSPORT")
         assert failures._value.get() == 1
+
+    run(body)
+
+
+def test_a_decode_worker_that_is_late_gives_no_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefill_worker.kv_sender.GROW_TIMEOUT_S", 0.05)
+
+    async def body(sender: KVSender, decode: Decode, promised: Ticket) -> None:
+        assert not await sender.grow(promised, 40)
+        assert not await sender.grow(ticket("127.0.0.1:1"), 40)
 
     run(body)
