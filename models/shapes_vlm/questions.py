@@ -110,18 +110,23 @@ def ask(rng: np.random.Generator, task: str, scenes: Sequence[Scene]) -> Questio
     return _ASK[task](rng, scenes)
 
 
+def sample_of(question: Question, scenes: Sequence[Scene]) -> Sample:
+    """The question with the images of the scenes that it was asked about."""
+    return Sample(
+        task=question.task,
+        images=tuple(scene.image for scene in scenes),
+        question=question.text,
+        answer=question.answer,
+        answer_patches=question.answer_patches,
+    )
+
+
 def _draw_sample(rng: np.random.Generator, task: str) -> Sample:
     while True:
         scenes = [draw_full_scene(rng) for _ in range(NUM_IMAGES[task])]
         question = ask(rng, task, scenes)
         if question is not None:
-            return Sample(
-                task=task,
-                images=tuple(scene.image for scene in scenes),
-                question=question.text,
-                answer=question.answer,
-                answer_patches=question.answer_patches,
-            )
+            return sample_of(question, scenes)
 
 
 def _pick(rng: np.random.Generator, items: Sequence[T]) -> T | None:
