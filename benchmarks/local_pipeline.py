@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vlcache.v1 import inference_pb2 as public
@@ -26,11 +26,12 @@ from prefill_worker.kv_sender import Ticket
 from prefill_worker.prompt import Prompt, PromptBuilder
 from prefill_worker.worker import load_model as load_prefill
 from shared.kv.manifest import Manifest, TransferId
-from shared.request.params import Budget, Sampling
+from shared.request.params import Budget, Guard, Sampling
 from shared.telemetry.metrics import PrefillMetrics
 
 NO_TICKET = Ticket(decode_worker="", address="", token=b"", transport="", lease_s=30.0)
 TRANSFER = TransferId(request_id="local", attempt=0, prefill_epoch="local")
+NO_GUARD = Guard()
 MAX_IMAGES = 16
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -81,10 +82,15 @@ class LocalPipeline:
 
     def compress(self, prompt: Prompt, prefilled: Prefilled, job: PrefillJob) -> LocalParcel:
         """The parcel of a `local_job`."""
-        visual, events = prompt.shape.num_visual, list[Event]()
-        bound = job.rows_bound(prompt.shape.num_tokens - visual, visual)
-        body = memoryview(bytearray(parcel_bound(job.policy, self._spec.layout, bound)))
-        complete = self._compute.compress(job, prompt, prefilled, body, events.append)
+        events: list[Event] = []
+        body = self._room(job, prompt)
+
+        def more_room(budget: Budget) -> memoryview:
+            nonlocal body
+            body = self._room(replace(job, budget=budget), prompt)
+            return body
+
+        complete = self._compute.compress(job, prompt, prefilled, body, events.append, more_room)
         assert complete is not None, "no first token ends an answer that ignores the end"
         manifest, compressed = complete(), events[-1]
         assert isinstance(compressed, Compressed)
@@ -95,16 +101,29 @@ class LocalPipeline:
             eos_token_ids=self._spec.eos_token_ids,
         )
 
+    def _room(self, job: PrefillJob, prompt: Prompt) -> memoryview:
+        visual = prompt.shape.num_visual
+        rows = job.rows_bound(prompt.shape.num_tokens - visual, visual)
+        return memoryview(bytearray(parcel_bound(job.policy, self._spec.layout, rows)))
+
     def text(self, tokens: Sequence[int]) -> str:
         """What a client would read."""
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def local_job(policy: Policy, budget: Budget, *, max_new_tokens: int) -> PrefillJob:
+def local_job(policy: Policy, budget: Budget, *, max_new_tokens: int, guard: Guard = NO_GUARD) -> PrefillJob:
     """A request that has come without a router.
 
     Args:
         max_new_tokens: At least 2. Whoever decodes knows when the answer ends.
     """
     sampling = Sampling(max_new_tokens=max_new_tokens, ignore_eos=True)
-    return PrefillJob(transfer=TRANSFER, messages=(), sampling=sampling, budget=budget, policy=policy, ticket=NO_TICKET)
+    return PrefillJob(
+        transfer=TRANSFER,
+        messages=(),
+        sampling=sampling,
+        budget=budget,
+        policy=policy,
+        ticket=NO_TICKET,
+        guard=guard,
+    )

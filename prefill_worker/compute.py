@@ -18,13 +18,12 @@ from prefill_worker.compression.key_channels import wire_statistics
 from prefill_worker.compression.pipeline import (
     Selection,
     asked_retention,
-    keep_everything,
-    select_tokens,
     sparse_prefill_for,
     statistics_for,
 )
 from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.engine import Prefilled, PrefillEngine
+from prefill_worker.guard import GUARD_TOKENS, MoreRoom, choose, no_more_room, outcome_name
 from prefill_worker.job import Compressed, Event, FirstToken, NextToken, PrefillJob
 from prefill_worker.kept_tokens import kept_report, token_bitmaps
 from prefill_worker.opening import Opening
@@ -60,12 +59,15 @@ class PrefillCompute:
         self._identity = identity
         self._metrics = metrics
 
-    def run(self, job: PrefillJob, prompt: Prompt, body: memoryview, emit: Emit) -> Completion | None:
+    def run(
+        self, job: PrefillJob, prompt: Prompt, body: memoryview, emit: Emit, more_room: MoreRoom = no_more_room
+    ) -> Completion | None:
         """Computes one job.
 
         Args:
             body: Where the parcel is written; at least as long as the budget's bound.
             emit: Called with the first tokens as soon as they are known, then with the compression.
+            more_room: Asked where the quality guard wants a larger budget.
 
         Returns:
             What completes the parcel, or None when the first tokens end the answer and nothing need be shipped.
@@ -73,7 +75,7 @@ class PrefillCompute:
         Raises:
             RequestCancelledError: The job was cancelled.
         """
-        return self.compress(job, prompt, self.prefill([job], prompt, job.cancelled), body, emit)
+        return self.compress(job, prompt, self.prefill([job], prompt, job.cancelled), body, emit, more_room)
 
     def prefill(self, jobs: Iterable[PrefillJob], prompt: Prompt, cancelled: threading.Event) -> Prefilled:
         """One pass over a prompt that `compress` may use for each of the jobs: equal statistics are measured once.
@@ -94,7 +96,13 @@ class PrefillCompute:
         return prefilled
 
     def compress(
-        self, job: PrefillJob, prompt: Prompt, prefilled: Prefilled, body: memoryview, emit: Emit
+        self,
+        job: PrefillJob,
+        prompt: Prompt,
+        prefilled: Prefilled,
+        body: memoryview,
+        emit: Emit,
+        more_room: MoreRoom = no_more_room,
     ) -> Completion | None:
         """From a pass to a first token and a parcel; see `run`. The pass stays as it is.
 
@@ -106,16 +114,14 @@ class PrefillCompute:
         emit(FirstToken.of(first, prompt.shape))
         if first.finish_reason:
             return None
-        if job.policy.look_ahead and not _keeps_all(job, prompt):
-            prefilled = self._look_ahead(job, prompt, prefilled, opening, emit)
+        if steps := _steps_ahead(job, prompt, prefilled):
+            prefilled = self._look_ahead(job, prompt, prefilled, steps, opening, emit)
             if opening.ended:
                 return None
         started = time.monotonic()
-        if _keeps_all(job, prompt):
-            selections = keep_everything(self._identity.layout.num_layers)
-        else:
-            selections = select_tokens(job.policy, prefilled.observed(prompt.shape), job.budget)
-            selections = [selection.followed_by(len(opening.tokens) - 1) for selection in selections]
+        choice = choose(job, prompt.shape, prefilled, body, more_room)
+        job, body = replace(job, budget=choice.budget), choice.body
+        selections = [selection.followed_by(len(opening.tokens) - 1) for selection in choice.selections]
         num_kept = kept_counts(prefilled, selections)
         layout = self._identity.layout
         eviction = eviction_for(job.policy, prompt.shape, job.budget, selections, layout.num_kv_heads)
@@ -125,7 +131,7 @@ class PrefillCompute:
             written = replace(written, body=add_scores(job.policy, scored, selections, written.body, body))
         draft = self._draft(job, prompt, num_kept, selections, opening.tokens, written, eviction)
         self._metrics.observe_stage("select", time.monotonic() - started)
-        emit(Compressed(message=self._report(draft, prompt)))
+        emit(Compressed(message=self._report(draft, prompt, choice.outcome)))
         return partial(_complete, draft, written)
 
     def _sparse(self, jobs: Sequence[PrefillJob], prompt: Prompt) -> SparsePrefill | None:
@@ -139,21 +145,23 @@ class PrefillCompute:
         return Opening(self._tokenizer, job.sampling, self._spec.eos_token_ids, prompt.next_position)
 
     def _look_ahead(
-        self, job: PrefillJob, prompt: Prompt, prefilled: Prefilled, opening: Opening, emit: Emit
+        self, job: PrefillJob, prompt: Prompt, prefilled: Prefilled, steps: int, opening: Opening, emit: Emit
     ) -> Prefilled:
         """Tokens after the first, over the full KV: part of the answer, or drafts of which only the attention stays."""
         started, policy = time.monotonic(), job.policy
-        if policy.keeps_look_ahead:
-            looked = self._ahead_of(job, prompt, prefilled, opening, emit)
+        if policy.look_ahead and policy.keeps_look_ahead:
+            looked = self._ahead_of(job, prompt, prefilled, steps, opening, emit)
         else:
             drafts = self._opening(job, prompt)
             drafts.draw(prefilled.logits)
-            looked = replace(prefilled, ahead=self._ahead_of(job, prompt, prefilled, drafts, lambda _: None).ahead)
+            drafted = self._ahead_of(job, prompt, prefilled, steps, drafts, lambda _: None)
+            # a policy that does not look ahead is not shown what the guard has drafted
+            looked = replace(prefilled, ahead=drafted.ahead if policy.look_ahead else (), peaks=drafted.peaks)
         self._metrics.observe_stage("look_ahead", time.monotonic() - started)
         return looked
 
     def _ahead_of(
-        self, job: PrefillJob, prompt: Prompt, prefilled: Prefilled, opening: Opening, emit: Emit
+        self, job: PrefillJob, prompt: Prompt, prefilled: Prefilled, steps: int, opening: Opening, emit: Emit
     ) -> Prefilled:
         def draw(logits: torch.Tensor) -> int | None:
             if job.cancelled.is_set():
@@ -163,7 +171,7 @@ class PrefillCompute:
             return None if drawn.finish_reason else drawn.token
 
         (first,) = opening.tokens
-        return self._engine.look_ahead(prefilled, first, prompt.next_position, job.policy.look_ahead, draw)
+        return self._engine.look_ahead(prefilled, first, prompt.next_position, steps, draw)
 
     def _draft(
         self,
@@ -199,7 +207,9 @@ class PrefillCompute:
             kept_tokens=token_bitmaps(selections, layout.num_kv_heads, num_tokens) if job.explain else (),
         )
 
-    def _report(self, manifest: Manifest, prompt: Prompt) -> public.Compression:
+    def _report(self, manifest: Manifest, prompt: Prompt, guard: public.GuardOutcome) -> public.Compression:
+        if guard:
+            self._metrics.labelled(self._metrics.guard, outcome=outcome_name(guard)).inc()
         layout, mass = manifest.layout, manifest.layer_attention_mass
         tokens = layer_tokens(manifest.num_kept, layout)
         self._metrics.attention_mass.observe(sum(mass) / len(mass))
@@ -217,12 +227,21 @@ class PrefillCompute:
             prompt_tokens=prompt.shape.num_tokens,
             visual_tokens=prompt.shape.num_visual,
             kept=kept_report(manifest, prompt),
+            guard=guard,
         )
 
 
 def _keeps_all(job: PrefillJob, prompt: Prompt) -> bool:
     """Retention 1 bypasses every policy."""
     return asked_retention(prompt.shape, job.budget) >= 1
+
+
+def _steps_ahead(job: PrefillJob, prompt: Prompt, prefilled: Prefilled) -> int:
+    """Answer tokens that are decoded before anything is chosen: for the policy, or for the guard alone."""
+    if _keeps_all(job, prompt):
+        return 0
+    drafts = GUARD_TOKENS if job.guard.on and prefilled.survivors is None else 0
+    return job.policy.look_ahead or drafts
 
 
 def _complete(draft: Manifest, written: WrittenBody) -> Manifest:

@@ -27,6 +27,9 @@ class PrefillConfig(WorkerConfig):
     """max_new_tokens of a request that names none."""
     default_retention: float = 0.10
     """Kept share of a request that names none, in (0, 1]."""
+    max_dropped_attention: float = 1.0
+    """Quality guard of a request that names none: the largest weight, in [0, 1], that one of an answer's first tokens
+    may give a dropped token, mean over layers, before more is kept; 1 is off."""
     max_waiting: int = 256
     """Requests admitted and not yet computing; more are refused."""
     preprocess_threads: int = 2
@@ -35,6 +38,8 @@ class PrefillConfig(WorkerConfig):
     def __post_init__(self) -> None:
         if not 0 < self.default_retention <= 1:
             raise ValueError(f"default_retention must lie in (0, 1], not {self.default_retention}")
+        if not 0 <= self.max_dropped_attention <= 1:
+            raise ValueError(f"max_dropped_attention must lie in [0, 1], not {self.max_dropped_attention}")
         for name in ("arena_mib", "max_images", "max_new_tokens", "max_waiting", "preprocess_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -36,6 +36,7 @@ class Prefilled:
         seconds: Duration of the stages vision_encode, prefill and statistics.
         survivors: [num_tokens] bool, the tokens that reached the last layer of a sparse pass; None when all did.
         ahead: Per layer what the answer's first tokens attended to, see `ObservedLayer`; empty without looking ahead.
+        peaks: Per layer the largest of their weights, see `LookAhead`; as `ahead`.
     """
 
     logits: torch.Tensor
@@ -45,6 +46,7 @@ class Prefilled:
     seconds: dict[str, float]
     survivors: torch.Tensor | None = None
     ahead: Sequence[torch.Tensor | None] = ()
+    peaks: Sequence[torch.Tensor] = ()
 
     def observed(self, prompt: PromptShape) -> list[ObservedLayer]:
         """The layers as a policy sees them: the prompt's tokens alone."""
@@ -135,7 +137,7 @@ class PrefillEngine:
         assert prefilled.survivors is None, "a sparse pass has no full KV"
         ahead = LookAhead(self._model, prefilled.keys, prefilled.values, steps)
         ahead.run(token, position, steps, draw)
-        return replace(prefilled, keys=ahead.keys(), values=ahead.values(), ahead=ahead.attention)
+        return replace(prefilled, keys=ahead.keys(), values=ahead.values(), ahead=ahead.attention, peaks=ahead.peaks)
 
     @cached_property
     def _sparse_model(self) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from prefill_worker.kv_sender import Ticket
 from prefill_worker.opening import DrawnToken
 from shared.errors import InvalidRequestError
 from shared.kv.manifest import TransferId
-from shared.request.params import Budget, Sampling, Wire
+from shared.request.params import Budget, Guard, Sampling, Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,19 @@ class PrefillJob:
     policy: Policy
     ticket: Ticket
     wire: Wire = field(default_factory=Wire)
+    guard: Guard = field(default_factory=Guard)
     explain: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
     def from_proto(
-        cls, message: pb.PrefillRequest, *, epoch: str, default_max_new_tokens: int, default_retention: float
+        cls,
+        message: pb.PrefillRequest,
+        *,
+        epoch: str,
+        default_max_new_tokens: int,
+        default_retention: float,
+        default_max_dropped_attention: float = 1.0,
     ) -> PrefillJob:
         """Reads and checks a message.
 
@@ -51,6 +58,7 @@ class PrefillJob:
             policy=build_policy(compression.policy, _parameters(compression)),
             ticket=Ticket.from_proto(message.ticket),
             wire=Wire.from_proto(compression.wire),
+            guard=Guard.from_proto(compression, default=default_max_dropped_attention),
             explain=compression.explain,
         )
 

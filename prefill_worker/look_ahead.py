@@ -28,6 +28,8 @@ class LookAhead:
     Attributes:
         attention: Per layer, what each prompt token received, [num_kv_heads, num_tokens] fp32, summed over the fed
             tokens and the group.
+        peaks: Per layer, the largest weight that a fed token gives each prompt token in a head of the group,
+            [num_kv_heads, num_tokens] fp32.
         fed: Tokens whose KV is there.
     """
 
@@ -39,6 +41,7 @@ class LookAhead:
         self._keys = [_with_room(key, room) for key in keys]
         self._values = [_with_room(value, room) for value in values]
         self.attention = [key.new_zeros(key.shape[:2], dtype=torch.float32) for key in keys]
+        self.peaks = [torch.zeros_like(received) for received in self.attention]
         self.fed = 0
 
     @torch.inference_mode()
@@ -83,7 +86,9 @@ class LookAhead:
         """See `LayerHook.attend`; one query, which sees everything."""
         group = query[0].reshape(key.shape[1], -1, query.shape[3]).float()
         weights = (group @ key[0].float().mT * scaling).softmax(dim=-1)
-        self.attention[layer] += weights[:, :, : self._prompt_tokens].sum(dim=1)
+        received = weights[:, :, : self._prompt_tokens]
+        self.attention[layer] += received.sum(dim=1)
+        self.peaks[layer] = torch.maximum(self.peaks[layer], received.amax(dim=1))
         output = weights @ value[0].float()
         return output.to(query.dtype).view(1, 1, query.shape[1], -1)
 

@@ -38,6 +38,10 @@ class ParcelStore:
                 await self._freed.wait()
             return slot
 
+    def allocate_now(self, nbytes: int) -> Slot | None:
+        """A slot, or None where that would mean waiting or overtaking someone who waits."""
+        return None if self._turn.locked() else self._arena.allocate(nbytes)
+
     def view(self, slot: Slot, nbytes: int) -> memoryview:
         """The first `nbytes` of a slot, writable from any thread."""
         return self._arena.view(slot, nbytes)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 from prefill_worker.compression.eviction import parcel_bound
@@ -13,12 +14,14 @@ from prefill_worker.compute import PrefillCompute
 from prefill_worker.job import Event, PrefillJob, Transferred
 from prefill_worker.kept_tokens import check_explainable
 from prefill_worker.kv_sender import KVSender
+from prefill_worker.parcel_room import ParcelRoom
 from prefill_worker.parcel_store import ParcelStore
 from prefill_worker.prompt import Prompt, PromptBuilder
 from prefill_worker.scheduler import PrefillScheduler
 from shared.errors import DuplicateRequestError
 from shared.kv.layout import KVLayout
 from shared.kv.transport.base import Parcel
+from shared.request.params import Budget
 from shared.telemetry.metrics import PrefillMetrics
 from shared.threads import run_to_end
 
@@ -116,26 +119,33 @@ class PrefillRunner:
     async def _run_stages(self, job: PrefillJob, emit: Callable[[Event | None], None]) -> None:
         prompt = await self._preprocess(job)
         num_tokens = prompt.shape.num_tokens
-        visual = prompt.shape.num_visual
         if job.explain:
             check_explainable(num_tokens + job.policy.look_ahead, self._layout)
-        bound = parcel_bound(job.policy, self._layout, job.rows_bound(num_tokens - visual, visual))
-        slot = await self._store.allocate(bound)
+        room = await ParcelRoom.reserve(self._store, self._parcel_bound(job, prompt))
         try:
             loop = asyncio.get_running_loop()
-            body = self._store.view(slot, bound)
 
             def emit_here(event: Event) -> None:
                 loop.call_soon_threadsafe(emit, event)
 
-            work = partial(self._compute.run, job, prompt, body, emit_here)
+            def more_room(budget: Budget) -> memoryview | None:
+                growing = self._grow(room, replace(job, budget=budget), prompt)
+                return room.body if asyncio.run_coroutine_threadsafe(growing, loop).result() else None
+
+            work = partial(self._compute.run, job, prompt, room.body, emit_here, more_room)
             complete = await self._scheduler.run(work, num_tokens=num_tokens, cancelled=job.cancelled)
             if complete is not None:
                 manifest = await run_to_end(self._parcel_thread, complete)
-                parcel = Parcel(manifest=manifest, body=body[: manifest.body_bytes], slot=slot)
+                parcel = Parcel(manifest=manifest, body=room.body[: manifest.body_bytes], slot=room.slot)
                 await self._transfer(job, parcel, emit)
         finally:
-            self._store.free(slot)
+            room.free()
+
+    async def _grow(self, room: ParcelRoom, job: PrefillJob, prompt: Prompt) -> bool:
+        return await room.grow(self._parcel_bound(job, prompt), self._sender, job.ticket, _rows_bound(job, prompt))
+
+    def _parcel_bound(self, job: PrefillJob, prompt: Prompt) -> int:
+        return parcel_bound(job.policy, self._layout, _rows_bound(job, prompt))
 
     async def _preprocess(self, job: PrefillJob) -> Prompt:
         started = time.monotonic()
@@ -150,3 +160,8 @@ class PrefillRunner:
         report = await self._sender.send(parcel, job.ticket)
         self._metrics.observe_stage("transfer", report.seconds)
         emit(Transferred(transport=report.transport, sent_bytes=report.sent_bytes, seconds=report.seconds))
+
+
+def _rows_bound(job: PrefillJob, prompt: Prompt) -> int:
+    visual = prompt.shape.num_visual
+    return job.rows_bound(prompt.shape.num_tokens - visual, visual)

@@ -33,6 +33,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         runner: PrefillRunner,
         scheduler: PrefillScheduler,
         store: ParcelStore,
+        max_dropped_attention: float = 1.0,
     ) -> None:
         self._name = name
         self._epoch = epoch
@@ -42,6 +43,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._runner = runner
         self._scheduler = scheduler
         self._store = store
+        self._max_dropped_attention = max_dropped_attention
         self._draining = False
 
     def start_draining(self) -> None:
@@ -79,6 +81,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             epoch=self._epoch,
             default_max_new_tokens=self._model.default_max_new_tokens,
             default_retention=self._model.default_retention,
+            default_max_dropped_attention=self._max_dropped_attention,
         )
         async for event in self._runner.stream(job):
             yield event.to_proto()

@@ -109,6 +109,7 @@ class PrefillWorker:
             runner=self.runner,
             scheduler=scheduler,
             store=self._store,
+            max_dropped_attention=config.max_dropped_attention,
         )
         self.metrics.watch_resident("retained", lambda: self._store.used_bytes)
         self.metrics.requests_running.set_function(lambda: scheduler.running)

@@ -13,7 +13,7 @@ from vlcache.worker.v1 import worker_pb2
 
 from router.retention import Offer, offers_of
 from shared.errors import InvalidRequestError
-from shared.request.params import Budget, Sampling, Wire
+from shared.request.params import Budget, Guard, Sampling, Wire
 from shared.rpc.options import MAX_REQUEST_BYTES
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -114,7 +114,9 @@ def _fill_sampling(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -
 def _fill_compression(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> Budget:
     given = message.compression
     budget = Budget.from_proto(given, default_retention=model.default_retention)
-    Wire.from_proto(given.wire)  # raises before anyone works for it
+    # these raise before anyone works for it
+    Wire.from_proto(given.wire)
+    Guard.from_proto(given, default=1.0)
     # what is reserved and what is asked for must not drift apart
     budget.write_to(given)
     given.policy = given.policy or model.default_policy

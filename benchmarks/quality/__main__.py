@@ -15,16 +15,15 @@ from tqdm import tqdm
 from benchmarks.quality.config import QualityConfig
 from benchmarks.quality.rows import Figures
 from benchmarks.quality.runner import QualityRunner
-from benchmarks.quality.setting import FULL, Setting
+from benchmarks.quality.setting import FULL
 from benchmarks.quality.tables import tables
 from benchmarks.report import write_json
 
 
 def measure(config: QualityConfig) -> list[dict[str, Any]]:
     """One row per policy, retention and task, and one with the task `all`; first those of the full cache."""
-    settings = [Setting(each.label, retention) for each in config.contenders for retention in config.budgets]
-    figures = Figures([FULL, *settings], config.tasks)
-    total = config.samples * (1 + len(settings))
+    figures = Figures([FULL, *config.settings], config.tasks)
+    total = config.samples * (1 + len(config.settings))
     for outcome in tqdm(QualityRunner(config).outcomes(), total=total, unit="answer", file=sys.stderr):
         figures.add(outcome)
     return figures.rows()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Annotated, Literal
 
 import tyro
 
 from benchmarks.local_pipeline import Dtype
 from benchmarks.quality.contenders import Contender, contenders_of
+from benchmarks.quality.setting import Setting
 from models.shapes_vlm.paths import CHECKPOINT
 from models.shapes_vlm.questions import TASKS
 from prefill_worker.compression.registry import DEFAULT_POLICY
 from shared.errors import InvalidRequestError
-from shared.request.params import Budget, BudgetScope
+from shared.request.params import Budget, BudgetScope, Guard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class QualityConfig:
     policy with its defaults; `oracle` knows which patches carry the answer, `oracle:base=NAME` tells them a policy."""
     retentions: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
     """Kept shares, each in (0, 1]."""
+    max_dropped_attention: tuple[float, ...] = (1.0,)
+    """Limits of the quality guard, each in [0, 1]; 1 is off."""
     scope: Literal["cache", "visual"] = "cache"
     """What the retention is a share of: the whole cache, or the visual tokens, all text being kept."""
     tasks: tuple[str, ...] = TASKS
@@ -60,8 +64,8 @@ class QualityConfig:
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, not {self.batch}")
         try:
-            if not (self.contenders and self.budgets):
-                raise ValueError("at least one policy and one retention are needed")
+            if not (self.contenders and self.budgets and self.guards):
+                raise ValueError("at least one policy, one retention and one limit of the guard are needed")
         except InvalidRequestError as error:
             raise ValueError(error.message) from error
 
@@ -69,6 +73,17 @@ class QualityConfig:
     def contenders(self) -> tuple[Contender, ...]:
         """The policies, read."""
         return contenders_of(self.policies)
+
+    @cached_property
+    def guards(self) -> tuple[Guard, ...]:
+        """One per limit."""
+        return tuple(Guard(max_dropped_attention=limit) for limit in dict.fromkeys(self.max_dropped_attention))
+
+    @cached_property
+    def settings(self) -> tuple[Setting, ...]:
+        """All that is compared with the full cache."""
+        compared = product(self.contenders, self.budgets, self.guards)
+        return tuple(Setting(each.label, kept, guard.max_dropped_attention) for each, kept, guard in compared)
 
     @cached_property
     def budgets(self) -> dict[float, Budget]:

@@ -38,8 +38,9 @@ def _row(setting: Setting, task: str, outcomes: Sequence[Outcome]) -> dict[str, 
     full, kept = sum(report.full_bytes for report in reports), sum(report.kept_bytes for report in reports)
     masses = [fmean(report.layer_attention_mass) for report in reports]
     return {
-        "policy": setting.policy,
+        "policy": setting.label,
         "retention": setting.retention,
+        "max_dropped_attention": setting.max_dropped_attention,
         "task": task,
         "samples": len(outcomes),
         "exact_match": right / len(outcomes),

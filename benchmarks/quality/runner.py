@@ -11,7 +11,7 @@ from PIL import Image
 from vlcache.v1 import inference_pb2 as public
 
 from benchmarks.local_decoding import Track
-from benchmarks.local_pipeline import LocalPipeline, local_job
+from benchmarks.local_pipeline import NO_GUARD, LocalPipeline, local_job
 from benchmarks.quality.config import QualityConfig
 from benchmarks.quality.outcome import Outcome, outcome_of
 from benchmarks.quality.setting import FULL, Setting
@@ -22,7 +22,7 @@ from prefill_worker.compression.registry import DEFAULT_POLICY, build_policy
 from prefill_worker.engine import Prefilled
 from prefill_worker.job import PrefillJob
 from prefill_worker.prompt import Prompt
-from shared.request.params import Budget
+from shared.request.params import Budget, Guard
 
 # Whose keys, values and statistics are held at once.
 OPEN_QUESTIONS = 32
@@ -118,14 +118,13 @@ class QualityRunner:
         return Question(sample=sample, prompt=prompt, jobs=jobs, prefilled=prefilled)
 
     def _jobs(self, sample: Sample, prompt: Prompt) -> dict[Setting, PrefillJob]:
-        jobs = {}
-        for contender, (retention, budget) in product(self._config.contenders, self._config.budgets.items()):
-            policy = contender.policy_for(sample, prompt.shape)
-            jobs[Setting(contender.label, retention)] = self._job(policy, budget)
-        return jobs
+        config = self._config
+        compared = product(config.contenders, config.budgets.values(), config.guards)
+        jobs = [self._job(each.policy_for(sample, prompt.shape), budget, guard) for each, budget, guard in compared]
+        return dict(zip(config.settings, jobs, strict=True))
 
-    def _job(self, policy: Policy, budget: Budget) -> PrefillJob:
-        return local_job(policy, budget, max_new_tokens=self._config.max_new_tokens)
+    def _job(self, policy: Policy, budget: Budget, guard: Guard = NO_GUARD) -> PrefillJob:
+        return local_job(policy, budget, max_new_tokens=self._config.max_new_tokens, guard=guard)
 
 
 def messages_for(sample: Sample) -> list[public.Message]:

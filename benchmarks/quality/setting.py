@@ -10,10 +10,17 @@ ALL_TASKS = "all"
 
 @dataclass(frozen=True)
 class Setting:
-    """A policy as it was written, and the kept share that was asked for."""
+    """A policy as it was written, the kept share that was asked for, and the limit of the quality guard, 1 for none."""
 
     policy: str
     retention: float
+    max_dropped_attention: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """The policy with its guard, where it has one."""
+        limit = self.max_dropped_attention
+        return self.policy if limit == 1 else f"{self.policy}, guard {limit:g}"
 
 
 FULL = Setting("full", 1.0)

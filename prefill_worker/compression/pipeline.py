@@ -40,9 +40,8 @@ class Selection:
 
     def followed_by(self, answer_tokens: int) -> Selection:
         """The same choice where so many tokens of the answer, all of them kept, follow the prompt's."""
-        if answer_tokens == 0:
+        if answer_tokens == 0 or self.chosen is None:
             return self
-        assert self.chosen is not None, "whoever keeps everything need not look ahead"
         assert self.merged is None, "merged rows and an answer's are not put together"
         return replace(self, chosen=torch.nn.functional.pad(self.chosen, (0, answer_tokens), value=True))
 

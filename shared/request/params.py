@@ -221,6 +221,36 @@ class Wire:
         return self.bits == 0 and self.key_channels == 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """When more is kept than the budget says.
+
+    `max_dropped_attention`, in [0, 1], is the largest weight that one of an answer's first tokens may give a dropped
+    token, mean over layers; 1 is off.
+    """
+
+    max_dropped_attention: float = 1.0
+
+    def __post_init__(self) -> None:
+        limit = self.max_dropped_attention
+        _require(0 <= limit <= 1, f"max_dropped_attention is a weight and must lie in [0, 1], not {limit}")
+
+    @classmethod
+    def from_proto(cls, message: pb.CompressionParams, *, default: float) -> Guard:
+        """Reads and checks a message.
+
+        Raises:
+            InvalidRequestError: The limit is out of its range.
+        """
+        given = message.HasField("max_dropped_attention")
+        return cls(max_dropped_attention=message.max_dropped_attention if given else default)
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is guarded."""
+        return self.max_dropped_attention < 1
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InvalidRequestError(message)

@@ -46,6 +46,7 @@ def test_columns() -> None:
         {
             "policy": "some:window=4",
             "retention": 0.1,
+            "max_dropped_attention": 1.0,
             "task": "read",
             "samples": 2,
             "exact_match": 0.5,

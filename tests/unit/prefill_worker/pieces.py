@@ -66,6 +66,9 @@ class Pieces:
         self.first, self.ships = FIRST, True
         self.lost: asyncio.Event = asyncio.Event()
         self.sent: list[bytes] = []
+        self.wants: Budget | None = None
+        self.got: memoryview | None = None
+        self.grants, self.asked = True, list[int]()
         self.kept_alive = 0
         self.arena = Arena(arena_bytes)
         self.store = ParcelStore(self.arena)
@@ -85,9 +88,19 @@ class Pieces:
         self.building.pass_through()
         return raw_prompt([1] * TOKENS, prompt_shape(TOKENS))
 
-    def run(self, job: PrefillJob, prompt: Prompt, body: memoryview, emit: Callable[[Event], None]) -> Any:
+    def run(
+        self,
+        job: PrefillJob,
+        prompt: Prompt,
+        body: memoryview,
+        emit: Callable[[Event], None],
+        more_room: Callable[[Budget], memoryview | None],
+    ) -> Any:
         emit(self.first)
         self.computing.pass_through()
+        if self.wants is not None:
+            self.got = more_room(self.wants)
+            body = self.got or body
         if job.cancelled.is_set():
             raise RequestCancelledError("cancelled before layer 3")
         if not self.ships:
@@ -109,6 +122,10 @@ class Pieces:
             yield
         finally:
             self.kept_alive -= 1
+
+    async def grow(self, ticket: Ticket, kept_tokens_bound: int) -> bool:
+        self.asked.append(kept_tokens_bound)
+        return self.grants
 
     async def send(self, parcel: Parcel, ticket: Ticket) -> SendReport:
         self.sending.reached.set()

@@ -94,7 +94,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: bool = ...) -> None: ...
 
 class CompressionParams(_message.Message):
-    __slots__ = ("policy", "retention", "max_kept_tokens", "parameters", "wire", "budget_scope", "min_retention", "min_attention_mass", "explain")
+    __slots__ = ("policy", "retention", "max_kept_tokens", "parameters", "wire", "budget_scope", "min_retention", "max_dropped_attention", "explain")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     RETENTION_FIELD_NUMBER: _ClassVar[int]
     MAX_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -102,7 +102,7 @@ class CompressionParams(_message.Message):
     WIRE_FIELD_NUMBER: _ClassVar[int]
     BUDGET_SCOPE_FIELD_NUMBER: _ClassVar[int]
     MIN_RETENTION_FIELD_NUMBER: _ClassVar[int]
-    MIN_ATTENTION_MASS_FIELD_NUMBER: _ClassVar[int]
+    MAX_DROPPED_ATTENTION_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     policy: str
     retention: float
@@ -111,9 +111,9 @@ class CompressionParams(_message.Message):
     wire: WireParams
     budget_scope: BudgetScope
     min_retention: float
-    min_attention_mass: float
+    max_dropped_attention: float
     explain: bool
-    def __init__(self, policy: _Optional[str] = ..., retention: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., wire: _Optional[_Union[WireParams, _Mapping]] = ..., budget_scope: _Optional[_Union[BudgetScope, str]] = ..., min_retention: _Optional[float] = ..., min_attention_mass: _Optional[float] = ..., explain: bool = ...) -> None: ...
+    def __init__(self, policy: _Optional[str] = ..., retention: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., wire: _Optional[_Union[WireParams, _Mapping]] = ..., budget_scope: _Optional[_Union[BudgetScope, str]] = ..., min_retention: _Optional[float] = ..., max_dropped_attention: _Optional[float] = ..., explain: bool = ...) -> None: ...
 
 class WireParams(_message.Message):
     __slots__ = ("bits", "key_channels", "group", "residual")
