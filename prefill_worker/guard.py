@@ -90,10 +90,11 @@ def _larger(job: PrefillJob, prompt: PromptShape, prefilled: Prefilled, more_roo
     for budget in larger_budgets(job.budget, prompt):
         selections = _select(job, prompt, prefilled, budget)
         if _is_enough(job, prefilled, selections):
-            body = more_room(budget)
+            if (body := more_room(budget)) is None:
+                return None
             everything = asked_retention(prompt, budget) >= 1
             outcome = public.GUARD_OUTCOME_FULL if everything else public.GUARD_OUTCOME_GROWN
-            return body and Choice(budget=budget, selections=selections, body=body, outcome=outcome)
+            return Choice(budget=budget, selections=selections, body=body, outcome=outcome)
     raise AssertionError("everything is always enough")
 
 

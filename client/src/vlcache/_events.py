@@ -21,6 +21,24 @@ _REASONS = {
 }
 
 
+class Guard(str, enum.Enum):
+    """What the quality guard did (`Compression.max_dropped_attention`)."""
+
+    OFF = "off"
+    KEPT = "kept"  # as asked: that was enough
+    GROWN = "grown"  # more was kept than asked
+    FULL = "full"  # everything was kept
+    REFUSED = "refused"  # as asked: there was no room for more
+
+
+_GUARDS = {
+    inference_pb2.GUARD_OUTCOME_KEPT: Guard.KEPT,
+    inference_pb2.GUARD_OUTCOME_GROWN: Guard.GROWN,
+    inference_pb2.GUARD_OUTCOME_FULL: Guard.FULL,
+    inference_pb2.GUARD_OUTCOME_REFUSED: Guard.REFUSED,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Usage:
     """Tokens of one request; `prompt_tokens` includes `visual_tokens`."""
@@ -66,12 +84,13 @@ class Compressed:
     policy: name of the compression policy.
     asked_retention: kept share that the request asked for, in (0, 1].
     requested_retention: what the policy was told to keep: less than asked when memory was short and `min_retention`
-        allowed it.
+        allowed it, more when the quality guard raised it.
     realised_retention: kept share of the KV, in (0, 1].
     full_bytes, kept_bytes: bytes of KV before and after.
     layer_tokens: tokens kept in each layer (the largest KV head of the layer).
     layer_attention_mass: per layer, share of the post-vision attention that falls on kept tokens, in [0, 1].
     prompt_tokens, visual_tokens: tokens of the prompt, and how many of them are visual.
+    guard: what the quality guard did.
     kept: which tokens were kept; None unless the request said `explain`.
     """
 
@@ -85,6 +104,7 @@ class Compressed:
     layer_attention_mass: tuple[float, ...]
     prompt_tokens: int
     visual_tokens: int
+    guard: Guard = Guard.OFF
     kept: Kept | None = None
 
 
@@ -145,6 +165,7 @@ def _compressed(message: inference_pb2.Compression) -> Compressed:
         layer_attention_mass=tuple(message.layer_attention_mass),
         prompt_tokens=message.prompt_tokens,
         visual_tokens=message.visual_tokens,
+        guard=_GUARDS.get(message.guard, Guard.OFF),
         kept=kept_from_proto(message.kept) if message.HasField("kept") else None,
     )
 

@@ -182,6 +182,9 @@ class Compression:
         all text being kept.
     min_retention: share, in (0, 1], down to which the budget may be lowered rather than let the request wait while
         memory is short; 1 lowers nothing. `Compressed` says what was asked for and what was done.
+    max_dropped_attention: the quality guard: the largest weight, in [0, 1], that one of the answer's first tokens may
+        give a dropped token, mean over layers. Where it is larger, twice as much is kept, then everything, if there is
+        memory for it; 1 is off. `Compressed.guard` says what was done.
     parameters: parameters of the policy by name, JSON values; the server refuses unknown names.
     wire: how what is kept is written for its way; as it is when None.
     explain: say which tokens were kept, in `Compressed.kept`.
@@ -194,6 +197,7 @@ class Compression:
     max_kept_tokens: int | None = None
     budget_scope: BudgetScope = "cache"
     min_retention: float | None = None
+    max_dropped_attention: float | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     wire: Wire | None = None
     explain: bool = False
@@ -216,6 +220,10 @@ class Compression:
             f"min_retention must be in (0, 1], got {self.min_retention}",
         )
         _check(
+            self.max_dropped_attention is None or 0 <= self.max_dropped_attention <= 1,
+            f"max_dropped_attention must be in [0, 1], got {self.max_dropped_attention}",
+        )
+        _check(
             self.budget_scope in _SCOPES, f"budget_scope must be one of {', '.join(_SCOPES)}, got {self.budget_scope!r}"
         )
 
@@ -228,6 +236,7 @@ class Compression:
             budget_scope=_SCOPES[self.budget_scope],
             wire=None if self.wire is None else self.wire.to_proto(),
             min_retention=self.min_retention,
+            max_dropped_attention=self.max_dropped_attention,
             explain=self.explain,
         )
         params.parameters.update(self.parameters)

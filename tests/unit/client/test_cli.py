@@ -45,6 +45,23 @@ def test_ask_says_when_less_was_kept_than_asked(service, vlcache):
     assert "(12.5 % by vl_cache, 40.0 % asked)" in vlcache("ask", "Which?")[2]
 
 
+@pytest.mark.parametrize(
+    ("outcome", "told"),
+    [
+        (pb.GUARD_OUTCOME_KEPT, "(12.5 % by vl_cache)"),
+        (pb.GUARD_OUTCOME_GROWN, "(12.5 % by vl_cache, 5.0 % asked)"),
+        (pb.GUARD_OUTCOME_REFUSED, "(12.5 % by vl_cache, no room for what the guard wants)"),
+    ],
+)
+def test_ask_says_what_the_guard_did(service, vlcache, outcome, told):
+    guarded = pb.GenerateResponse()
+    guarded.CopyFrom(compression())
+    guarded.compression.guard = outcome
+    guarded.compression.asked_retention = 0.05 if outcome == pb.GUARD_OUTCOME_GROWN else 0.1
+    service.attempts = [[started(), delta("a ", 5), guarded, finished()]]
+    assert told in vlcache("ask", "Which?")[2]
+
+
 def test_ask_streams(service, vlcache, monkeypatch):
     flushed = []
     monkeypatch.setattr("builtins.print", lambda *args, flush=False, **_: flushed.append((*args, flush)))
@@ -60,7 +77,7 @@ def test_every_option_reaches_the_service(service, vlcache, tmp_path):
     service.attempts = [whole_answer()]
     images = [option for path in paths for option in ("--image", str(path))]
     settings = "--retention 0.2 --policy knorm --param window=32 --param pool=max --param deep=true --model m"
-    scope = ("--budget-scope", "visual", "--min-retention", "0.05")
+    scope = ("--budget-scope", "visual", "--min-retention", "0.05", "--max-dropped-attention", "0.02")
     wire = "--wire-bits 4 --key-channels 0.6 --wire-group 64 --wire-residual 0"
     sampling = "--max-new-tokens 7 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 11 --stop . --stop !"
     assert vlcache("ask", *images, "Which?", *scope, *f"{settings} {wire} {sampling}".split(), "--timeout", "9")[0] == 0
@@ -71,6 +88,7 @@ def test_every_option_reaches_the_service(service, vlcache, tmp_path):
     assert (parts[2].text, request.model) == ("Which?", "m")
     assert (request.compression.retention, request.compression.policy) == (0.2, "knorm")
     assert (request.compression.budget_scope, request.compression.min_retention) == (pb.BUDGET_SCOPE_VISUAL, 0.05)
+    assert request.compression.max_dropped_attention == 0.02
     assert dict(request.compression.parameters.items()) == {"window": 32.0, "pool": "max", "deep": True}
     assert request.compression.wire == pb.WireParams(bits=4, key_channels=0.6, group=64, residual=0)
     sent = request.sampling

@@ -38,6 +38,8 @@ WRONG = [
     (Compression, {"budget_scope": "text"}),
     (Compression, {"min_retention": 0}),
     (Compression, {"min_retention": 1.5}),
+    (Compression, {"max_dropped_attention": -0.1}),
+    (Compression, {"max_dropped_attention": math.nan}),
 ]
 
 
@@ -87,6 +89,9 @@ def test_every_setting_reaches_its_field():
     assert not params.HasField("residual")
     assert Compression(budget_scope="visual").to_proto().budget_scope == inference_pb2.BUDGET_SCOPE_VISUAL
     assert Compression(min_retention=0.05).to_proto().min_retention == 0.05
+    strictest = Compression(max_dropped_attention=0).to_proto()
+    assert strictest.HasField("max_dropped_attention")
+    assert Compression(max_dropped_attention=0.03).to_proto().max_dropped_attention == 0.03
 
 
 def test_a_parameter_that_is_no_json_value_is_refused():

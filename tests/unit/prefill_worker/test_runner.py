@@ -13,8 +13,9 @@ from shared.errors import (
     TooLargeError,
     UnavailableError,
 )
-from tests.unit.prefill_worker.manifests import manifest
-from tests.unit.prefill_worker.pieces import BOUND, FIRST, Pieces, Stage, collect, idle, job, reached, run, until
+from shared.request.params import Budget
+from tests.unit.prefill_worker.manifests import LAYOUT, manifest
+from tests.unit.prefill_worker.pieces import BOUND, FIRST, TOKENS, Pieces, Stage, collect, idle, job, reached, run, until
 
 
 def test_events_come_in_order_and_memory_goes_back() -> None:
@@ -175,5 +176,69 @@ def test_a_drain_ends_what_is_late() -> None:
         await pieces.runner.drain(0.02)
         with pytest.raises((asyncio.CancelledError, AbortedError, UnavailableError)):
             await task
+
+    run(body)
+
+
+FULL = LAYOUT.full_bytes(TOKENS)
+
+
+def test_room_grows_at_both_ends_before_anything_is_written() -> None:
+    async def body(pieces: Pieces) -> None:
+        pieces.wants = Budget(retention=1.0)
+        pieces.sending.block()
+        task = asyncio.create_task(collect(pieces, job()))
+        await reached(pieces.sending)
+        assert pieces.asked == [TOKENS]
+        assert pieces.store.used_bytes == FULL, "the smaller slot went back"
+        pieces.sending.open.set()
+        assert len(await task) == 3
+        assert pieces.got is not None
+        assert len(pieces.got) == FULL
+        assert pieces.sent == [b"k" * manifest().body_bytes]
+
+    run(body)
+
+
+def test_a_refusal_of_the_decode_worker_leaves_the_smaller_room() -> None:
+    async def body(pieces: Pieces) -> None:
+        pieces.wants, pieces.grants = Budget(retention=1.0), False
+        pieces.sending.block()
+        task = asyncio.create_task(collect(pieces, job()))
+        await reached(pieces.sending)
+        assert (pieces.asked, pieces.got, pieces.store.used_bytes) == ([TOKENS], None, BOUND)
+        pieces.sending.open.set()
+        assert len(await task) == 3
+
+    run(body)
+
+
+def test_a_full_arena_refuses_at_once() -> None:
+    """Whoever waits for the model thread holds a slot: who has the thread must not wait for one."""
+
+    async def body(pieces: Pieces) -> None:
+        pieces.computing.block()
+        pieces.wants = Budget(retention=1.0)
+        tasks = [asyncio.create_task(collect(pieces, job(name))) for name in ("a", "b")]
+        await until(lambda: pieces.store.used_bytes == 2 * BOUND)
+        pieces.computing.open.set()
+        assert [len(await task) for task in tasks] == [3, 3]
+        assert (pieces.asked, pieces.got) == ([], None)
+
+    run(body, arena_bytes=2 * BOUND)
+
+
+def test_nobody_overtakes_who_waits_for_the_arena() -> None:
+    async def body(pieces: Pieces) -> None:
+        store = pieces.store
+        held = await store.allocate(3 * BOUND)
+        waiting = asyncio.create_task(store.allocate(2 * BOUND))
+        await until(store._turn.locked)
+        assert store.allocate_now(64) is None
+        store.free(held)
+        store.free(await waiting)
+        slot = store.allocate_now(64)
+        assert slot is not None
+        store.free(slot)
 
     run(body)

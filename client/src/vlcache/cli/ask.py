@@ -6,7 +6,7 @@ from typing import Any
 
 from vlcache._client import Client
 from vlcache._completion import Completion
-from vlcache._events import Compressed, Delta
+from vlcache._events import Compressed, Delta, Guard
 from vlcache._settings import Timeout
 from vlcache._stream import Stream
 from vlcache.cli.formatting import format_bytes, format_ms, format_share, to_json
@@ -65,15 +65,17 @@ def _kv_parts(completion: Completion) -> list[str]:
     if (kept := completion.compression) is not None:
         parts.append(
             f"KV {format_bytes(kept.full_bytes)} full, {format_bytes(kept.kept_bytes)} kept "
-            f"({format_share(kept.realised_retention, 1)} by {kept.policy}{_lowered(kept)})"
+            f"({format_share(kept.realised_retention, 1)} by {kept.policy}{_changed(kept)})"
         )
     if (transfer := completion.transfer) is not None:
         parts.append(f"{format_bytes(transfer.sent_bytes)} sent via {transfer.transport}")
     return parts
 
 
-def _lowered(kept: Compressed) -> str:
-    if kept.requested_retention >= kept.asked_retention:
+def _changed(kept: Compressed) -> str:
+    if kept.guard is Guard.REFUSED:
+        return ", no room for what the guard wants"
+    if kept.requested_retention == kept.asked_retention:
         return ""
     return f", {format_share(kept.asked_retention, 1)} asked"
 

@@ -37,6 +37,12 @@ def _add_compression(group: Any) -> None:
         "--min-retention", type=float, metavar="SHARE", help="how far the budget may be lowered while memory is short"
     )
     group.add_argument(
+        "--max-dropped-attention",
+        type=float,
+        metavar="WEIGHT",
+        help="quality guard: keep more where the answer's first tokens give a dropped token more than this, in [0, 1]",
+    )
+    group.add_argument(
         "--param", action="append", default=[], type=_parameter, metavar="NAME=VALUE", help="of the policy"
     )
 
@@ -87,6 +93,7 @@ def compression_of(args: argparse.Namespace) -> Compression:
         max_kept_tokens=args.max_kept_tokens,
         budget_scope=args.budget_scope,
         min_retention=args.min_retention,
+        max_dropped_attention=args.max_dropped_attention,
         parameters=dict(args.param),
         wire=_wire(args),
     )

@@ -4,15 +4,18 @@
 # source: vlcache/v1/inference.proto
 # Protobuf Python Version: 6.31.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 31, 1, "", "vlcache/v1/inference.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    31,
+    1,
+    '',
+    'vlcache/v1/inference.proto'
 )
 # @@protoc_insertion_point(imports)
 
@@ -22,71 +25,69 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1avlcache/v1/inference.proto\x12\nvlcache.v1\x1a\x1cgoogle/protobuf/struct.proto"\xbd\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x08messages\x18\x03 \x03(\x0b\x32\x13.vlcache.v1.Message\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.vlcache.v1.SamplingParams\x12\x32\n\x0b\x63ompression\x18\x05 \x01(\x0b\x32\x1d.vlcache.v1.CompressionParams"8\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x1f\n\x05parts\x18\x02 \x03(\x0b\x32\x10.vlcache.v1.Part"B\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12"\n\x05image\x18\x02 \x01(\x0b\x32\x11.vlcache.v1.ImageH\x00\x42\x06\n\x04part"\x15\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c"\xe4\x01\n\x0eSamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x42\x11\n\x0f_max_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed"\xdc\x02\n\x11\x43ompressionParams\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x13\n\tretention\x18\x02 \x01(\x01H\x00\x12\x19\n\x0fmax_kept_tokens\x18\x03 \x01(\x03H\x00\x12+\n\nparameters\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12$\n\x04wire\x18\x05 \x01(\x0b\x32\x16.vlcache.v1.WireParams\x12-\n\x0c\x62udget_scope\x18\x06 \x01(\x0e\x32\x17.vlcache.v1.BudgetScope\x12\x1a\n\rmin_retention\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12"\n\x15max_dropped_attention\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x0f\n\x07\x65xplain\x18\t \x01(\x08\x42\x08\n\x06\x62udgetB\x10\n\x0e_min_retentionB\x18\n\x16_max_dropped_attention"r\n\nWireParams\x12\x0c\n\x04\x62its\x18\x01 \x01(\r\x12\x14\n\x0ckey_channels\x18\x02 \x01(\x01\x12\x12\n\x05group\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08residual\x18\x04 \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06_groupB\x0b\n\t_residual"\xeb\x01\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.vlcache.v1.StartedH\x00\x12"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.vlcache.v1.DeltaH\x00\x12.\n\x0b\x63ompression\x18\x03 \x01(\x0b\x32\x17.vlcache.v1.CompressionH\x00\x12(\n\x08transfer\x18\x04 \x01(\x0b\x32\x14.vlcache.v1.TransferH\x00\x12(\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x14.vlcache.v1.FinishedH\x00\x42\x07\n\x05\x65vent",\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t"(\n\x05\x44\x65lta\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t"\xc8\x02\n\x0b\x43ompression\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x1b\n\x13requested_retention\x18\x02 \x01(\x01\x12\x1a\n\x12realised_retention\x18\x03 \x01(\x01\x12\x12\n\nfull_bytes\x18\x04 \x01(\x04\x12\x12\n\nkept_bytes\x18\x05 \x01(\x04\x12\x14\n\x0clayer_tokens\x18\x06 \x03(\r\x12\x1c\n\x14layer_attention_mass\x18\x07 \x03(\x02\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\x15\n\rvisual_tokens\x18\t \x01(\r\x12\x17\n\x0f\x61sked_retention\x18\n \x01(\x01\x12\'\n\x05guard\x18\x0b \x01(\x0e\x32\x18.vlcache.v1.GuardOutcome\x12$\n\x04kept\x18\x0c \x01(\x0b\x32\x16.vlcache.v1.KeptTokens"Y\n\nKeptTokens\x12\x14\n\x0cnum_kv_heads\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x03(\x0c\x12%\n\x06images\x18\x03 \x03(\x0b\x32\x15.vlcache.v1.ImageGrid"y\n\tImageGrid\x12\x13\n\x0b\x66irst_token\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0f\n\x07\x63olumns\x18\x03 \x01(\r\x12\x0c\n\x04left\x18\x04 \x01(\x02\x12\x0b\n\x03top\x18\x05 \x01(\x02\x12\r\n\x05right\x18\x06 \x01(\x02\x12\x0e\n\x06\x62ottom\x18\x07 \x01(\x02"B\n\x08Transfer\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x12\n\nsent_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01"\x8e\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.vlcache.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.vlcache.v1.Usage\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12(\n\tplacement\x18\x04 \x01(\x0b\x32\x15.vlcache.v1.Placement"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rvisual_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r":\n\tPlacement\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t"\x13\n\x11ListModelsRequest"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.vlcache.v1.Model"\xa2\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_images\x18\x03 \x01(\r\x12\x10\n\x08policies\x18\x04 \x03(\t\x12\x16\n\x0e\x64\x65\x66\x61ult_policy\x18\x05 \x01(\t\x12\x19\n\x11\x64\x65\x66\x61ult_retention\x18\x06 \x01(\x01\x12\x1a\n\x12kv_bytes_per_token\x18\x07 \x01(\x04"\x16\n\x14GetServerInfoRequest"q\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12#\n\x07workers\x18\x02 \x03(\x0b\x32\x12.vlcache.v1.Worker\x12"\n\x06totals\x18\x03 \x01(\x0b\x32\x12.vlcache.v1.Totals"\xa8\x01\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x18\n\x10requests_running\x18\x06 \x01(\r\x12\x18\n\x10requests_waiting\x18\x07 \x01(\r\x12\x1f\n\x02kv\x18\x08 \x01(\x0b\x32\x13.vlcache.v1.KVBytes"`\n\x07KVBytes\x12\x10\n\x08\x63\x61pacity\x18\x01 \x01(\x04\x12\x10\n\x08reserved\x18\x02 \x01(\x04\x12\x0f\n\x07\x66illing\x18\x03 \x01(\x04\x12\x0e\n\x06\x61\x63tive\x18\x04 \x01(\x04\x12\x10\n\x08retained\x18\x05 \x01(\x04"_\n\x06Totals\x12\x10\n\x08requests\x18\x01 \x01(\x04\x12\x15\n\rkv_full_bytes\x18\x02 \x01(\x04\x12\x15\n\rkv_kept_bytes\x18\x03 \x01(\x04\x12\x15\n\rkv_sent_bytes\x18\x04 \x01(\x04*\\\n\x0b\x42udgetScope\x12\x1c\n\x18\x42UDGET_SCOPE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x42UDGET_SCOPE_CACHE\x10\x01\x12\x17\n\x13\x42UDGET_SCOPE_VISUAL\x10\x02*\x91\x01\n\x0cGuardOutcome\x12\x1d\n\x19GUARD_OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12GUARD_OUTCOME_KEPT\x10\x01\x12\x17\n\x13GUARD_OUTCOME_GROWN\x10\x02\x12\x16\n\x12GUARD_OUTCOME_FULL\x10\x03\x12\x19\n\x15GUARD_OUTCOME_REFUSED\x10\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xfe\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.vlcache.v1.GenerateRequest\x1a\x1c.vlcache.v1.GenerateResponse0\x01\x12K\n\nListModels\x12\x1d.vlcache.v1.ListModelsRequest\x1a\x1e.vlcache.v1.ListModelsResponse\x12T\n\rGetServerInfo\x12 .vlcache.v1.GetServerInfoRequest\x1a!.vlcache.v1.GetServerInfoResponseb\x06proto3'
-)
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1avlcache/v1/inference.proto\x12\nvlcache.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xbd\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x08messages\x18\x03 \x03(\x0b\x32\x13.vlcache.v1.Message\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.vlcache.v1.SamplingParams\x12\x32\n\x0b\x63ompression\x18\x05 \x01(\x0b\x32\x1d.vlcache.v1.CompressionParams\"8\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x1f\n\x05parts\x18\x02 \x03(\x0b\x32\x10.vlcache.v1.Part\"B\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x11.vlcache.v1.ImageH\x00\x42\x06\n\x04part\"\x15\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xe4\x01\n\x0eSamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x42\x11\n\x0f_max_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"\xdc\x02\n\x11\x43ompressionParams\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x13\n\tretention\x18\x02 \x01(\x01H\x00\x12\x19\n\x0fmax_kept_tokens\x18\x03 \x01(\x03H\x00\x12+\n\nparameters\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12$\n\x04wire\x18\x05 \x01(\x0b\x32\x16.vlcache.v1.WireParams\x12-\n\x0c\x62udget_scope\x18\x06 \x01(\x0e\x32\x17.vlcache.v1.BudgetScope\x12\x1a\n\rmin_retention\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\"\n\x15max_dropped_attention\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x0f\n\x07\x65xplain\x18\t \x01(\x08\x42\x08\n\x06\x62udgetB\x10\n\x0e_min_retentionB\x18\n\x16_max_dropped_attention\"r\n\nWireParams\x12\x0c\n\x04\x62its\x18\x01 \x01(\r\x12\x14\n\x0ckey_channels\x18\x02 \x01(\x01\x12\x12\n\x05group\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08residual\x18\x04 \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06_groupB\x0b\n\t_residual\"\xeb\x01\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.vlcache.v1.StartedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.vlcache.v1.DeltaH\x00\x12.\n\x0b\x63ompression\x18\x03 \x01(\x0b\x32\x17.vlcache.v1.CompressionH\x00\x12(\n\x08transfer\x18\x04 \x01(\x0b\x32\x14.vlcache.v1.TransferH\x00\x12(\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x14.vlcache.v1.FinishedH\x00\x42\x07\n\x05\x65vent\",\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"(\n\x05\x44\x65lta\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xc8\x02\n\x0b\x43ompression\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x1b\n\x13requested_retention\x18\x02 \x01(\x01\x12\x1a\n\x12realised_retention\x18\x03 \x01(\x01\x12\x12\n\nfull_bytes\x18\x04 \x01(\x04\x12\x12\n\nkept_bytes\x18\x05 \x01(\x04\x12\x14\n\x0clayer_tokens\x18\x06 \x03(\r\x12\x1c\n\x14layer_attention_mass\x18\x07 \x03(\x02\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\x15\n\rvisual_tokens\x18\t \x01(\r\x12\x17\n\x0f\x61sked_retention\x18\n \x01(\x01\x12\'\n\x05guard\x18\x0b \x01(\x0e\x32\x18.vlcache.v1.GuardOutcome\x12$\n\x04kept\x18\x0c \x01(\x0b\x32\x16.vlcache.v1.KeptTokens\"Y\n\nKeptTokens\x12\x14\n\x0cnum_kv_heads\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x03(\x0c\x12%\n\x06images\x18\x03 \x03(\x0b\x32\x15.vlcache.v1.ImageGrid\"y\n\tImageGrid\x12\x13\n\x0b\x66irst_token\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0f\n\x07\x63olumns\x18\x03 \x01(\r\x12\x0c\n\x04left\x18\x04 \x01(\x02\x12\x0b\n\x03top\x18\x05 \x01(\x02\x12\r\n\x05right\x18\x06 \x01(\x02\x12\x0e\n\x06\x62ottom\x18\x07 \x01(\x02\"B\n\x08Transfer\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x12\n\nsent_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"\x8e\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.vlcache.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.vlcache.v1.Usage\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12(\n\tplacement\x18\x04 \x01(\x0b\x32\x15.vlcache.v1.Placement\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rvisual_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\":\n\tPlacement\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.vlcache.v1.Model\"\xa2\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_images\x18\x03 \x01(\r\x12\x10\n\x08policies\x18\x04 \x03(\t\x12\x16\n\x0e\x64\x65\x66\x61ult_policy\x18\x05 \x01(\t\x12\x19\n\x11\x64\x65\x66\x61ult_retention\x18\x06 \x01(\x01\x12\x1a\n\x12kv_bytes_per_token\x18\x07 \x01(\x04\"\x16\n\x14GetServerInfoRequest\"q\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12#\n\x07workers\x18\x02 \x03(\x0b\x32\x12.vlcache.v1.Worker\x12\"\n\x06totals\x18\x03 \x01(\x0b\x32\x12.vlcache.v1.Totals\"\xa8\x01\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x18\n\x10requests_running\x18\x06 \x01(\r\x12\x18\n\x10requests_waiting\x18\x07 \x01(\r\x12\x1f\n\x02kv\x18\x08 \x01(\x0b\x32\x13.vlcache.v1.KVBytes\"`\n\x07KVBytes\x12\x10\n\x08\x63\x61pacity\x18\x01 \x01(\x04\x12\x10\n\x08reserved\x18\x02 \x01(\x04\x12\x0f\n\x07\x66illing\x18\x03 \x01(\x04\x12\x0e\n\x06\x61\x63tive\x18\x04 \x01(\x04\x12\x10\n\x08retained\x18\x05 \x01(\x04\"_\n\x06Totals\x12\x10\n\x08requests\x18\x01 \x01(\x04\x12\x15\n\rkv_full_bytes\x18\x02 \x01(\x04\x12\x15\n\rkv_kept_bytes\x18\x03 \x01(\x04\x12\x15\n\rkv_sent_bytes\x18\x04 \x01(\x04*\\\n\x0b\x42udgetScope\x12\x1c\n\x18\x42UDGET_SCOPE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x42UDGET_SCOPE_CACHE\x10\x01\x12\x17\n\x13\x42UDGET_SCOPE_VISUAL\x10\x02*\x91\x01\n\x0cGuardOutcome\x12\x1d\n\x19GUARD_OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12GUARD_OUTCOME_KEPT\x10\x01\x12\x17\n\x13GUARD_OUTCOME_GROWN\x10\x02\x12\x16\n\x12GUARD_OUTCOME_FULL\x10\x03\x12\x19\n\x15GUARD_OUTCOME_REFUSED\x10\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xfe\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.vlcache.v1.GenerateRequest\x1a\x1c.vlcache.v1.GenerateResponse0\x01\x12K\n\nListModels\x12\x1d.vlcache.v1.ListModelsRequest\x1a\x1e.vlcache.v1.ListModelsResponse\x12T\n\rGetServerInfo\x12 .vlcache.v1.GetServerInfoRequest\x1a!.vlcache.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "vlcache.v1.inference_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vlcache.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_BUDGETSCOPE"]._serialized_start = 3084
-    _globals["_BUDGETSCOPE"]._serialized_end = 3176
-    _globals["_GUARDOUTCOME"]._serialized_start = 3179
-    _globals["_GUARDOUTCOME"]._serialized_end = 3324
-    _globals["_FINISHREASON"]._serialized_start = 3326
-    _globals["_FINISHREASON"]._serialized_end = 3421
-    _globals["_GENERATEREQUEST"]._serialized_start = 73
-    _globals["_GENERATEREQUEST"]._serialized_end = 262
-    _globals["_MESSAGE"]._serialized_start = 264
-    _globals["_MESSAGE"]._serialized_end = 320
-    _globals["_PART"]._serialized_start = 322
-    _globals["_PART"]._serialized_end = 388
-    _globals["_IMAGE"]._serialized_start = 390
-    _globals["_IMAGE"]._serialized_end = 411
-    _globals["_SAMPLINGPARAMS"]._serialized_start = 414
-    _globals["_SAMPLINGPARAMS"]._serialized_end = 642
-    _globals["_COMPRESSIONPARAMS"]._serialized_start = 645
-    _globals["_COMPRESSIONPARAMS"]._serialized_end = 993
-    _globals["_WIREPARAMS"]._serialized_start = 995
-    _globals["_WIREPARAMS"]._serialized_end = 1109
-    _globals["_GENERATERESPONSE"]._serialized_start = 1112
-    _globals["_GENERATERESPONSE"]._serialized_end = 1347
-    _globals["_STARTED"]._serialized_start = 1349
-    _globals["_STARTED"]._serialized_end = 1393
-    _globals["_DELTA"]._serialized_start = 1395
-    _globals["_DELTA"]._serialized_end = 1435
-    _globals["_COMPRESSION"]._serialized_start = 1438
-    _globals["_COMPRESSION"]._serialized_end = 1766
-    _globals["_KEPTTOKENS"]._serialized_start = 1768
-    _globals["_KEPTTOKENS"]._serialized_end = 1857
-    _globals["_IMAGEGRID"]._serialized_start = 1859
-    _globals["_IMAGEGRID"]._serialized_end = 1980
-    _globals["_TRANSFER"]._serialized_start = 1982
-    _globals["_TRANSFER"]._serialized_end = 2048
-    _globals["_FINISHED"]._serialized_start = 2051
-    _globals["_FINISHED"]._serialized_end = 2193
-    _globals["_USAGE"]._serialized_start = 2195
-    _globals["_USAGE"]._serialized_end = 2274
-    _globals["_PLACEMENT"]._serialized_start = 2276
-    _globals["_PLACEMENT"]._serialized_end = 2334
-    _globals["_LISTMODELSREQUEST"]._serialized_start = 2336
-    _globals["_LISTMODELSREQUEST"]._serialized_end = 2355
-    _globals["_LISTMODELSRESPONSE"]._serialized_start = 2357
-    _globals["_LISTMODELSRESPONSE"]._serialized_end = 2412
-    _globals["_MODEL"]._serialized_start = 2415
-    _globals["_MODEL"]._serialized_end = 2577
-    _globals["_GETSERVERINFOREQUEST"]._serialized_start = 2579
-    _globals["_GETSERVERINFOREQUEST"]._serialized_end = 2601
-    _globals["_GETSERVERINFORESPONSE"]._serialized_start = 2603
-    _globals["_GETSERVERINFORESPONSE"]._serialized_end = 2716
-    _globals["_WORKER"]._serialized_start = 2719
-    _globals["_WORKER"]._serialized_end = 2887
-    _globals["_KVBYTES"]._serialized_start = 2889
-    _globals["_KVBYTES"]._serialized_end = 2985
-    _globals["_TOTALS"]._serialized_start = 2987
-    _globals["_TOTALS"]._serialized_end = 3082
-    _globals["_INFERENCESERVICE"]._serialized_start = 3424
-    _globals["_INFERENCESERVICE"]._serialized_end = 3678
+  DESCRIPTOR._loaded_options = None
+  _globals['_BUDGETSCOPE']._serialized_start=3084
+  _globals['_BUDGETSCOPE']._serialized_end=3176
+  _globals['_GUARDOUTCOME']._serialized_start=3179
+  _globals['_GUARDOUTCOME']._serialized_end=3324
+  _globals['_FINISHREASON']._serialized_start=3326
+  _globals['_FINISHREASON']._serialized_end=3421
+  _globals['_GENERATEREQUEST']._serialized_start=73
+  _globals['_GENERATEREQUEST']._serialized_end=262
+  _globals['_MESSAGE']._serialized_start=264
+  _globals['_MESSAGE']._serialized_end=320
+  _globals['_PART']._serialized_start=322
+  _globals['_PART']._serialized_end=388
+  _globals['_IMAGE']._serialized_start=390
+  _globals['_IMAGE']._serialized_end=411
+  _globals['_SAMPLINGPARAMS']._serialized_start=414
+  _globals['_SAMPLINGPARAMS']._serialized_end=642
+  _globals['_COMPRESSIONPARAMS']._serialized_start=645
+  _globals['_COMPRESSIONPARAMS']._serialized_end=993
+  _globals['_WIREPARAMS']._serialized_start=995
+  _globals['_WIREPARAMS']._serialized_end=1109
+  _globals['_GENERATERESPONSE']._serialized_start=1112
+  _globals['_GENERATERESPONSE']._serialized_end=1347
+  _globals['_STARTED']._serialized_start=1349
+  _globals['_STARTED']._serialized_end=1393
+  _globals['_DELTA']._serialized_start=1395
+  _globals['_DELTA']._serialized_end=1435
+  _globals['_COMPRESSION']._serialized_start=1438
+  _globals['_COMPRESSION']._serialized_end=1766
+  _globals['_KEPTTOKENS']._serialized_start=1768
+  _globals['_KEPTTOKENS']._serialized_end=1857
+  _globals['_IMAGEGRID']._serialized_start=1859
+  _globals['_IMAGEGRID']._serialized_end=1980
+  _globals['_TRANSFER']._serialized_start=1982
+  _globals['_TRANSFER']._serialized_end=2048
+  _globals['_FINISHED']._serialized_start=2051
+  _globals['_FINISHED']._serialized_end=2193
+  _globals['_USAGE']._serialized_start=2195
+  _globals['_USAGE']._serialized_end=2274
+  _globals['_PLACEMENT']._serialized_start=2276
+  _globals['_PLACEMENT']._serialized_end=2334
+  _globals['_LISTMODELSREQUEST']._serialized_start=2336
+  _globals['_LISTMODELSREQUEST']._serialized_end=2355
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2357
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2412
+  _globals['_MODEL']._serialized_start=2415
+  _globals['_MODEL']._serialized_end=2577
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=2579
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=2601
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=2603
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=2716
+  _globals['_WORKER']._serialized_start=2719
+  _globals['_WORKER']._serialized_end=2887
+  _globals['_KVBYTES']._serialized_start=2889
+  _globals['_KVBYTES']._serialized_end=2985
+  _globals['_TOTALS']._serialized_start=2987
+  _globals['_TOTALS']._serialized_end=3082
+  _globals['_INFERENCESERVICE']._serialized_start=3424
+  _globals['_INFERENCESERVICE']._serialized_end=3678
 # @@protoc_insertion_point(module_scope)
