@@ -15,7 +15,19 @@ from shared.errors import (
 )
 from shared.request.params import Budget
 from tests.unit.prefill_worker.manifests import LAYOUT, manifest
-from tests.unit.prefill_worker.pieces import BOUND, FIRST, TOKENS, Pieces, Stage, collect, idle, job, reached, run, until
+from tests.unit.prefill_worker.pieces import (
+    BOUND,
+    FIRST,
+    TOKENS,
+    Pieces,
+    Stage,
+    collect,
+    idle,
+    job,
+    reached,
+    run,
+    until,
+)
 
 
 def test_events_come_in_order_and_memory_goes_back() -> None:
