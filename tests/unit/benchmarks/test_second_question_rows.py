@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from vlcache.v1 import inference_pb2 as public
 
+from benchmarks.picture import picture
 from benchmarks.quality.setting import FULL as UNTOUCHED
 from benchmarks.quality.setting import Setting
 from benchmarks.second_question import __main__ as command
@@ -157,3 +159,19 @@ def test_it_prints_tables_and_one_json_line(monkeypatch: pytest.MonkeyPatch, cap
     assert {row["way"] for row in found["results"]} == {FULL, *WAYS}
     assert len([line for line in lines if line.startswith("| snap_kv")]) == 2
     assert [row["images"] for row in found["costs"]] == [1]
+
+
+def test_the_picture_compares_who_the_images_were_kept_for() -> None:
+    costs = cost_rows([cost(1, 30, 10), cost(4, 99, 11)])
+    where = {"cpu": "some", "cores": 2, "memory_gib": 1, "commit": "abc"}
+    found = {
+        "benchmark": "second_question",
+        "workload": {"pairs": 2, "model": "some"},
+        "results": ANSWERS,
+        "costs": costs,
+        "environment": where,
+    }
+    shown = [each.text for each in ElementTree.fromstring(picture(found)).iter("{http://www.w3.org/2000/svg}text")]
+    first = shown.index("some")
+    assert shown[first : first + 4] == ["some", "100.0", "100.0", "50.0"]
+    assert shown[-6:] == ["1 image", "30.0", "10.0", "4 images", "99.0", "11.0"]
