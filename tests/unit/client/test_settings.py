@@ -87,6 +87,7 @@ def test_every_setting_reaches_its_field():
     assert not params.HasField("residual")
     assert Compression(budget_scope="visual").to_proto().budget_scope == inference_pb2.BUDGET_SCOPE_VISUAL
     assert Compression(min_retention=0.05).to_proto().min_retention == 0.05
+    assert Compression(explain=True).to_proto().explain
 
 
 def test_a_parameter_that_is_no_json_value_is_refused():
