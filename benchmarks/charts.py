@@ -10,6 +10,7 @@ from vlcache.cli.formatting import format_bytes
 
 from benchmarks.plot import MOST_SERIES, Panel, bar_chart
 from benchmarks.quality.heat_map import contenders_in, quality_map
+from benchmarks.second_question.chart import second_question_chart
 
 Figures = Mapping[str, Any]
 
@@ -175,6 +176,14 @@ def quality(runs: Sequence[Figures]) -> str:
     )
 
 
+def second_question(runs: Sequence[Figures]) -> str:
+    """A second question's answers by who the images were kept for, and what it costs to keep them all."""
+    found = _only(runs)
+    workload = found["workload"]
+    notes = [f"{workload['pairs']} pairs of questions to {workload['model']}", _machine(found)]
+    return second_question_chart(found["results"], found["costs"], notes)
+
+
 def serve(runs: Sequence[Figures]) -> str:
     """Throughput, goodput and TTFT by load, a bar per retention."""
     found = _only(runs)
@@ -228,7 +237,17 @@ def transfer(runs: Sequence[Figures]) -> str:
 
 CHARTS: Mapping[str, Callable[[Sequence[Figures]], str]] = {
     chart.__name__: chart
-    for chart in (capacity, decode_step, end_to_end, kernels, prefill_overhead, quality, serve, transfer)
+    for chart in (
+        capacity,
+        decode_step,
+        end_to_end,
+        kernels,
+        prefill_overhead,
+        quality,
+        second_question,
+        serve,
+        transfer,
+    )
 }
 
 

@@ -6,11 +6,21 @@ import sys
 
 import grpc
 import pytest
+from PIL import Image
 from vlcache.cli import main
 from vlcache.cli.formatting import format_bytes, format_table
 from vlcache.v1 import inference_pb2 as pb
 
-from tests.unit.client.service import compression, delta, fail, finished, started, whole_answer
+from tests.unit.client.service import (
+    Step,
+    compression,
+    delta,
+    fail,
+    finished,
+    started,
+    transfer,
+    whole_answer,
+)
 
 
 @pytest.fixture
@@ -165,6 +175,52 @@ def test_wrong_usage_is_exit_code_2(service, vlcache, capsys, options, hint):
     assert service.requests == []
 
 
+def explained() -> list[Step]:
+    """An answer about an image of 2 x 2 patches behind two tokens of text, two layers of two heads."""
+    told = compression()
+    told.compression.kept.num_kv_heads = 2
+    told.compression.kept.layers.extend([bytes([2, 1, 0, 1, 2, 0]), bytes([2, 2, 2, 2, 2, 2])])
+    told.compression.kept.images.add(first_token=2, rows=2, columns=2, right=1, bottom=1)
+    return [started(), delta("red", 5), told, transfer(), finished()]
+
+
+def test_explain_draws_what_was_kept(service, vlcache, tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    service.attempts = [explained()]
+    options = ("--image", str(tmp_path / "a.png"), "--policy", "snap_kv", "-o", str(tmp_path / "out.png"))
+    exit_code, out, err = vlcache("explain", "Which?", *options)
+    assert (exit_code, out) == (0, "red\n")
+    assert err.splitlines()[1] == str(tmp_path / "out.png")
+    (request,) = service.requests
+    assert (request.compression.explain, request.compression.policy) == (True, "snap_kv")
+    assert len(request.messages[0].parts) == 2
+    with Image.open(tmp_path / "out.png") as picture:
+        assert (picture.format, picture.width) == ("PNG", 1200)
+
+
+def test_only_explain_asks_for_it(service, vlcache):
+    service.attempts = [whole_answer()]
+    vlcache("ask", "Which?")
+    assert not service.requests[0].compression.explain
+
+
+def test_explain_says_why_there_is_no_picture(service, vlcache, tmp_path):
+    service.attempts = [[started(), delta("red", 5), finished()]]
+    exit_code, out, err = vlcache("explain", "Which?", "-o", str(tmp_path / "out.png"))
+    assert (exit_code, out, list(tmp_path.iterdir())) == (2, "red\n", [])
+    assert "ended before" in err
+
+
+def test_explain_asks_nothing_without_pillow(service, vlcache, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(("vlcache.explain.", "PIL"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    exit_code, _, err = vlcache("explain", "Which?")
+    assert exit_code == 2
+    assert "pip install 'vlcache[explain]'" in err
+    assert service.requests == []
+
+
 @pytest.fixture
 def busy_service(service):
     service.info = pb.GetServerInfoResponse(
@@ -255,7 +311,7 @@ def test_columns_are_aligned():
 
 
 def test_every_command_documents_itself(capsys):
-    for command in ("ask", "status"):
+    for command in ("ask", "explain", "status"):
         with contextlib.suppress(SystemExit):
             main([command, "--help"])
         assert "--address" in capsys.readouterr().out

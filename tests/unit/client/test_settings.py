@@ -92,6 +92,7 @@ def test_every_setting_reaches_its_field():
     strictest = Compression(max_dropped_attention=0).to_proto()
     assert strictest.HasField("max_dropped_attention")
     assert Compression(max_dropped_attention=0.03).to_proto().max_dropped_attention == 0.03
+    assert Compression(explain=True).to_proto().explain
 
 
 def test_a_parameter_that_is_no_json_value_is_refused():

@@ -46,6 +46,19 @@ def test_events_arrive_typed_and_in_order(service, client):
     )
 
 
+def test_kept_tokens_arrive_typed(service, client):
+    told = compression()
+    told.compression.kept.num_kv_heads = 4
+    told.compression.kept.layers.extend([bytes([4, 0, 3]), bytes([1, 1, 4])])
+    told.compression.kept.images.add(first_token=1, rows=1, columns=2, left=-0.5, top=0.25, right=1.5, bottom=0.75)
+    service.attempts = [[started(), delta("a", 5), told, finished()]]
+    completion = client.generate("Which?", compression=vlcache.Compression(explain=True))
+    assert service.requests[0].compression.explain
+    grid = vlcache.ImageGrid(first_token=1, rows=1, columns=2, box=(-0.5, 0.25, 1.5, 0.75))
+    assert completion.compression.kept == vlcache.Kept(num_kv_heads=4, layers=((4, 0, 3), (1, 1, 4)), images=(grid,))
+    assert grid.tokens == range(1, 3)
+
+
 def test_generate_collects_the_whole_answer(service, client):
     service.attempts = [whole_answer()]
     completion = client.generate("Which?", images=[b"img"], request_id="r1")

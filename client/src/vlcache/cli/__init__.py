@@ -1,11 +1,11 @@
-"""The command `vlcache`: ask a question, see how the service does."""
+"""The command `vlcache`: ask a question, see what was kept for it, see how the service does."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from vlcache._errors import VlcacheError
-from vlcache.cli import ask, status
+from vlcache.cli import ask, explain, status
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -35,5 +35,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlcache", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     ask.add_command(commands)
+    explain.add_command(commands)
     status.add_command(commands)
     return parser
