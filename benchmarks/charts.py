@@ -9,6 +9,7 @@ from typing import Any
 from vlcache.cli.formatting import format_bytes
 
 from benchmarks.plot import MOST_SERIES, Panel, bar_chart
+from benchmarks.quality.guard import guard_chart
 from benchmarks.quality.heat_map import contenders_in, quality_map
 from benchmarks.second_question.chart import second_question_chart
 
@@ -157,12 +158,15 @@ def _medians(runs: Sequence[Figures], key: str, *, factor: float = 1.0) -> dict[
 
 
 def quality(runs: Sequence[Figures]) -> str:
-    """Right answers: bars by task under one policy at few retentions, else policies by retention and by task."""
+    """Right answers: by the guard's limit where there is one, bars by task under one policy at few retentions, else
+    policies by retention and by task."""
     found = _only(runs)
     workload, rows = found["workload"], found["results"]
     policies = contenders_in(rows)
     retentions = sorted({row["retention"] for row in rows}, reverse=True)
     notes = [f"{workload['samples']} fresh questions to {workload['model']}", _machine(found)]
+    if any(row.get("max_dropped_attention", 1) < 1 for row in rows):
+        return guard_chart(rows, notes)
     if len(policies) > 1 or len(retentions) > MOST_SERIES:
         return quality_map(rows, notes)
     groups: dict[str, dict[str, float]] = defaultdict(dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.quality.guard import guard_table
 from benchmarks.quality.setting import ALL_TASKS
 from benchmarks.report import table
 
@@ -18,6 +19,8 @@ def tables(rows: Sequence[Row]) -> str:
     parts = ["Exact match over all tasks, %, by retention", _grid(overall, "retention", lambda kept: f"{kept:g}")]
     for retention in retentions:
         parts += [f"Exact match at retention {retention:g}, %", _grid(_at(rows, retention), "task", str)]
+    if any(row["max_dropped_attention"] < 1 for row in rows):
+        parts += ["What the quality guard keeps", guard_table(rows)]
     return "\n\n".join(parts)
 
 
