@@ -160,21 +160,21 @@ def _medians(runs: Sequence[Figures], key: str, *, factor: float = 1.0) -> dict[
 def quality(runs: Sequence[Figures]) -> str:
     """Right answers: by the guard's limit where there is one, bars by task under one policy at few retentions, else
     policies by retention and by task."""
+    guarded = [row for run in runs for row in run["results"]]
+    if any(row.get("max_dropped_attention", 1) < 1 for row in guarded):
+        return guard_chart(guarded, _asked(runs[0]))
     found = _only(runs)
-    workload, rows = found["workload"], found["results"]
+    rows = found["results"]
     policies = contenders_in(rows)
     retentions = sorted({row["retention"] for row in rows}, reverse=True)
-    notes = [f"{workload['samples']} fresh questions to {workload['model']}", _machine(found)]
-    if any(row.get("max_dropped_attention", 1) < 1 for row in rows):
-        return guard_chart(rows, notes)
     if len(policies) > 1 or len(retentions) > MOST_SERIES:
-        return quality_map(rows, notes)
+        return quality_map(rows, _asked(found))
     groups: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
         groups[row["task"]][f"retention {row['retention']:g}"] = 100 * row["exact_match"]
     return bar_chart(
         title=f"Answers that stay right under compression: {policies[0]}",
-        notes=notes,
+        notes=_asked(found),
         series=_distinct(name for values in groups.values() for name in values),
         panels=[Panel(title="exact match by task, %", groups=groups)],
     )
@@ -259,6 +259,11 @@ def _only(runs: Sequence[Figures]) -> Figures:
     if len(runs) != 1:
         raise ValueError(f"{runs[0]['benchmark']} has a picture of one run, not of {len(runs)}")
     return runs[0]
+
+
+def _asked(found: Figures) -> list[str]:
+    workload = found["workload"]
+    return [f"{workload['samples']} fresh questions to {workload['model']}", _machine(found)]
 
 
 def _against_roofline(title: str, measured: float, roofline: float) -> Panel:

@@ -35,12 +35,16 @@ class GuardedFigures:
 
 
 def guarded_figures(rows: Sequence[Row]) -> list[GuardedFigures]:
-    """In the order of the rows of `benchmarks.quality`; tasks that the full cache never gets right have no share."""
+    """By policy and retention, then by limit from the loosest on; what the full cache never gets right has no share.
+
+    Args:
+        rows: Of one run of `benchmarks.quality`, or of several that measured different settings.
+    """
     full = {row["task"]: row["exact_match"] for row in rows if row["policy"] == FULL.policy and row["exact_match"]}
     settings = dict.fromkeys((row["policy"], row["retention"]) for row in rows if row["policy"] != FULL.policy)
-    return [
-        _figures([row for row in rows if (row["policy"], row["retention"]) == setting], full) for setting in settings
-    ]
+    figures = [_figures([row for row in rows if (row["policy"], row["retention"]) == each], full) for each in settings]
+    order = list(dict.fromkeys((each.policy, each.retention) for each in figures))
+    return sorted(figures, key=lambda each: (order.index((each.policy, each.retention)), -each.limit))
 
 
 def guard_table(rows: Sequence[Row]) -> str:
