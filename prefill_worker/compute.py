@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vlcache.v1 import inference_pb2 as public
 
+from prefill_worker.compression.cascade import Cascade
 from prefill_worker.compression.eviction import add_scores, eviction_for
 from prefill_worker.compression.key_channels import wire_statistics
 from prefill_worker.compression.pipeline import (
@@ -43,7 +44,11 @@ Completion = Callable[[], Manifest]
 
 
 class PrefillCompute:
-    """Turns a prompt into a first token and a parcel. One thread at a time."""
+    """Turns a prompt into a first token and a parcel. One thread at a time.
+
+    Args:
+        cascade: Whether layers lose tokens while the pass goes on, where the policy allows it.
+    """
 
     def __init__(
         self,
@@ -52,12 +57,15 @@ class PrefillCompute:
         spec: VLMSpec,
         identity: ModelIdentity,
         metrics: PrefillMetrics,
+        *,
+        cascade: bool = False,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._spec = spec
         self._identity = identity
         self._metrics = metrics
+        self._cascades = cascade
 
     def run(
         self, job: PrefillJob, prompt: Prompt, body: memoryview, emit: Emit, more_room: MoreRoom = no_more_room
@@ -90,9 +98,12 @@ class PrefillCompute:
         needed = (statistics_for(job.policy, prompt.shape) for job in jobs if not _keeps_all(job, prompt))
         wired = (wire_statistics(job.wire) for job in jobs)
         statistics = dict.fromkeys(chain.from_iterable(chain(needed, wired)))
-        prefilled = self._engine.prefill(prompt, statistics, cancelled, self._sparse(jobs, prompt))
+        sparse, cascade = self._sparse(jobs, prompt), self._cascade(jobs, prompt)
+        prefilled = self._engine.prefill(prompt, statistics, cancelled, sparse, cascade)
         for stage, seconds in prefilled.seconds.items():
             self._metrics.observe_stage(stage, seconds)
+        full_bytes = self._identity.layout.full_bytes(prompt.shape.num_tokens)
+        self._metrics.prefill_peak.observe(prefilled.peak_kv_bytes / full_bytes)
         return prefilled
 
     def compress(
@@ -140,6 +151,16 @@ class PrefillCompute:
         assert len(jobs) == 1, "a policy that changes the pass shares it with no other"
         (job,) = jobs
         return sparse_prefill_for(job.policy, prompt.shape, job.budget, self._identity.layout.num_layers)
+
+    def _cascade(self, jobs: Sequence[PrefillJob], prompt: Prompt) -> Cascade | None:
+        """For one job alone, and where its final choice needs no KV that was given up before."""
+        if not self._cascades or len(jobs) != 1:
+            return None
+        (job,) = jobs
+        # a guard decodes ahead, and it may want more than the budget
+        if job.guard.on or _keeps_all(job, prompt) or not job.policy.for_prompt(prompt.shape).monotone:
+            return None
+        return Cascade(job.policy, prompt.shape, job.budget, self._identity.layout.num_layers)
 
     def _opening(self, job: PrefillJob, prompt: Prompt) -> Opening:
         return Opening(self._tokenizer, job.sampling, self._spec.eos_token_ids, prompt.next_position)

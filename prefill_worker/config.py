@@ -30,6 +30,9 @@ class PrefillConfig(WorkerConfig):
     max_dropped_attention: float = 1.0
     """Quality guard of a request that names none: the largest weight, in [0, 1], that one of an answer's first tokens
     may give a dropped token, mean over layers, before more is kept; 1 is off."""
+    cascade: bool = False
+    """Drop KV layer by layer during a prefill, where the policy allows it: the same parcels from far less memory, for
+    some more work in each layer."""
     max_waiting: int = 256
     """Requests admitted and not yet computing; more are refused."""
     preprocess_threads: int = 2

@@ -10,15 +10,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from prefill_worker.compression.cascade import Cascade
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rotation import Rotation
 from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.compression.statistics import ObservedLayer, Statistic
 from prefill_worker.look_ahead import Draw, LookAhead
-from prefill_worker.observer import PrefillObserver
+from prefill_worker.observer import CascadeObserver, PrefillObserver
 from prefill_worker.prompt import Prompt
+from prefill_worker.prompt_cache import PromptCache
 from prefill_worker.sparse_pass import SparseObserver, with_own_layers
 from shared.errors import RequestCancelledError
 
@@ -30,13 +32,17 @@ class Prefilled:
     Attributes:
         logits: [vocab] fp32, of the first generated token.
         keys: Per layer [num_kv_heads, num_tokens, head_dim], rotated; only of survivors where a sparse pass dropped
-            the others; with those of the answer's first tokens behind them after looking ahead.
+            the others; with those of the answer's first tokens behind them after looking ahead. After a cascade
+            [rows, head_dim], head after head.
         values: As `keys`.
         measured: Per layer, each statistic's value; empty when nothing was observed.
-        seconds: Duration of the stages vision_encode, prefill and statistics.
+        seconds: Duration of the stages vision_encode, prefill, statistics, and cascade where there was one.
+        peak_kv_bytes: Most KV that there was during the pass.
         survivors: [num_tokens] bool, the tokens that reached the last layer of a sparse pass; None when all did.
         ahead: Per layer what the answer's first tokens attended to, see `ObservedLayer`; empty without looking ahead.
         peaks: Per layer the largest of their weights, see `LookAhead`; as `ahead`.
+        held: Per layer which tokens the rows of `keys` are, [num_kv_heads, num_tokens] bool; empty without a cascade.
+        scored: The layers as the policy of the cascade saw and scored them; empty without one.
     """
 
     logits: torch.Tensor
@@ -44,12 +50,17 @@ class Prefilled:
     values: list[torch.Tensor]
     measured: list[dict[Statistic[Any], Any]]
     seconds: dict[str, float]
+    peak_kv_bytes: int = 0
     survivors: torch.Tensor | None = None
     ahead: Sequence[torch.Tensor | None] = ()
     peaks: Sequence[torch.Tensor] = ()
+    held: Sequence[torch.Tensor] = ()
+    scored: Sequence[ObservedLayer] = ()
 
     def observed(self, prompt: PromptShape) -> list[ObservedLayer]:
         """The layers as a policy sees them: the prompt's tokens alone."""
+        if self.scored:
+            return list(self.scored)
         seen, ahead = slice(prompt.num_tokens), self.ahead or [None] * len(self.keys)
         return [
             ObservedLayer(
@@ -84,6 +95,7 @@ class PrefillEngine:
         statistics: Collection[Statistic[Any]],
         cancelled: threading.Event,
         sparse: SparsePrefill | None = None,
+        cascade: Cascade | None = None,
     ) -> Prefilled:
         """One pass.
 
@@ -92,6 +104,7 @@ class PrefillEngine:
             statistics: What is measured in each layer; none at retention 1.
             cancelled: Checked at the start and before every layer.
             sparse: What a policy changes in the pass.
+            cascade: Begins the selection of the one policy that the pass is for; a fresh one, and not with `sparse`.
 
         Raises:
             RequestCancelledError: `cancelled` was set.
@@ -101,12 +114,15 @@ class PrefillEngine:
             raise RequestCancelledError("cancelled before it began")
         started = time.monotonic()
         model, rotation = self._model, self._rotation(prompt)
+        # sliding layers, too, keep every token until the selection
+        cache = PromptCache(cascade)
         observer = PrefillObserver(prompt.shape, statistics, cancelled, rotation)
+        if cascade is not None:
+            assert sparse is None, "a layer of a sparse pass has not all tokens"
+            observer = CascadeObserver(prompt.shape, statistics, cancelled, rotation, cache.passed)
         if sparse is not None:
             model = self._sparse_model
             observer = SparseObserver(prompt.shape, statistics, cancelled, rotation, sparse)
-        # without a config: sliding layers, too, keep every token until the selection
-        cache = DynamicCache()
         output = model(
             **self._on_device(prompt),
             past_key_values=cache,
@@ -116,11 +132,14 @@ class PrefillEngine:
         )
         return Prefilled(
             logits=output.logits[0, -1].float(),
-            keys=[layer.keys[0] for layer in cache.layers],
-            values=[layer.values[0] for layer in cache.layers],
+            keys=cache.keys,
+            values=cache.values,
             measured=observer.measured,
             seconds=_stage_seconds(started, observer),
+            peak_kv_bytes=cache.peak_bytes,
             survivors=observer.survivors,
+            held=cache.held,
+            scored=cascade.layers if cascade else (),
         )
 
     def look_ahead(self, prefilled: Prefilled, token: int, position: int, steps: int, draw: Draw) -> Prefilled:
@@ -162,8 +181,10 @@ class PrefillEngine:
 def _stage_seconds(started: float, observer: PrefillObserver) -> dict[str, float]:
     now = time.monotonic()
     first_layer = observer.first_layer_at or now
+    cascade = {"cascade": observer.seconds_after} if isinstance(observer, CascadeObserver) else {}
     return {
         "vision_encode": first_layer - started,
-        "prefill": now - first_layer - observer.seconds,
+        "prefill": now - first_layer - observer.seconds - sum(cascade.values()),
         "statistics": observer.seconds,
+        **cascade,
     }

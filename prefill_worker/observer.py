@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rotation import Rotation
-from prefill_worker.compression.statistics import Statistic, measure_all
+from prefill_worker.compression.statistics import ObservedLayer, Statistic, measure_all
 from shared.errors import RequestCancelledError
 
 
@@ -83,3 +83,42 @@ class PrefillObserver:
         started = time.monotonic()
         self.measured.append(measure_all(self._statistics, layer))
         self.seconds += time.monotonic() - started
+
+
+class CascadeObserver(PrefillObserver):
+    """The observer of a pass whose layers are handed over when they have attended.
+
+    Args:
+        passed: Called after each layer, with all of its KV.
+
+    Attributes:
+        seconds_after: Time that this took.
+    """
+
+    def __init__(
+        self,
+        prompt: PromptShape,
+        statistics: Collection[Statistic[Any]],
+        cancelled: threading.Event,
+        rotation: Rotation,
+        passed: Callable[[ObservedLayer], None],
+    ) -> None:
+        super().__init__(prompt, statistics, cancelled, rotation)
+        self._passed = passed
+        self.seconds_after = 0.0
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """See `LayerHook.attend`; batch is 1."""
+        output = super().attend(layer, query, key, value, mask, scaling)
+        started = time.monotonic()
+        self._passed(ObservedLayer(prompt=self._prompt, key=key[0], value=value[0], measured=self.measured[-1]))
+        self.seconds_after += time.monotonic() - started
+        return output

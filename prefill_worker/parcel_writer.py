@@ -24,8 +24,9 @@ Arrival = Callable[[], object]
 
 def kept_counts(prefilled: Prefilled, selections: Sequence[Selection]) -> tuple[int, ...]:
     """Rows kept per layer and KV head, layer-major."""
-    layers = zip(prefilled.keys, selections, strict=True)
-    return tuple(count for key, selection in layers for count in selection.num_kept(*key.shape[:2]))
+    shaped = prefilled.held or prefilled.keys
+    layers = zip(shaped, selections, strict=True)
+    return tuple(count for layer, selection in layers for count in selection.num_kept(*layer.shape[:2]))
 
 
 def write_body(
@@ -55,6 +56,9 @@ def gather_kept(
     out: torch.Tensor,
 ) -> None:
     """Fills `out`, [all kept rows, head_dim] where the KV lies, in the order of `KVLayout.sections`."""
+    if prefilled.held:
+        _gather_held(prefilled, selections, out)
+        return
     keys = [key.contiguous() for key in prefilled.keys]
     values = [value.contiguous() for value in prefilled.values]
     chosen = zip(keys, selections, strict=True)
@@ -89,6 +93,19 @@ def _gather(
         target = out[2 * rows.start : 2 * rows.stop]
         kernels_for(out.device).gather_rows(keys[alike], values[alike], indices[rows], counts, target)
         first, row = alike.stop, rows.stop
+
+
+def _gather_held(prefilled: Prefilled, selections: Sequence[Selection], out: torch.Tensor) -> None:
+    """After a cascade: what is still held is little more than what is kept."""
+    first = 0
+    for key, value, held, selection in zip(prefilled.keys, prefilled.values, prefilled.held, selections, strict=True):
+        assert selection.chosen is not None, "a budget below 1 chooses"
+        assert not bool((selection.chosen & ~held).any()), "a bound was too low"
+        rows = selection.chosen[held].nonzero().flatten()
+        for tensor in (key, value):
+            target = out[first : first + len(rows)]
+            torch.index_select(tensor.view(-1, out.shape[1]), 0, rows, out=target)
+            first += len(rows)
 
 
 def _put_merged(selections: Sequence[Selection], layout: KVLayout, num_kept: Sequence[int], out: torch.Tensor) -> None:

@@ -92,7 +92,9 @@ class PrefillWorker:
         tokenizer = model.processor.tokenizer
         self.runner = PrefillRunner(
             builder=builder,
-            compute=PrefillCompute(model.engine, tokenizer, model.spec, model.identity, self.metrics),
+            compute=PrefillCompute(
+                model.engine, tokenizer, model.spec, model.identity, self.metrics, cascade=config.cascade
+            ),
             scheduler=scheduler,
             store=self._store,
             sender=self._sender,

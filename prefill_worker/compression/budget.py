@@ -21,11 +21,24 @@ def strict_budget(densities: Sequence[float], budget: TokenBudget, min_tokens: i
         budget: Its total is kept to the token, unless every layer needs `min_tokens` already.
         min_tokens: Fewest tokens of a layer (all of them when the prompt is shorter).
     """
-    retention, tokens = float(budget.retention), budget.num_tokens
-    low = min(1.0, max(min(FLOOR, retention), min_tokens / tokens))
+    tokens, low = budget.num_tokens, _smallest_share(budget, min_tokens)
     total = max(budget.total, budget.num_layers * min(tokens, min_tokens))
-    shares = water_fill(densities, max(retention, low), low)
+    shares = water_fill(densities, max(float(budget.retention), low), low)
     return round_to_total([share * tokens for share in shares], total, tokens)
+
+
+def strict_bounds(densities: Sequence[float], budget: TokenBudget, min_tokens: int) -> list[int]:
+    """Most tokens that `strict_budget` may give to the first layers: what it gives if no other layer takes any.
+
+    Shares are rounded up, to more than what rounding to the total can make of them.
+
+    Args:
+        densities: Of the first layers, some of `budget.num_layers`.
+    """
+    tokens, low = budget.num_tokens, _smallest_share(budget, min_tokens)
+    mean = max(float(budget.retention), low) * budget.num_layers / len(densities)
+    shares = water_fill(densities, min(1.0, mean), low)
+    return [min(tokens, int(share * tokens + 1e-9) + 1) for share in shares]
 
 
 def paper_budget(densities: Sequence[float], budget: TokenBudget, min_tokens: int) -> list[int]:
@@ -58,6 +71,10 @@ def round_to_total(wanted: Sequence[float], total: int, cap: int) -> list[int]:
             kept[layer] += 1
         missing -= len(open_layers)
     return kept
+
+
+def _smallest_share(budget: TokenBudget, min_tokens: int) -> float:
+    return min(1.0, max(min(FLOOR, float(budget.retention)), min_tokens / budget.num_tokens))
 
 
 def water_fill(densities: Sequence[float], mean: float, low: float) -> list[float]:

@@ -68,7 +68,7 @@ def statistics_for(policy: Policy, prompt: PromptShape) -> tuple[Statistic[Any],
 
 def sparse_prefill_for(policy: Policy, prompt: PromptShape, budget: Budget, num_layers: int) -> SparsePrefill | None:
     """What the policy changes in the pass; a fresh one for each pass."""
-    return policy.for_prompt(prompt).sparse_prefill(prompt, _token_budget(prompt, budget, num_layers))
+    return policy.for_prompt(prompt).sparse_prefill(prompt, token_budget(prompt, budget, num_layers))
 
 
 def asked_retention(prompt: PromptShape, budget: Budget) -> Fraction:
@@ -86,20 +86,25 @@ def select_tokens(policy: Policy, layers: Sequence[ObservedLayer], budget: Budge
     """One selection per layer; nothing is mixed across requests."""
     prompt = layers[0].prompt
     policy = policy.for_prompt(prompt)
-    tokens = _token_budget(prompt, budget, len(layers))
+    tokens = token_budget(prompt, budget, len(layers))
     text, kept = prompt.num_tokens - tokens.num_tokens, policy.allocate(layers, tokens)
     return [_select_layer(policy, layer, text + count, text > 0) for layer, count in zip(layers, kept, strict=True)]
 
 
-def _token_budget(prompt: PromptShape, budget: Budget, num_layers: int) -> TokenBudget:
+def token_budget(prompt: PromptShape, budget: Budget, num_layers: int) -> TokenBudget:
+    """What `allocate` shares out; of a budget of visual tokens these alone, all text being kept beside them."""
     scored = prompt.num_visual if budget.scope is BudgetScope.VISUAL else prompt.num_tokens
     return TokenBudget(retention=asked_retention(prompt, budget), num_tokens=scored, num_layers=num_layers)
 
 
-def _select_layer(policy: Policy, layer: ObservedLayer, kept: int, keep_text: bool) -> Selection:
+def score_layer(policy: Policy, layer: ObservedLayer, *, keep_text: bool) -> torch.Tensor:
+    """The policy's scores, above which text stays whatever comes where all of it is kept."""
     scores = policy.score(layer)
-    if keep_text:
-        scores = scores.masked_fill(~layer.prompt.visual.to(scores.device), torch.inf)
+    return scores.masked_fill(~layer.prompt.visual.to(scores.device), torch.inf) if keep_text else scores
+
+
+def _select_layer(policy: Policy, layer: ObservedLayer, kept: int, keep_text: bool) -> Selection:
+    scores = score_layer(policy, layer, keep_text=keep_text) if layer.scores is None else layer.scores
     shares = policy.share_heads(scores, kept)
     chosen = policy.select(scores, shares)
     assert chosen.sum(dim=1).tolist() == list(shares), "a score is not a number, or a policy miscounts"

@@ -53,6 +53,9 @@ class Policy(ABC):
     name: ClassVar[str]
     carries_scores: ClassVar[bool] = False
     """Whether its eviction goes by scores that begin in the prompt."""
+    monotone: ClassVar[bool] = False
+    """Whether layers may lose tokens while the pass goes on (`cascade.py`): `upper_bounds` holds, what `select` takes
+    for fewer tokens lies within what it takes for more, and nothing is merged."""
 
     def for_prompt(self, prompt: PromptShape) -> Policy:
         """The policy that runs in its place for prompts that this method does not cover; by default itself."""
@@ -88,6 +91,17 @@ class Policy(ABC):
     def allocate(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
         """Tokens to keep in each layer, mean over its KV heads, each between 1 and num_tokens; by default the same."""
         return budget.uniform()
+
+    def upper_bounds(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
+        """Most tokens that `allocate` may give to each of the first layers, whatever the layers to come are like.
+
+        Called for `monotone` policies. A further layer never raises a bound. By default what `allocate` gives at once,
+        which is right where budgets depend on no layer.
+
+        Args:
+            layers: Those that are known, the first of `budget.num_layers`.
+        """
+        return self.allocate(layers, budget)[: len(layers)]
 
     def share_heads(self, scores: torch.Tensor, kept: int) -> list[int]:
         """Tokens to keep in each KV head of a layer that keeps `kept` on average; by default the same.

@@ -62,6 +62,8 @@ class ObservedLayer:
         survivors: [num_tokens] bool, the tokens that reached the last layer of a sparse pass; None when all did.
         ahead: [num_kv_heads, num_tokens] fp32, attention that each token received from the answer's first tokens,
             summed over these and the group; None unless the policy looks ahead.
+        scores: What the policy scored while the layer was whole, of one that has lost its KV since, where keys and
+            values have a head_dim of 0; else None.
     """
 
     prompt: PromptShape
@@ -70,6 +72,7 @@ class ObservedLayer:
     measured: Mapping[Statistic[Any], Any]
     survivors: torch.Tensor | None = None
     ahead: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
 
     def __getitem__(self, statistic: Statistic[T_co]) -> T_co:
         """What was measured; the policy must have declared it."""

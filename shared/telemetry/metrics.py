@@ -137,6 +137,7 @@ class PrefillMetrics(WorkerMetrics):
             "kv_kept_attention_mass_ratio", "Post-vision attention mass on kept tokens, mean over layers", RATIO_BUCKETS
         )
         self.guard = c("guard_total", "Parcels that the quality guard has looked at", "outcome")
+        self.prefill_peak = h("kv_prefill_peak_ratio", "Most KV held during a pass, over the prompt's", RATIO_BUCKETS)
         self.layer_retention = self._gauge("kv_layer_retention_ratio", "Kept share of the last prompt", "layer")
         self.transfer_seconds = h("kv_transfer_seconds", "Commit of a parcel", STAGE_BUCKETS, "transport")
         self.transfer_bytes = c("kv_transfer_bytes_total", "Bytes handed to a transport", "transport")

@@ -1,19 +1,18 @@
 """V9: budgets that tighten layer by layer end with the sets of one-shot selection, and never hold much more.
 
-What makes a cascade possible later: after each layer, allocating the whole total to the layers seen so far bounds each
+What makes a cascade possible: after each layer, allocating the whole total to the layers seen so far bounds each
 of them from above, and selections nest.
 """
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill_worker.compression.budget import FLOOR, strict_budget, water_fill
+from prefill_worker.compression.budget import FLOOR, strict_bounds, strict_budget
 from prefill_worker.compression.policy import TokenBudget
 from prefill_worker.compression.selection import best_tokens, share_of, with_recent
 
@@ -31,11 +30,6 @@ def prompts(draw: st.DrawFn) -> tuple[list[float], torch.Tensor, float]:
     return densities, scores, draw(st.sampled_from((0.02, 0.1, 0.25, 0.5, 0.9)))
 
 
-def upper_bounds(seen: list[float], retention: float, num_layers: int, low: float) -> list[float]:
-    """Shares of the layers seen so far, if no other layer were to come."""
-    return water_fill(seen, min(1.0, max(retention, low) * num_layers / len(seen)), low)
-
-
 @given(prompts())
 def test_a_cascade_ends_with_the_sets_of_one_shot(prompt: tuple[list[float], torch.Tensor, float]) -> None:
     densities, scores, retention = prompt
@@ -48,8 +42,7 @@ def test_a_cascade_ends_with_the_sets_of_one_shot(prompt: tuple[list[float], tor
     for layer in range(num_layers):
         held.append(torch.arange(num_tokens).expand(2, -1))
         peak = max(peak, sum(tokens.shape[1] for tokens in held))
-        bounds = upper_bounds(densities[: layer + 1], retention, num_layers, low)
-        limits = [math.ceil(share * num_tokens - 1e-9) for share in bounds]
+        limits = strict_bounds(densities[: layer + 1], budget, min_tokens=1)
         held = [_truncate(scores[i], tokens, limits[i]) for i, tokens in enumerate(held)]
     for layer, kept in enumerate(final):
         assert kept <= held[layer].shape[1]

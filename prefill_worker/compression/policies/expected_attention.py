@@ -67,6 +67,7 @@ class ExpectedAttention(Policy):
     """See the module."""
 
     name: ClassVar[str] = "expected_attention"
+    monotone: ClassVar[bool] = True
 
     sinks: int = 4
     """First tokens that always stay and whose queries say nothing of later ones; in [0, 16]."""

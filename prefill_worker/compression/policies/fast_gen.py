@@ -59,6 +59,7 @@ class FastGen(Policy):
     """See the module."""
 
     name: ClassVar[str] = "fast_gen"
+    monotone: ClassVar[bool] = True
 
     rows: str = "all"
     """`all` as published, or `probe`: an approximation by few rows."""

@@ -34,6 +34,7 @@ class H2O(Policy):
     """See the module."""
 
     name: ClassVar[str] = "h2o"
+    monotone: ClassVar[bool] = True
     carries_scores: ClassVar[bool] = True
 
     rows: str = "all"

@@ -55,6 +55,7 @@ class Keyformer(Policy):
     """See the module."""
 
     name: ClassVar[str] = "keyformer"
+    monotone: ClassVar[bool] = True
 
     rows: str = "all"
     """`all` as published, or `probe`: an approximation by few rows."""

@@ -37,6 +37,7 @@ class MixKV(Policy):
     """See the module."""
 
     name: ClassVar[str] = "mix_kv"
+    monotone: ClassVar[bool] = True
 
     base: str = SNAP_KV.name
     """The policy whose scores are mixed, and that budgets: `snap_kv` or `vl_cache`."""
@@ -60,6 +61,10 @@ class MixKV(Policy):
     def allocate(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
         """The base's."""
         return BASES[self.base].allocate(layers, budget)
+
+    def upper_bounds(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
+        """The base's."""
+        return BASES[self.base].upper_bounds(layers, budget)
 
     def select(self, scores: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
         """The base's."""

@@ -44,6 +44,7 @@ class PrefixKV(Policy):
     """See the module."""
 
     name: ClassVar[str] = "prefix_kv"
+    monotone: ClassVar[bool] = True
 
     rows: str = "all"
     """`all` as published, or `probe`: an approximation by few rows."""
@@ -69,7 +70,8 @@ class PrefixKV(Policy):
         masses = torch.stack([self._mass_before(layer, stays.to(layer.key.device)).cpu() for layer in layers])
         masses = masses[:, prompt.num_tokens - budget.num_tokens :]
         masses[:, :fewest] = -1.0
-        return lowest_first(masses, max(budget.total, len(layers) * fewest))
+        # of the first layers alone, it is their upper bounds: a further layer takes tokens from them
+        return lowest_first(masses, min(masses.numel(), max(budget.total, budget.num_layers * fewest)))
 
     def eviction(self, prompt: PromptShape, chosen: Sequence[torch.Tensor], retention: Fraction) -> FixedSlot:
         """Each layer by its own share."""

@@ -24,6 +24,7 @@ class RandomTokens(Policy):
     """See the module."""
 
     name: ClassVar[str] = "random"
+    monotone: ClassVar[bool] = True
 
     def score(self, layer: ObservedLayer) -> torch.Tensor:
         """Drawn on the CPU, whose generator gives every device the same numbers."""

@@ -36,6 +36,7 @@ class Scope(Policy):
     """See the module."""
 
     name: ClassVar[str] = "scope"
+    monotone: ClassVar[bool] = True
 
     window: int = 32
     """Last rows that SnapKV observes, and last tokens of the prompt that always stay; in [1, 256]."""

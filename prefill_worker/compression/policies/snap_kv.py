@@ -31,6 +31,7 @@ class SnapKV(Policy):
     """See the module."""
 
     name: ClassVar[str] = "snap_kv"
+    monotone: ClassVar[bool] = True
 
     window: int = 32
     """Last rows that are observed, and last tokens that always stay; in [1, 256]."""

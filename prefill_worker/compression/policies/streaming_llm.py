@@ -26,6 +26,7 @@ class StreamingLLM(Policy):
     """See the module."""
 
     name: ClassVar[str] = "streaming_llm"
+    monotone: ClassVar[bool] = True
 
     sinks: int = 4
     """First tokens that always stay; in [0, 16]."""

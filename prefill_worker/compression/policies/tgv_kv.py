@@ -27,7 +27,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from prefill_worker.compression.attention import LayerAttention
-from prefill_worker.compression.budget import strict_budget
+from prefill_worker.compression.budget import strict_bounds, strict_budget
 from prefill_worker.compression.eviction import shares_kept
 from prefill_worker.compression.policy import Policy, TokenBudget
 from prefill_worker.compression.prompt_shape import PromptShape
@@ -75,6 +75,7 @@ class TGVKV(Policy):
     """See the module."""
 
     name: ClassVar[str] = "tgv_kv"
+    monotone: ClassVar[bool] = True
 
     max_rows: int = MAX_ROWS
     """Post-vision rows observed at most, the last ones; 0 = all."""
@@ -97,10 +98,11 @@ class TGVKV(Policy):
 
     def allocate(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
         """In proportion to the attention from text to image."""
-        visual = layers[0].prompt.visual
-        guided = self._guided(layers[0].prompt)
-        masses = [layer[guided].received.cpu()[visual].sum().item() for layer in layers]
-        return strict_budget([max(mass, FAINTEST_MASS) for mass in masses], budget, MIN_KEPT_TOKENS)
+        return strict_budget(self._masses(layers), budget, MIN_KEPT_TOKENS)
+
+    def upper_bounds(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
+        """The whole budget, shared out among these."""
+        return strict_bounds(self._masses(layers), budget, MIN_KEPT_TOKENS)
 
     def eviction(self, prompt: PromptShape, chosen: Sequence[torch.Tensor], retention: Fraction) -> TextGuard:
         """Each layer by its own share; without a cap on the text that is counted."""
@@ -108,6 +110,13 @@ class TGVKV(Policy):
         text = ~prompt.visual[rows.start :]
         kept = tuple(int((layer[0, rows.start :].cpu() & text).sum()) for layer in chosen)
         return TextGuard(retention=shares_kept(chosen), sinks=SINKS, text=kept)
+
+    def _masses(self, layers: Sequence[ObservedLayer]) -> list[float]:
+        """Attention from text to image in each layer, positive."""
+        visual = layers[0].prompt.visual
+        guided = self._guided(layers[0].prompt)
+        masses = [layer[guided].received.cpu()[visual].sum().item() for layer in layers]
+        return [max(mass, FAINTEST_MASS) for mass in masses]
 
     def _guided(self, prompt: PromptShape) -> TextGuided:
         return TextGuided(post_vision_rows(prompt, self.max_rows))

@@ -33,6 +33,7 @@ class TidalDecode(Policy):
     """See the module."""
 
     name: ClassVar[str] = "tidal_decode"
+    monotone: ClassVar[bool] = True
 
     first: int = 2
     """Layer that selects first, counted from 0."""

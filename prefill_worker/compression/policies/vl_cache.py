@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 
-from prefill_worker.compression.budget import paper_budget, strict_budget, uniform_budget
+from prefill_worker.compression.budget import paper_budget, strict_bounds, strict_budget, uniform_budget
 from prefill_worker.compression.policy import Policy, TokenBudget
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rows import MAX_ROWS, post_vision_rows
@@ -28,6 +28,8 @@ from prefill_worker.compression.statistics import ObservedLayer, Sweep
 from shared.request.params import MIN_KEPT_TOKENS
 
 BUDGETS = {"strict": strict_budget, "paper": paper_budget, "uniform": uniform_budget}
+# Of `paper`, whose shares are in proportion, and rounded down, the budget of the first layers bounds itself.
+BOUNDS = {"strict": strict_bounds, "paper": paper_budget, "uniform": uniform_budget}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class VLCache(Policy):
     """See the module."""
 
     name: ClassVar[str] = "vl_cache"
+    monotone: ClassVar[bool] = True
 
     budget: str = "strict"
     """How layers share: `strict` (exact total), `paper`, or `uniform` (the same in each, for comparison)."""
@@ -68,8 +71,11 @@ class VLCache(Policy):
 
     def allocate(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
         """By density, `strict` or `paper`; or alike."""
-        densities = [1.0 - self.sparsity(layer) for layer in layers]
-        return BUDGETS[self.budget](densities, budget, self.min_tokens)
+        return BUDGETS[self.budget](self._densities(layers), budget, self.min_tokens)
+
+    def upper_bounds(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
+        """The whole budget, shared out among these."""
+        return BOUNDS[self.budget](self._densities(layers), budget, self.min_tokens)[: len(layers)]
 
     def select(self, scores: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
         """The highest scores and a recent window."""
@@ -80,6 +86,9 @@ class VLCache(Policy):
         sweep = self._sweep(layer.prompt)
         entries = sum(row + 1 for row in sweep.rows)
         return 1.0 - layer[sweep].counts.double().mean().item() / entries
+
+    def _densities(self, layers: Sequence[ObservedLayer]) -> list[float]:
+        return [1.0 - self.sparsity(layer) for layer in layers]
 
     def _sweep(self, prompt: PromptShape) -> Sweep:
         return Sweep(post_vision_rows(prompt, self.max_rows), self.threshold)
