@@ -59,11 +59,14 @@ def prompt(builder: PromptBuilder) -> Prompt:
     return builder.build([user(encoded(picture(1)), QUESTION)], max_new_tokens=1)
 
 
-@pytest.fixture
-def compute(engine: PrefillEngine, builder: PromptBuilder, checkpoint: Path) -> PrefillCompute:
+@pytest.fixture(params=[False, True], ids=["whole", "cascade"])
+def compute(
+    engine: PrefillEngine, builder: PromptBuilder, checkpoint: Path, request: pytest.FixtureRequest
+) -> PrefillCompute:
+    """A worker that cascades keeps whole what may have to grow."""
     identity = ModelIdentity.of("tiny", checkpoint, builder._spec)
     metrics = PrefillMetrics(worker="p", model="tiny")
-    return PrefillCompute(engine, tokenizer(), builder._spec, identity, metrics)
+    return PrefillCompute(engine, tokenizer(), builder._spec, identity, metrics, cascade=request.param)
 
 
 def job(limit: float, retention: float = 0.2, policy: Any = POLICY) -> PrefillJob:
