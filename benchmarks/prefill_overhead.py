@@ -107,7 +107,7 @@ class Passes:
         self._budget = Budget(retention=config.retention)
         self._engine = PrefillEngine(twin(build_model(config, positions=config.prompt), PREFILL_ATTENTION))
         self._probe = StatisticsProbe(self._engine.device)
-        self._prompt = _prompt(config)
+        self._prompt = random_prompt(config.prompt, config.rows, config.text.vocabulary)
         bound = self._budget.kept_tokens_bound(config.rows, config.prompt - config.rows)
         self._body = memoryview(bytearray(self._layout.full_bytes(bound)))
         self.stages_ms: dict[str, list[float]] = {stage: [] for stage in STAGES}
@@ -173,14 +173,14 @@ def _within_passes(passes: Passes) -> dict[str, Any]:
     }
 
 
-def _prompt(config: PrefillOverheadConfig) -> Prompt:
+def random_prompt(tokens: int, rows: int, vocabulary: int) -> Prompt:
     """Random tokens; the policy is told that an image ends `rows` tokens before the end."""
-    positions = torch.arange(config.prompt)
+    positions = torch.arange(tokens)
     return Prompt(
-        inputs={"input_ids": torch.randint(config.text.vocabulary, (1, config.prompt))},
+        inputs={"input_ids": torch.randint(vocabulary, (1, tokens))},
         position_ids=positions[None],
-        next_position=config.prompt,
-        shape=PromptShape(visual=positions < config.prompt - config.rows),
+        next_position=tokens,
+        shape=PromptShape(visual=positions < tokens - rows),
         pixels=(),
     )
 

@@ -26,7 +26,7 @@ from shared.errors import InvalidRequestError
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity
-from shared.request.params import Budget, BudgetScope, Sampling
+from shared.request.params import Budget, BudgetScope, Guard, Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.tiny import KV_HEADS, LAYERS, tokenizer
 from tests.unit.prefill_worker.pieces import TOKENS, Pieces, collect, run
@@ -58,7 +58,7 @@ def computed(compute: PrefillCompute, job: PrefillJob, prompt: Prompt) -> tuple[
     """Manifest, body and report."""
     events: list[Event] = []
     room = memoryview(bytearray(compute._identity.layout.full_bytes(prompt.shape.num_tokens + 8)))
-    complete = compute.run(job, prompt, room, events.append)
+    complete = compute.run(job, prompt, room, events.append, lambda budget: room)
     assert complete is not None
     (report,) = (event for event in events if isinstance(event, Compressed))
     manifest = complete()
@@ -72,12 +72,13 @@ def places(manifest: Manifest) -> np.ndarray:
     return np.array(bitmaps, dtype=bool).reshape(LAYERS, KV_HEADS, -1)
 
 
+@pytest.mark.parametrize("guard", [Guard(), Guard(max_dropped_attention=1e-6)], ids=["plain", "guarded"])
 @pytest.mark.parametrize("budget", BUDGETS, ids=["cache", "visual", "all"])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 def test_the_rows_of_the_parcel_are_those_tokens(
-    compute: PrefillCompute, engine: PrefillEngine, prompt: Prompt, policy: Policy, budget: Budget
+    compute: PrefillCompute, engine: PrefillEngine, prompt: Prompt, policy: Policy, budget: Budget, guard: Guard
 ) -> None:
-    manifest, body, report = computed(compute, explained(policy=policy, budget=budget), prompt)
+    manifest, body, report = computed(compute, explained(policy=policy, budget=budget, guard=guard), prompt)
     manifest.check()
     keys = engine.prefill(prompt, (), threading.Event()).keys
     rows, kept = np.frombuffer(body, np.float32).reshape(-1, manifest.layout.head_dim), places(manifest)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from vlcache._completion import Completion
-from vlcache._events import Compressed
+from vlcache._events import Compressed, Guard
 from vlcache._kept import Kept
 from vlcache.cli.formatting import format_bytes, format_share
 from vlcache.explain.budget import budget_height, draw_budget
@@ -80,9 +80,11 @@ def _facts(completion: Completion, compressed: Compressed, kept: Kept) -> str:
     usage, transfer, budgets = completion.usage, completion.transfer, layer_budgets(kept)
     visual, text = (sum(tokens) / len(budgets) for tokens in zip(*budgets, strict=True))
     sent = f", {format_bytes(transfer.sent_bytes)} sent via {transfer.transport}" if transfer else ""
+    guard = [] if compressed.guard is Guard.OFF else [f"quality guard: {compressed.guard.value}"]
     return " · ".join(
         (
             f"{compressed.policy}: {format_share(compressed.asked_retention, 1)} asked",
+            *guard,
             f"{format_share(compressed.realised_retention, 1)} of the KV kept",
             f"{format_share(visual, usage.visual_tokens)} of the visual tokens",
             f"{format_share(text, usage.text_tokens)} of the text",

@@ -1,5 +1,8 @@
+import dataclasses
+
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
+from vlcache import Guard
 from vlcache.explain.canvas import TEXT as TEXT_COLOR
 from vlcache.explain.canvas import VISUAL
 from vlcache.explain.picture import MARGIN, WIDTH, draw
@@ -52,6 +55,14 @@ def test_bars_are_as_long_as_the_budgets():
     made = draw("Which?", answer(kept(layers, grid())), [encoded(red())])
     areas = [len(pixels(made.crop((600, 190, 1050, made.height - 200)), color)) for color in (VISUAL, TEXT_COLOR)]
     assert areas[0] / areas[1] == pytest.approx(visual / (text + TEXT), rel=0.05)
+
+
+def test_what_the_guard_did_is_said():
+    plain = answer(prompt(1, 2))
+    grown = dataclasses.replace(plain, compression=dataclasses.replace(plain.compression, guard=Guard.GROWN))
+    changed = ImageChops.difference(*(draw("?", each, [encoded(red())]) for each in (plain, grown))).getbbox()
+    assert changed is not None
+    assert MARGIN + 30 < changed[1] < MARGIN + 90, "the line below question and answer"
 
 
 def test_a_prompt_without_images_has_bars_alone():
