@@ -14,6 +14,7 @@ from prefill_worker.compression.pipeline import Selection
 from prefill_worker.compression.policies.fast_v import FastV
 from prefill_worker.compression.policies.look_ahead import LookAheadPolicy
 from prefill_worker.compression.policies.vl_cache import VLCache
+from prefill_worker.compression.registry import POLICIES, build_policy
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.engine import PrefillEngine
 from prefill_worker.guard import dropped_attention, larger_budgets
@@ -194,6 +195,18 @@ def test_tokens_that_were_decoded_ahead_stay_when_everything_is_kept(compute: Pr
 def test_what_a_sparse_pass_has_dropped_cannot_be_kept(compute: PrefillCompute, prompt: Prompt) -> None:
     sparse = Run(compute, prompt, job(0.5, policy=FastV(layer=1)))
     assert (sparse.asked, sparse.report.guard) == ([], public.GUARD_OUTCOME_REFUSED)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("limit", [0.0, 0.02])
+def test_every_policy_may_be_guarded(compute: PrefillCompute, prompt: Prompt, name: str, limit: float) -> None:
+    guarded = Run(compute, prompt, job(limit, policy=build_policy(name, {})))
+    guarded.manifest.check()
+    body = guarded.body(guarded.large if guarded.asked else guarded.small)
+    guarded.manifest.check_digest(body)
+    everything = guarded.report.guard == public.GUARD_OUTCOME_FULL
+    assert guarded.report.guard != public.GUARD_OUTCOME_UNSPECIFIED
+    assert everything == (guarded.manifest.realised_retention == 1)
 
 
 @pytest.mark.parametrize("limit", [-0.1, 1.1, float("nan")])
