@@ -53,6 +53,31 @@ def capacity(runs: Sequence[Figures]) -> str:
     )
 
 
+def cascade(runs: Sequence[Figures]) -> str:
+    """The peak beside its expectation, and what it takes; runs of one machine differ in their model."""
+    expected, measured = "retention + 1/L", "cascade"
+
+    def panel(title: str, keys: Mapping[str, str]) -> Panel:
+        groups = {}
+        for run in runs:
+            model = f"{run['workload']['layers']} x {run['workload']['hidden']:,}"
+            for name, found in run["cascades"].items():
+                groups[f"{model}, kept {name}"] = {label: 100 * found[key] for label, key in keys.items()}
+        return Panel(title=title, groups=groups)
+
+    workload = runs[0]["workload"]
+    sizes = f"layers x hidden size, random weights, {workload['dtype']}"
+    return bar_chart(
+        title=f"What a prefill holds at once when it cascades ({workload['policy']})",
+        notes=[f"{_prompts(workload)}; {sizes}", _machine(runs[0])],
+        series=[expected, measured],
+        panels=[
+            panel("peak KV, % of the prompt's", {expected: "expected_ratio", measured: "peak_ratio"}),
+            panel("time of the cascade over the rest of its pass, median %", {measured: "stage_share"}),
+        ],
+    )
+
+
 def decode_step(runs: Sequence[Figures]) -> str:
     """A step at either retention beside transformers' caches and a step without any KV."""
     found = _only(runs)
@@ -243,6 +268,7 @@ CHARTS: Mapping[str, Callable[[Sequence[Figures]], str]] = {
     chart.__name__: chart
     for chart in (
         capacity,
+        cascade,
         decode_step,
         end_to_end,
         kernels,
