@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import generate_latest
 from vlcache.v1 import inference_pb2 as public
 from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, kv_pb2_grpc, prefill_pb2_grpc, worker_pb2
 from vlcache.worker.v1 import prefill_pb2 as pb
@@ -17,7 +18,7 @@ from prefill_worker.worker import LoadedModel, PrefillWorker, load_model
 from shared.kv.manifest import Manifest
 from shared.kv.transport.frames import CHUNK_BYTES
 from shared.rpc.server import RpcServer
-from tests.unit.decode_worker.tiny import CONTEXT, VISUAL_TOKENS
+from tests.unit.decode_worker.tiny import CONTEXT, LAYERS, VISUAL_TOKENS
 from tests.unit.prefill_worker.prompts import QUESTION, encoded, picture, user
 
 
@@ -69,9 +70,12 @@ def loaded(checkpoint: Path) -> LoadedModel:
     return load_model(PrefillConfig(model=str(checkpoint), dtype="fp32"))
 
 
-def run(loaded: LoadedModel, directory: Path, body: Callable[[Stack], Awaitable[None]]) -> None:
+def run(
+    loaded: LoadedModel, directory: Path, body: Callable[[Stack], Awaitable[None]], *, cascade: bool = False
+) -> None:
     async def main() -> None:
-        config = PrefillConfig(model="tiny", arena_mib=1, socket_dir=directory / "arenas", max_images=2)
+        sockets = directory / "arenas"
+        config = PrefillConfig(model="tiny", arena_mib=1, socket_dir=sockets, max_images=2, cascade=cascade)
         worker, sink = PrefillWorker(config, loaded), Sink()
         server = await RpcServer.start(name="p", host="127.0.0.1", port=0, register=worker.register, services=[])
         sink_server = await RpcServer.start(name="d", host="127.0.0.1", port=0, register=sink.register, services=[])
@@ -104,6 +108,24 @@ def test_a_request_becomes_a_token_a_report_and_a_parcel(loaded: LoadedModel, tm
         stack.worker.runner.check_integrity()
 
     run(loaded, tmp_path, body)
+
+
+def test_a_worker_that_cascades_sends_the_same_from_less(loaded: LoadedModel, tmp_path: Path) -> None:
+    sent: list[tuple[bytes, float]] = []
+
+    async def body(stack: Stack) -> None:
+        await stack.prefill(stack.request(encoded(picture(1)), encoded(picture(2)), QUESTION))
+        ((_, _, parcel),) = stack.sink.parcels
+        exported = generate_latest(stack.worker.metrics.registry).decode()
+        (peak,) = (line for line in exported.splitlines() if line.startswith("vlcache_kv_prefill_peak_ratio_sum"))
+        sent.append((parcel, float(peak.split()[-1])))
+
+    for cascade in (False, True):
+        run(loaded, tmp_path, body, cascade=cascade)
+    (whole, all_of_it), (same, less) = sent
+    assert whole == same
+    assert all_of_it == pytest.approx(1)
+    assert 1 / LAYERS < less < 0.9
 
 
 def test_what_a_worker_says_about_itself(loaded: LoadedModel, tmp_path: Path) -> None:
