@@ -30,7 +30,7 @@ from prefill_worker.prompt_cache import PromptCache
 from shared.errors import RequestCancelledError
 from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity
-from shared.request.params import Budget, BudgetScope, Sampling, Wire
+from shared.request.params import Budget, BudgetScope, Guard, Sampling, Wire
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.tiny import LAYERS, tokenizer
 from tests.unit.prefill_worker.pieces import job as plain_job
@@ -151,12 +151,13 @@ def test_the_ratio_is_measured(halves: Halves, prompt: Prompt) -> None:
     [
         [job(VLCache(), Budget(retention=1.0))],
         [job(VLCache(), Budget(retention=0.2)), job(VLCache(), Budget(retention=0.1))],
+        [job(VLCache(), Budget(retention=0.2), guard=Guard(max_dropped_attention=0.1))],
         [job(build_policy("cake", {}), Budget(retention=0.2))],
         [job(build_policy("look_m", {}), Budget(retention=0.2))],
         [job(build_policy("look_ahead", {}), Budget(retention=0.2))],
         [job(build_policy("fast_v", {}), Budget(retention=0.2))],
     ],
-    ids=["everything", "two jobs", "budgets that grow", "merging", "look-ahead", "its own pass"],
+    ids=["everything", "two jobs", "guard", "budgets that grow", "merging", "look-ahead", "its own pass"],
 )
 def test_what_needs_all_kv_has_it(halves: Halves, prompt: Prompt, jobs: list[PrefillJob]) -> None:
     assert halves.cascading.prefill(jobs, prompt, threading.Event()).held == []
