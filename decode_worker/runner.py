@@ -122,6 +122,11 @@ class DecodeRunner:
             raise InvalidRequestError("a generated token is not in the vocabulary", reason="GENERATED_TOKEN")
         if manifest.logical_length + manifest.tokens_to_come > self._identity.context_tokens:
             raise InvalidRequestError("prompt and answer exceed the model's context", reason="CONTEXT_LENGTH")
+        if self.promised(manifest.sampling.max_new_tokens) < len(manifest.generated):
+            # their rows took all the room that was promised for new tokens: not even one step could be made
+            raise InvalidRequestError(
+                "more tokens were decoded ahead than this worker promises", reason="AHEAD_OF_PROMISE"
+            )
         if manifest.sampling.max_new_tokens > reservation.max_new_tokens:
             raise InvalidRequestError("more new tokens than were reserved", reason="OVER_RESERVATION")
         if self._bytes_needed(manifest) > reservation.pool_bytes:
@@ -246,7 +251,7 @@ class DecodeRunner:
         """New tokens that a sequence comes in with: as promised, or all where eviction makes them cost no more."""
         # the rows of tokens that were decoded ahead take their room from the promise
         fed = len(manifest.generated) - 1
-        promised = max(0, self.promised(manifest.sampling.max_new_tokens) - fed)
+        promised = self.promised(manifest.sampling.max_new_tokens) - fed
         return self._pool.free_room(manifest.num_kept, promised, manifest.tokens_to_come, eviction)
 
     def _bytes_needed(self, manifest: Manifest) -> int:

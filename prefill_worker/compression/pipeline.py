@@ -14,7 +14,7 @@ from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rows import post_vision_rows
 from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.compression.statistics import ColumnSums, ObservedLayer, Statistic
-from shared.request.params import Budget, BudgetScope
+from shared.request.params import Budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,7 @@ def sparse_prefill_for(policy: Policy, prompt: PromptShape, budget: Budget, num_
 
 def asked_retention(prompt: PromptShape, budget: Budget) -> Fraction:
     """The kept share that the budget means, of all tokens or of the visual ones; 1 bypasses every policy."""
-    tokens = prompt.num_visual if budget.scope is BudgetScope.VISUAL else prompt.num_tokens
-    return budget.share_of(tokens) if tokens else Fraction(1)
+    return budget.retention_of(prompt.num_tokens - prompt.num_visual, prompt.num_visual)
 
 
 def keep_everything(num_layers: int) -> list[Selection]:
@@ -93,7 +92,7 @@ def select_tokens(policy: Policy, layers: Sequence[ObservedLayer], budget: Budge
 
 def token_budget(prompt: PromptShape, budget: Budget, num_layers: int) -> TokenBudget:
     """What `allocate` shares out; of a budget of visual tokens these alone, all text being kept beside them."""
-    scored = prompt.num_visual if budget.scope is BudgetScope.VISUAL else prompt.num_tokens
+    scored = budget.tokens_of(prompt.num_tokens - prompt.num_visual, prompt.num_visual)
     return TokenBudget(retention=asked_retention(prompt, budget), num_tokens=scored, num_layers=num_layers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -28,12 +29,12 @@ class PromptShape:
         """Tokens of the prompt."""
         return len(self.visual)
 
-    @property
+    @cached_property
     def num_visual(self) -> int:
         """Visual tokens among them."""
         return int(self.visual.sum())
 
-    @property
+    @cached_property
     def last_visual(self) -> int | None:
         """Index of the last visual token; None without any."""
         places = self.visual.nonzero()

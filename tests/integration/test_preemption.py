@@ -48,11 +48,24 @@ def ask_all_at_once(stack: RunningStack) -> list[list[int]]:
     return asyncio.run(main())
 
 
+def refuse_more_tokens_ahead_than_are_promised(stack: RunningStack) -> None:
+    """Their rows would take the room of the step that goes on after them."""
+    sampling = vlcache.Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    with stack.client() as client:
+        one = vlcache.Compression(policy="look_ahead", parameters={"tokens": 1})
+        assert len(client.generate("What is the code?", sampling=sampling, compression=one).token_ids) == NEW_TOKENS
+        two = vlcache.Compression(policy="look_ahead", parameters={"tokens": 2})
+        with pytest.raises(vlcache.InvalidRequest, match="decoded ahead"):
+            client.generate("What is the code?", sampling=sampling, compression=two)
+
+
 @pytest.mark.slow
 def test_everyone_gets_the_tokens_of_an_unhurried_stack(memory_stack: RunningStack) -> None:
     expected = ask_all_at_once(memory_stack)
     with RunningStack(OVERCOMMITTED) as stack:
         answers = ask_all_at_once(stack)
+        stack.wait_idle()
+        refuse_more_tokens_ahead_than_are_promised(stack)
         stack.wait_idle()
         metrics = stack.metrics("decode")
     assert stack.clean
