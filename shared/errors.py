@@ -17,17 +17,35 @@ class ServiceError(Exception):
         message: One sentence for a human; never library texts, addresses or paths.
         reason: Stable UPPER_SNAKE identifier for programs (`google.rpc.ErrorInfo.reason`).
         retry_after_s: How long the caller should wait before trying again, if that helps.
+        stage: Where in a request's life it happened; empty where that says nothing.
+        worker: Name of the process that it happened in; empty means the one that reports it.
     """
 
     code: ClassVar[str] = "INTERNAL"
     default_reason: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, reason: str = "", retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        retry_after_s: float | None = None,
+        stage: str = "",
+        worker: str = "",
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason or self.default_reason
         self.retry_after_s = retry_after_s
+        self.stage = stage
+        self.worker = worker
+
+    def at(self, stage: str, worker: str) -> ServiceError:
+        """Names stage and worker where the error does not say them itself; returns the error."""
+        self.stage = self.stage or stage
+        self.worker = self.worker or worker
+        return self
 
 
 class InternalError(ServiceError):

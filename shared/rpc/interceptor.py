@@ -68,7 +68,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if not isinstance(error, ServiceError):
             log.error("bug in %s", method, exc_info=error)
             error = InternalError("internal error; the server's log has the details")
-        await context.abort_with_status(to_status(error, metadata={"worker": self._worker}))
+        await context.abort_with_status(to_status(error, worker=self._worker))
 
 
 def _behaviour(handler: grpc.RpcMethodHandler) -> tuple[str, Callable[..., Any]]:

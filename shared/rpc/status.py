@@ -19,10 +19,13 @@ MAX_MESSAGE_BYTES = 1024
 ERROR_BY_CODE: dict[str, type[errors.ServiceError]] = {cls.code: cls for cls in errors.ServiceError.__subclasses__()}
 
 
-def to_status(error: errors.ServiceError, *, metadata: dict[str, str] | None = None) -> grpc.Status:
-    """The gRPC status of an error; `metadata` (worker, request_id) travels in the ErrorInfo."""
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata or {})
+def to_status(error: errors.ServiceError, *, worker: str = "") -> grpc.Status:
+    """The gRPC status of an error; `worker` reports it, and had it unless the error names another one."""
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
     info.metadata["retryable"] = "true" if error.retryable else "false"
+    for key, value in (("worker", error.worker or worker), ("stage", error.stage)):
+        if value:
+            info.metadata[key] = value
     details = [_packed(info)]
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
@@ -45,27 +48,31 @@ def error_class(code: str, reason: str) -> type[errors.ServiceError]:
 
 def from_rpc_error(error: grpc.RpcError) -> errors.ServiceError:
     """The error that another service meant; connection failures become `UnavailableError`."""
-    reason, retry_after_s = _details(error)
-    cls = error_class(error.code().name, reason)
-    if not reason and cls is errors.UnavailableError:
+    info, retry_after_s = _details(error)
+    cls = error_class(error.code().name, info.reason)
+    if not info.reason and cls is errors.UnavailableError:
         # grpc's own text names addresses
         return cls("the worker cannot be reached", reason="WORKER_UNREACHABLE")
-    return cls(error.details() or error.code().name, reason=reason, retry_after_s=retry_after_s)
+    return cls(
+        error.details() or error.code().name,
+        reason=info.reason,
+        retry_after_s=retry_after_s,
+        stage=info.metadata.get("stage", ""),
+        worker=info.metadata.get("worker", ""),
+    )
 
 
-def _details(error: grpc.RpcError) -> tuple[str, float | None]:
-    reason, retry_after_s = "", None
+def _details(error: grpc.RpcError) -> tuple[error_details_pb2.ErrorInfo, float | None]:
+    info, retry_after_s = error_details_pb2.ErrorInfo(), None
     try:
         status = rpc_status.from_call(error)
     except (ValueError, DecodeError):  # details that do not belong to the status: not ours
         status = None
     for detail in status.details if status else ():
-        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-        if detail.Unpack(info):
-            reason = info.reason
-        elif detail.Unpack(retry):
+        retry = error_details_pb2.RetryInfo()
+        if not detail.Unpack(info) and detail.Unpack(retry):
             retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
-    return reason, retry_after_s
+    return info, retry_after_s
 
 
 def _shortened(message: str) -> str:

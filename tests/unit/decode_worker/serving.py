@@ -18,6 +18,7 @@ from shared.errors import ServiceError
 from shared.kv.manifest import Manifest
 from shared.kv.transport.frames import encode_chunk, encode_header
 from shared.kv.transport.grpc_stream import PUT_METHOD
+from shared.rpc.first_status import FirstStatus
 from shared.rpc.server import RpcServer
 from shared.rpc.status import from_rpc_error
 
@@ -111,7 +112,10 @@ class Served:
 
     def open_put(self) -> Any:
         """A transfer whose frames are written one by one."""
-        return self._put()
+        call = self._put()
+        # a sender that still writes when it is refused may hear of it first as INTERNAL
+        call.first_status = FirstStatus(call)
+        return call
 
     def stream(self) -> TokenStream:
         self._streams.append(TokenStream(self.decode))
@@ -152,7 +156,8 @@ async def failure(call: Awaitable[Any]) -> ServiceError:
     try:
         await call
     except grpc.aio.AioRpcError as error:
-        return from_rpc_error(error)
+        first = getattr(call, "first_status", None)
+        return from_rpc_error(first.of(error) if first else error)
     raise AssertionError("the call succeeded")
 
 

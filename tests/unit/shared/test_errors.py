@@ -140,3 +140,19 @@ def test_details_that_do_not_fit_the_status_are_ignored(details: bytes) -> None:
         assert error.message == "gone"
 
     run(main)
+
+
+@pytest.mark.parametrize("named", ["", "d-1"])
+def test_stage_and_worker_survive_and_the_reporter_stands_in_for_a_missing_worker(named: str) -> None:
+    async def main() -> None:
+        received = await over_the_wire(errors.UnavailableError("gone", stage="transfer", worker=named))
+        assert received.stage == "transfer"
+        assert received.worker == (named or "scripted")
+
+    run(main)
+
+
+def test_only_what_an_error_does_not_say_is_filled_in() -> None:
+    error = errors.DataLossError("broken", stage="transfer")
+    assert error.at("decode", "d-1") is error
+    assert (error.stage, error.worker) == ("transfer", "d-1")

@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "model", "compatibility", "kept_tokens_bound", "max_new_tokens", "prefill_epoch", "arena_socket", "epoch")
+    __slots__ = ("request_id", "attempt", "model", "compatibility", "kept_tokens_bound", "max_new_tokens", "prefill_epoch", "arena_socket", "epoch", "delivered_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class ReserveRequest(_message.Message):
     PREFILL_EPOCH_FIELD_NUMBER: _ClassVar[int]
     ARENA_SOCKET_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DELIVERED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     model: str
@@ -28,19 +29,22 @@ class ReserveRequest(_message.Message):
     prefill_epoch: str
     arena_socket: str
     epoch: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[str] = ..., compatibility: _Optional[str] = ..., kept_tokens_bound: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., prefill_epoch: _Optional[str] = ..., arena_socket: _Optional[str] = ..., epoch: _Optional[str] = ...) -> None: ...
+    delivered_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[str] = ..., compatibility: _Optional[str] = ..., kept_tokens_bound: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., prefill_epoch: _Optional[str] = ..., arena_socket: _Optional[str] = ..., epoch: _Optional[str] = ..., delivered_tokens: _Optional[int] = ...) -> None: ...
 
 class ReserveResponse(_message.Message):
-    __slots__ = ("token", "transport", "reserved_bytes", "lease_s")
+    __slots__ = ("token", "transport", "reserved_bytes", "lease_s", "promised_tokens")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    PROMISED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     token: bytes
     transport: str
     reserved_bytes: int
     lease_s: float
-    def __init__(self, token: _Optional[bytes] = ..., transport: _Optional[str] = ..., reserved_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
+    promised_tokens: int
+    def __init__(self, token: _Optional[bytes] = ..., transport: _Optional[str] = ..., reserved_bytes: _Optional[int] = ..., lease_s: _Optional[float] = ..., promised_tokens: _Optional[int] = ...) -> None: ...
 
 class GrowReservationRequest(_message.Message):
     __slots__ = ("token", "kept_tokens_bound")
@@ -87,12 +91,14 @@ class TokenStreamRequest(_message.Message):
     def __init__(self, attach: _Optional[_Union[Attach, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Attach(_message.Message):
-    __slots__ = ("handle", "token")
+    __slots__ = ("handle", "token", "delivered")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    DELIVERED_FIELD_NUMBER: _ClassVar[int]
     handle: int
     token: bytes
-    def __init__(self, handle: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
+    delivered: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, handle: _Optional[int] = ..., token: _Optional[bytes] = ..., delivered: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("handle",)
@@ -101,10 +107,12 @@ class Cancel(_message.Message):
     def __init__(self, handle: _Optional[int] = ...) -> None: ...
 
 class TokenStreamResponse(_message.Message):
-    __slots__ = ("updates",)
+    __slots__ = ("updates", "draining")
     UPDATES_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     updates: _containers.RepeatedCompositeFieldContainer[SequenceUpdate]
-    def __init__(self, updates: _Optional[_Iterable[_Union[SequenceUpdate, _Mapping]]] = ...) -> None: ...
+    draining: bool
+    def __init__(self, updates: _Optional[_Iterable[_Union[SequenceUpdate, _Mapping]]] = ..., draining: bool = ...) -> None: ...
 
 class SequenceUpdate(_message.Message):
     __slots__ = ("handle", "token_ids", "text", "finish_reason", "error")

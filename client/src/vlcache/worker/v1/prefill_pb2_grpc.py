@@ -46,6 +46,21 @@ class PrefillServiceStub(object):
                 request_serializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.PrefillEvent.FromString,
                 _registered_method=True)
+        self.Resend = channel.unary_unary(
+                '/vlcache.worker.v1.PrefillService/Resend',
+                request_serializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.ResendRequest.SerializeToString,
+                response_deserializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.ResendResponse.FromString,
+                _registered_method=True)
+        self.RenewParcels = channel.unary_unary(
+                '/vlcache.worker.v1.PrefillService/RenewParcels',
+                request_serializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.RenewParcelsRequest.SerializeToString,
+                response_deserializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.RenewParcelsResponse.FromString,
+                _registered_method=True)
+        self.ReleaseParcels = channel.unary_unary(
+                '/vlcache.worker.v1.PrefillService/ReleaseParcels',
+                request_serializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.ReleaseParcelsRequest.SerializeToString,
+                response_deserializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.ReleaseParcelsResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServiceServicer(object):
@@ -66,6 +81,27 @@ class PrefillServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resend(self, request, context):
+        """Ships a retained parcel once more, to another reservation. NOT_FOUND when it is gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewParcels(self, request, context):
+        """Extends the leases of retained parcels; says which of them are gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseParcels(self, request, context):
+        """Gives retained parcels up. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +114,21 @@ def add_PrefillServiceServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.PrefillRequest.FromString,
                     response_serializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.PrefillEvent.SerializeToString,
+            ),
+            'Resend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resend,
+                    request_deserializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.ResendRequest.FromString,
+                    response_serializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.ResendResponse.SerializeToString,
+            ),
+            'RenewParcels': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewParcels,
+                    request_deserializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.RenewParcelsRequest.FromString,
+                    response_serializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.RenewParcelsResponse.SerializeToString,
+            ),
+            'ReleaseParcels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseParcels,
+                    request_deserializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.ReleaseParcelsRequest.FromString,
+                    response_serializer=vlcache_dot_worker_dot_v1_dot_prefill__pb2.ReleaseParcelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +186,87 @@ class PrefillService(object):
             '/vlcache.worker.v1.PrefillService/Prefill',
             vlcache_dot_worker_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
             vlcache_dot_worker_dot_v1_dot_prefill__pb2.PrefillEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vlcache.worker.v1.PrefillService/Resend',
+            vlcache_dot_worker_dot_v1_dot_prefill__pb2.ResendRequest.SerializeToString,
+            vlcache_dot_worker_dot_v1_dot_prefill__pb2.ResendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewParcels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vlcache.worker.v1.PrefillService/RenewParcels',
+            vlcache_dot_worker_dot_v1_dot_prefill__pb2.RenewParcelsRequest.SerializeToString,
+            vlcache_dot_worker_dot_v1_dot_prefill__pb2.RenewParcelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseParcels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vlcache.worker.v1.PrefillService/ReleaseParcels',
+            vlcache_dot_worker_dot_v1_dot_prefill__pb2.ReleaseParcelsRequest.SerializeToString,
+            vlcache_dot_worker_dot_v1_dot_prefill__pb2.ReleaseParcelsResponse.FromString,
             options,
             channel_credentials,
             insecure,
