@@ -7,8 +7,8 @@ keys point the same way should rather keep what differs.
     norm_j  = |v_j|,  div_j = -k_j . u               both min-max to [0, 1], then scaled to the mean of attn
     score_j = (1 - r) (attn_j + norm_j) + r div_j    per KV head, attn = score of the base policy
 
-Base, its budgets and its window are those of SnapKV or VL-Cache with their defaults; tokens of SnapKV's window take no
-part. The authors' code reads r from a table that was made offline for one model; here it is the prompt's, by their
+Base, its budgets and its window are those of SnapKV or VL-Cache with their defaults, but for VL-Cache's shared heads: here
+each KV head mixes and chooses by itself. Tokens of SnapKV's window take no part. The authors' code reads r from a table that was made offline for one model; here it is the prompt's, by their
 formula.
 """
 
@@ -26,7 +26,7 @@ from prefill_worker.compression.policy import Policy, TokenBudget
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.statistics import ObservedLayer, Statistic
 
-SNAP_KV, VL_CACHE = SnapKV(), VLCache()
+SNAP_KV, VL_CACHE = SnapKV(), VLCache(shared_heads=False)
 BASES: dict[str, Policy] = {base.name: base for base in (SNAP_KV, VL_CACHE)}
 # Divisors that are 0 only where what they divide is 0, too.
 TINY = torch.finfo(torch.float32).tiny

@@ -44,9 +44,9 @@ def kept_by(policy: Policy, budget: Budget) -> list[Selection]:
     ("written", "policy"),
     [
         ("vl_cache", VLCache()),
-        ("vl_cache:shared_heads=true", VLCache(shared_heads=True)),
+        ("vl_cache:shared_heads=false", VLCache(shared_heads=False)),
         ("snap_kv:window=16,pooling=max", SnapKV(window=16, pooling="max")),
-        ("vl_cache:threshold=1e-1,max_rows=0,shared_heads=false", VLCache(threshold=0.1, max_rows=0)),
+        ("vl_cache:threshold=1e-1,max_rows=0,shared_heads=true", VLCache(threshold=0.1, max_rows=0)),
         ("oracle", Oracle(answer=ANSWER)),
         ("oracle:base=snap_kv,window=4", SnapKV(window=4)),
     ],

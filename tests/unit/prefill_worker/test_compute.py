@@ -203,7 +203,7 @@ def test_what_several_jobs_need_is_measured_once(
         return plain(layer, rows, threshold)
 
     monkeypatch.setattr(LayerAttention, "sweep", sweep)
-    jobs = several((POLICY, 0.3), (POLICY, 0.5), (VLCache(shared_heads=True), 0.3))
+    jobs = several((POLICY, 0.3), (POLICY, 0.5), (VLCache(shared_heads=False), 0.3))
     prefilled = compute.prefill(jobs, prompt, threading.Event())
     assert len(sweeps) == len(prefilled.keys)
 

@@ -197,10 +197,11 @@ def test_rows_that_see_no_visual_token_leave_no_number_undefined() -> None:
     assert not scores.isnan().any()
 
 
-def test_a_prompt_without_an_image_is_vl_caches() -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_prompt_without_an_image_is_vl_caches(shared: bool) -> None:
     prompt = prompt_shape(150)
     layers = [random_attention(prompt, seed=seed, spread=1.0 + seed) for seed in range(2)]
-    policy, other = AirCache(max_rows=20, shared=True), VLCache(max_rows=20, shared_heads=True)
+    policy, other = AirCache(max_rows=20, shared=shared), VLCache(max_rows=20, shared_heads=shared)
     assert statistics_for(policy, prompt) == statistics_for(other, prompt)
     expected = select_tokens(other, [observe(other, layer) for layer in layers], Budget(retention=0.3))
     for ours, theirs in zip(select(layers, policy, Budget(retention=0.3)), expected, strict=True):

@@ -29,7 +29,7 @@ PROMPTS = {
     "one token": prompt_shape(1),
 }
 MONOTONE = [build_policy(name, {}) for name, kind in POLICIES.items() if kind.monotone]
-MONOTONE += [VLCache(budget="paper"), VLCache(budget="uniform"), VLCache(shared_heads=True), MixKV(base="vl_cache")]
+MONOTONE += [VLCache(budget="paper"), VLCache(budget="uniform"), VLCache(shared_heads=False), MixKV(base="vl_cache")]
 every_monotone = pytest.mark.parametrize("policy", MONOTONE, ids=lambda policy: repr(policy)[:60])
 
 

@@ -25,7 +25,7 @@ def test_the_default_is_vl_cache_with_its_documented_parameters() -> None:
         "max_rows": 64,
         "recent_share": 0.1,
         "min_tokens": 16,
-        "shared_heads": False,
+        "shared_heads": True,
     }
     assert {field.name: field.default for field in fields(VLCache)} == expected
     assert DEFAULT_POLICY in POLICIES
@@ -145,8 +145,8 @@ def test_a_request_without_settings_gets_the_workers_defaults() -> None:
 
 def test_parameters_travel_in_the_message() -> None:
     message = prefill_request(retention=0.5)
-    message.request.compression.parameters.update({"max_rows": 8, "shared_heads": True, "budget": "paper"})
-    assert read_job(message).policy == VLCache(max_rows=8, shared_heads=True, budget="paper")
+    message.request.compression.parameters.update({"max_rows": 8, "shared_heads": False, "budget": "paper"})
+    assert read_job(message).policy == VLCache(max_rows=8, shared_heads=False, budget="paper")
 
 
 @pytest.mark.parametrize("value", [NAN, INF, None, [1.0], {"a": 1.0}, "x", True])

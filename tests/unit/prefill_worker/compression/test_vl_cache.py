@@ -55,13 +55,13 @@ def two_heads(policy: VLCache) -> ObservedLayer:
     return layer_of(policy, mass, [8, 8, 13, 13])  # of 21 causal entries
 
 
-def test_each_kv_head_chooses_for_itself() -> None:
-    policy = VLCache(recent_share=0.0)
+def test_each_kv_head_chooses_for_itself_where_asked() -> None:
+    policy = VLCache(recent_share=0.0, shared_heads=False)
     assert positions(policy.select(policy.score(two_heads(policy)), [2, 2])) == [[0, 2], [1, 3]]
 
 
 def test_shared_heads_choose_together() -> None:
-    policy = VLCache(recent_share=0.0, shared_heads=True)
+    policy = VLCache(recent_share=0.0)
     assert positions(policy.select(policy.score(two_heads(policy)), [3, 3])) == [[0, 2, 3]] * 2
 
 
@@ -71,7 +71,7 @@ def test_sparsity_is_the_mean_over_query_heads() -> None:
 
 
 def test_the_pipeline_reports_the_mass_that_it_kept() -> None:
-    policy = VLCache(recent_share=0.0, min_tokens=1)
+    policy = VLCache(recent_share=0.0, min_tokens=1, shared_heads=False)
     (selection,) = select_tokens(policy, [two_heads(policy)], Budget(max_kept_tokens=2))
     assert positions(selection) == [[0, 2], [1, 3]]
     assert selection.attention_mass == pytest.approx(0.9)

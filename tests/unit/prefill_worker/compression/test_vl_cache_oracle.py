@@ -64,7 +64,7 @@ def select(engine: PrefillEngine, prompt: Prompt, policy: VLCache, retention: st
 def test_statistics_are_those_of_the_attention_matrix(
     engine: PrefillEngine, whole: Any, builder: PromptBuilder, kind: str, max_rows: int
 ) -> None:
-    prompt, policy = prompt_of(kind, builder), VLCache(max_rows=max_rows, threshold=0.05)
+    prompt, policy = prompt_of(kind, builder), VLCache(max_rows=max_rows, threshold=0.05, shared_heads=False)
     rows = oracle.observed_rows(visual_positions(prompt), prompt.shape.num_tokens, max_rows)
     layers = observe(engine, prompt, policy)
     assert len(layers) == LAYERS
@@ -81,7 +81,8 @@ def test_statistics_are_those_of_the_attention_matrix(
 def test_budgets_and_kept_sets_are_those_of_the_naive_method(
     engine: PrefillEngine, whole: Any, builder: PromptBuilder, kind: str, retention: str, budget: str
 ) -> None:
-    prompt, policy = prompt_of(kind, builder), VLCache(budget=budget, min_tokens=1, threshold=0.05)
+    prompt = prompt_of(kind, builder)
+    policy = VLCache(budget=budget, min_tokens=1, threshold=0.05, shared_heads=False)
     tokens, share = prompt.shape.num_tokens, Fraction(retention)
     selections = select(engine, prompt, policy, retention)
 
@@ -101,7 +102,7 @@ def test_budgets_and_kept_sets_are_those_of_the_naive_method(
 def test_shared_heads_score_by_the_sum_over_all_heads(
     engine: PrefillEngine, whole: Any, builder: PromptBuilder
 ) -> None:
-    prompt, policy = prompt_of("image", builder), VLCache(shared_heads=True, min_tokens=2, recent_share=0.0)
+    prompt, policy = prompt_of("image", builder), VLCache(min_tokens=2, recent_share=0.0)
     selections = select(engine, prompt, policy, "0.25")
     rows = oracle.observed_rows(visual_positions(prompt), prompt.shape.num_tokens)
     for selection, attention in zip(selections, attention_of(whole, prompt), strict=True):
