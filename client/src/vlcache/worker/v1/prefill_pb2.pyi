@@ -9,18 +9,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request", "attempt", "ticket", "epoch", "delivered")
+    __slots__ = ("request", "attempt", "ticket", "epoch", "delivered", "tenant")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     DELIVERED_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request: _inference_pb2.GenerateRequest
     attempt: int
     ticket: Ticket
     epoch: str
     delivered: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., epoch: _Optional[str] = ..., delivered: _Optional[_Iterable[int]] = ...) -> None: ...
+    tenant: str
+    def __init__(self, request: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., epoch: _Optional[str] = ..., delivered: _Optional[_Iterable[int]] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("decode_worker", "decode_address", "token", "transport", "lease_s", "promised_tokens")
