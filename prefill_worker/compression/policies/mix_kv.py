@@ -7,9 +7,9 @@ keys point the same way should rather keep what differs.
     norm_j  = |v_j|,  div_j = -k_j . u               both min-max to [0, 1], then scaled to the mean of attn
     score_j = (1 - r) (attn_j + norm_j) + r div_j    per KV head, attn = score of the base policy
 
-Base, its budgets and its window are those of SnapKV or VL-Cache with their defaults, but for VL-Cache's shared heads: here
-each KV head mixes and chooses by itself. Tokens of SnapKV's window take no part. The authors' code reads r from a table that was made offline for one model; here it is the prompt's, by their
-formula.
+Base, its budgets and its window are those of SnapKV or VL-Cache with their defaults, but that each KV head selects for
+itself in either; tokens of SnapKV's window take no part. The authors' code reads r from a table that was made offline
+for one model; here it is the prompt's, by their formula.
 """
 
 from __future__ import annotations
