@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from vlcache.v1 import inference_pb2 as public
 
 Size = tuple[int, int]
@@ -41,7 +42,7 @@ class ImageGrid:
 
 
 def image_grids(
-    processor: Any, visual: torch.Tensor, pixel_values: torch.Tensor, sizes: Sequence[Size]
+    processor: Any, visual: NDArray[np.bool_], pixel_values: NDArray[Any], sizes: Sequence[Size]
 ) -> tuple[ImageGrid, ...]:
     """The grids of a prompt's images, all of which take equally many tokens.
 
@@ -52,7 +53,7 @@ def image_grids(
     """
     height, width = pixel_values.shape[-2:]
     rows, columns = height // processor.patch_size, width // processor.patch_size
-    places = visual.nonzero().view(len(sizes), -1)
+    places = np.flatnonzero(visual).reshape(len(sizes), -1)
     # what the vision tower has beside patches, a class token, comes first
     firsts = (places[:, 0] + places.shape[1] - rows * columns).tolist()
     boxes = [_seen(processor.image_processor, size) for size in sizes]

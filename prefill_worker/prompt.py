@@ -1,4 +1,4 @@
-"""From a chat request to the tensors of the model: checks, chat template, image and text processing."""
+"""A prompt as the model takes it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
-from jinja2.exceptions import TemplateError
-from PIL import Image
 from vlcache.v1 import inference_pb2 as pb
 
 from prefill_worker.compression.prompt_shape import PromptShape
-from prefill_worker.image_grid import ImageGrid, image_grids
-from prefill_worker.images import open_images
-from prefill_worker.token_kinds import TokenKinds
-from shared.errors import ContextTooLongError, InvalidRequestError
+from prefill_worker.image_grid import ImageGrid
+from prefill_worker.preprocess.processed import ProcessedPrompt
+from prefill_worker.preprocess.processing import PromptLimits, PromptProcessor
 from shared.model.spec import VLMSpec
-
-ROLES = ("system", "user", "assistant")
-# No tokenizer makes fewer tokens than this of running text: refuses absurd texts before tokenising them.
-MAX_BYTES_PER_TOKEN = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +26,7 @@ class Prompt:
         next_position: RoPE position of the first generated token.
         pixels: Pixels of each image as sent.
         grids: Where the visual tokens of each image lie.
+        tenant: Whose images they are: what is kept of them is used for nobody else.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -42,128 +35,47 @@ class Prompt:
     shape: PromptShape
     pixels: tuple[int, ...]
     grids: tuple[ImageGrid, ...] = ()
+    tenant: str = ""
 
-
-class PromptBuilder:
-    """Turns messages into a `Prompt`. Thread-safe; called in the preprocessing threads."""
-
-    def __init__(self, processor: Any, spec: VLMSpec, *, max_images: int) -> None:
-        self._processor = processor
-        self._spec = spec
-        self._max_images = max_images
-        self._kinds = TokenKinds(processor.tokenizer, spec.image_token_id)
-        self._reserved = tuple(processor.tokenizer.added_tokens_encoder)
-
-    def build(self, messages: Sequence[pb.Message], *, max_new_tokens: int) -> Prompt:
-        """Checks and tokenises a conversation.
-
-        Raises:
-            InvalidRequestError: Bad roles, texts or images.
-            ContextTooLongError: Prompt and answer do not fit the context.
-        """
-        self._check_messages(messages)
-        encoded = [part.image.data for message in messages for part in message.parts if part.HasField("image")]
-        images = open_images(encoded)
-        inputs = self._process(self._render(messages), images)
-        num_tokens = inputs["input_ids"].shape[1]
-        self._check_context(num_tokens, max_new_tokens)
-        shape = self._shape(inputs)
-        return Prompt(
+    @classmethod
+    def of(cls, processed: ProcessedPrompt, *, image_token_id: int, tenant: str = "") -> Prompt:
+        """The tensors of a preprocessed request; they share its memory."""
+        inputs = {name: torch.from_numpy(array) for name, array in processed.inputs.items()}
+        num_tokens = len(processed.input_ids)
+        return cls(
             inputs=inputs,
             position_ids=torch.arange(num_tokens)[None],
             next_position=num_tokens,
-            shape=shape,
-            pixels=tuple(image.width * image.height for image in images),
-            grids=self._grids(inputs, shape, images),
-        )
-
-    def template_tokens(self) -> int:
-        """Upper bound of what the chat template adds to a message: its bytes, whatever they merge with."""
-        return len(self._render([_empty_message(0)]).encode())
-
-    def image_tokens(self) -> int:
-        """Upper bound of the tokens of one image together with what the template puts around it."""
-        side = self._spec.image_side
-        inputs = self._process(self._render([_empty_message(1)]), [Image.new("RGB", (side, side))])
-        return self._shape(inputs).num_visual + self.marker_tokens()
-
-    def marker_tokens(self) -> int:
-        """Upper bound of the text tokens that the template puts around one image."""
-        # the marker of the last image is the longest one: it may carry the image's number
-        last = len(self._render([_empty_message(self._max_images)]).encode())
-        return last - len(self._render([_empty_message(self._max_images - 1)]).encode())
-
-    def _check_messages(self, messages: Sequence[pb.Message]) -> None:
-        # joined: the template puts the parts of a message together, and so would a reserved token that was cut in two
-        texts = ["".join(part.text for part in message.parts) for message in messages]
-        images = sum(part.HasField("image") for message in messages for part in message.parts)
-        if not any(text.strip() for text in texts):
-            raise InvalidRequestError("the prompt has no text", reason="EMPTY_PROMPT")
-        for message in messages:
-            if message.role not in ROLES:
-                raise InvalidRequestError(f"a role is one of {', '.join(ROLES)}, not {message.role!r}")
-            if any(part.WhichOneof("part") is None for part in message.parts):
-                raise InvalidRequestError("a message part is neither text nor image")
-        if messages[-1].role != "user":
-            raise InvalidRequestError("the last message must come from the user")
-        if images > self._max_images:
-            raise InvalidRequestError(f"{images} images; at most {self._max_images} are allowed")
-        self._check_texts(texts)
-
-    def _check_texts(self, texts: Sequence[str]) -> None:
-        limit = self._spec.context_tokens
-        if sum(len(text) for text in texts) > limit * MAX_BYTES_PER_TOKEN:
-            raise ContextTooLongError(f"the text is far longer than the context of {limit} tokens")
-        # the tokenizer would take it for the real token: a forged image, or the end of a turn
-        for token in self._reserved:
-            if any(token in text for text in texts):
-                raise InvalidRequestError(f"the text contains the reserved token {token!r}", reason="RESERVED_TOKEN")
-
-    def _render(self, messages: Sequence[pb.Message]) -> str:
-        chat = [{"role": message.role, "content": [_content(part) for part in message.parts]} for message in messages]
-        try:
-            return self._processor.apply_chat_template(chat, add_generation_prompt=True)
-        except TemplateError as error:
-            raise InvalidRequestError(f"the model's chat template refuses this conversation: {error}") from error
-
-    def _process(self, text: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        # the template writes the special tokens itself
-        encoded = self._processor(images=images or None, text=text, add_special_tokens=False, return_tensors="pt")
-        # one unpadded prompt: the mask is all ones, and without it the plain causal path is taken
-        return {name: tensor for name, tensor in encoded.items() if name != "attention_mask"}
-
-    def _check_context(self, num_tokens: int, max_new_tokens: int) -> None:
-        limit = self._spec.context_tokens
-        if num_tokens + max_new_tokens > limit:
-            raise ContextTooLongError(
-                f"the prompt has {num_tokens} tokens and max_new_tokens is {max_new_tokens}; the context is {limit}"
-            )
-
-    def _grids(
-        self, inputs: dict[str, torch.Tensor], shape: PromptShape, images: list[Image.Image]
-    ) -> tuple[ImageGrid, ...]:
-        if not images:
-            return ()
-        return image_grids(self._processor, shape.visual, inputs["pixel_values"], [image.size for image in images])
-
-    def _shape(self, inputs: dict[str, torch.Tensor]) -> PromptShape:
-        seed = xxhash.xxh3_64()
-        for name in sorted(inputs):
-            seed.update(inputs[name].contiguous().numpy().data)
-        ids = inputs["input_ids"][0]
-        tokens = ids.tolist()
-        return PromptShape(
-            visual=ids == self._spec.image_token_id,
-            special=self._kinds.special(tokens),
-            punctuation=self._kinds.punctuation(tokens),
-            seed=seed.intdigest(),
+            shape=PromptShape(
+                visual=inputs["input_ids"][0] == image_token_id,
+                special=processed.special,
+                punctuation=processed.punctuation,
+                seed=processed.seed,
+            ),
+            pixels=processed.pixels,
+            grids=processed.grids,
+            tenant=tenant,
         )
 
 
-def _content(part: pb.Part) -> dict[str, str]:
-    return {"type": "image"} if part.HasField("image") else {"type": "text", "text": part.text}
+class PromptBuilder:
+    """Turns messages into a `Prompt`, in the process that it is called in. Thread-safe."""
+
+    def __init__(self, processor: Any, spec: VLMSpec, *, max_images: int) -> None:
+        self._image_token_id = spec.image_token_id
+        self.processing = PromptProcessor(processor, prompt_limits(spec, max_images=max_images))
+
+    def build(self, messages: Sequence[pb.Message], *, max_new_tokens: int, tenant: str = "") -> Prompt:
+        """Checks and tokenises a conversation; raises as `PromptProcessor.process`."""
+        processed = self.processing.process(messages, max_new_tokens=max_new_tokens)
+        return Prompt.of(processed, image_token_id=self._image_token_id, tenant=tenant)
 
 
-def _empty_message(num_images: int) -> pb.Message:
-    images = [pb.Part(image=pb.Image()) for _ in range(num_images)]
-    return pb.Message(role="user", parts=[*images, pb.Part(text="")])
+def prompt_limits(spec: VLMSpec, *, max_images: int) -> PromptLimits:
+    """What preprocessing must know of a model."""
+    return PromptLimits(
+        image_token_id=spec.image_token_id,
+        image_side=spec.image_side,
+        context_tokens=spec.context_tokens,
+        max_images=max_images,
+    )

@@ -24,7 +24,8 @@ from shared.kv.arena_socket import ArenaServer
 from shared.kv.transport.local import LocalReceiver
 from shared.model.checkpoint import open_checkpoint
 from shared.model.identity import ModelIdentity
-from shared.model.loading import load_prefill_model, load_processor
+from shared.model.loading import load_prefill_model
+from shared.model.processor import load_processor
 from shared.model.spec import VLMSpec
 from shared.rpc.lifecycle import new_epoch
 from shared.rpc.options import MAX_REQUEST_BYTES, MIB
@@ -138,9 +139,9 @@ class PrefillWorker:
 def _served_model(config: PrefillConfig, identity: ModelIdentity, builder: PromptBuilder) -> worker_pb2.ServedModel:
     served = identity.to_proto()
     served.max_images = config.max_images
-    served.template_tokens = builder.template_tokens()
-    served.max_tokens_per_image = builder.image_tokens()
-    served.max_marker_tokens_per_image = builder.marker_tokens()
+    served.template_tokens = builder.processing.template_tokens()
+    served.max_tokens_per_image = builder.processing.image_tokens()
+    served.max_marker_tokens_per_image = builder.processing.marker_tokens()
     served.policies.extend(sorted(CHOICES))
     served.default_policy = DEFAULT_POLICY
     served.default_retention = config.default_retention

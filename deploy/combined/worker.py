@@ -9,8 +9,9 @@ import prefill_worker.worker as prefill
 from deploy.combined.config import CombinedConfig
 from prefill_worker.engine import PrefillEngine
 from shared.model.checkpoint import open_checkpoint
-from shared.model.loading import load_prefill_model, load_processor, load_tokenizer
+from shared.model.loading import load_prefill_model, load_tokenizer
 from shared.model.packing import pack_linears
+from shared.model.processor import load_processor
 from shared.rpc.lifecycle import new_epoch
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from shared.kv.layout import KVLayout
 from shared.model.attention import DECODE_ATTENTION, PREFILL_ATTENTION
@@ -52,11 +52,6 @@ def load_spec(path: Path, dtype: torch.dtype) -> VLMSpec:
     """Reads what the services need to know about a checkpoint."""
     config = AutoConfig.from_pretrained(path)
     return VLMSpec.from_config(config, eos_token_ids=_eos_token_ids(path, config), dtype=dtype)
-
-
-def load_processor(path: Path) -> Any:
-    """Tokenizer and image processor. Always the PIL backend: the torchvision one resizes slightly differently."""
-    return AutoProcessor.from_pretrained(path, backend="pil")
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -11,7 +11,8 @@ from transformers import AttentionInterface
 
 from decode_worker.engine import EagerEngine, highest_tokens
 from decode_worker.sequence import Sequence
-from shared.model.loading import load_decode_model, load_processor
+from shared.model.loading import load_decode_model
+from shared.model.processor import load_processor
 from shared.model.sampler import sample
 from tests.unit.decode_worker.pools import CPU, POOLS, Pool, poison
 from tests.unit.decode_worker.sequences import (

@@ -21,7 +21,8 @@ from prefill_worker.job import PrefillJob
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity
-from shared.model.loading import load_decode_model, load_prefill_model, load_processor, load_spec
+from shared.model.loading import load_decode_model, load_prefill_model, load_spec
+from shared.model.processor import load_processor
 from shared.request.params import Budget, Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.pools import CPU, POOLS, poison

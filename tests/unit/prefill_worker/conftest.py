@@ -8,7 +8,8 @@ import torch
 
 from prefill_worker.engine import PrefillEngine
 from prefill_worker.prompt import PromptBuilder
-from shared.model.loading import load_prefill_model, load_processor, load_spec
+from shared.model.loading import load_prefill_model, load_spec
+from shared.model.processor import load_processor
 from tests.unit.decode_worker.tiny import load_whole, save_checkpoint
 
 

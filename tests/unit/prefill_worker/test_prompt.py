@@ -1,6 +1,7 @@
 """From messages to tensors: what a prompt becomes, and what is refused."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from vlcache.v1 import inference_pb2 as pb
 
-from prefill_worker.prompt import MAX_BYTES_PER_TOKEN, Prompt, PromptBuilder
+from prefill_worker.preprocess.processing import MAX_BYTES_PER_TOKEN, PromptProcessor
+from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import ContextTooLongError, InvalidRequestError, ServiceError
 from tests.unit.decode_worker.tiny import CONTEXT, VISUAL_TOKENS, processor, tokenizer
 from tests.unit.prefill_worker.prompts import QUESTION, encoded, message, picture, user
@@ -21,6 +23,12 @@ MAX_IMAGES = 3
 
 def build(builder: PromptBuilder, *messages: pb.Message, max_new_tokens: int = 1) -> Prompt:
     return builder.build(messages, max_new_tokens=max_new_tokens)
+
+
+def with_processor(builder: PromptBuilder, other: Any) -> PromptBuilder:
+    changed = copy.copy(builder)
+    changed.processing = PromptProcessor(other, builder.processing._limits)
+    return changed
 
 
 def test_a_prompt_is_the_template_filled_in(builder: PromptBuilder) -> None:
@@ -42,7 +50,7 @@ def test_a_tokenizer_that_adds_its_own_tokens_adds_none(builder: PromptBuilder) 
     adds_bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer().bos_token_id)])
     made.tokenizer.backend_tokenizer.post_processor = adds_bos
     assert made.tokenizer("x")["input_ids"][0] == tokenizer().bos_token_id
-    prompt = build(PromptBuilder(made, builder._spec, max_images=1), user("Hi"))
+    prompt = build(with_processor(builder, made), user("Hi"))
     assert prompt.inputs["input_ids"].tolist() == build(builder, user("Hi")).inputs["input_ids"].tolist()
 
 
@@ -54,7 +62,9 @@ def test_an_image_becomes_its_visual_tokens(builder: PromptBuilder) -> None:
     assert (prompt.shape.num_tokens, prompt.shape.num_visual) == (len(ids), VISUAL_TOKENS)
     assert prompt.shape.visual.nonzero().flatten().tolist() == positions
     assert prompt.shape.last_visual == positions[-1]
-    assert prompt.inputs["pixel_values"].shape == (1, 3, 28, 28)
+    seen = processor()(images=[picture(1, (40, 30))], text="<image>", return_tensors="pt")["pixel_values"]
+    assert torch.equal(prompt.inputs["pixel_values"], seen)
+    assert seen.shape == (1, 3, 28, 28)
     assert prompt.position_ids.tolist() == [[*range(len(ids))]]
     assert prompt.next_position == len(ids)
     assert prompt.pixels == (40 * 30,)
@@ -81,7 +91,7 @@ def test_several_images_keep_their_order(builder: PromptBuilder) -> None:
 
 def test_an_image_may_come_last(builder: PromptBuilder) -> None:
     template = "{% for m in messages %}{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}{% endfor %}"
-    image_last = PromptBuilder(processor(template), builder._spec, max_images=1)
+    image_last = with_processor(builder, processor(template))
     prompt = build(image_last, user("Look:", PICTURE))
     assert prompt.shape.last_visual == prompt.shape.num_tokens - 1
 
@@ -140,7 +150,8 @@ def test_prompt_and_answer_must_fit_the_context(builder: PromptBuilder) -> None:
 def test_an_absurdly_long_text_is_refused_before_it_is_tokenised(
     builder: PromptBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(builder._processor), "__call__", lambda *_, **__: pytest.fail("it was tokenised"))
+    processing = builder.processing._processor
+    monkeypatch.setattr(type(processing), "__call__", lambda *_, **__: pytest.fail("it was tokenised"))
     half = "x" * (CONTEXT * MAX_BYTES_PER_TOKEN // 2)
     with pytest.raises(ContextTooLongError, match="far longer than the context"):
         build(builder, message("system", half), user(half + "x"))
@@ -149,7 +160,7 @@ def test_an_absurdly_long_text_is_refused_before_it_is_tokenised(
 def test_too_many_images_are_refused_before_one_is_opened(
     builder: PromptBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefill_worker.prompt.open_images", lambda *_: pytest.fail("it was opened"))
+    monkeypatch.setattr("prefill_worker.preprocess.processing.open_images", lambda *_: pytest.fail("it was opened"))
     with pytest.raises(InvalidRequestError, match="at most"):
         build(builder, user("hi", *[PICTURE] * (MAX_IMAGES + 1)))
 
@@ -157,7 +168,7 @@ def test_too_many_images_are_refused_before_one_is_opened(
 def test_a_template_that_refuses_is_answered_with_its_reason(builder: PromptBuilder) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InvalidRequestError, match="roles must alternate"):
-        build(PromptBuilder(processor(template), builder._spec, max_images=1), user("hi"))
+        build(with_processor(builder, processor(template)), user("hi"))
 
 
 # what protobuf strings can hold: everything but lone surrogates
@@ -181,5 +192,6 @@ def test_any_text_makes_a_prompt_or_a_service_error(
     assert ids.count(tokenizer().eos_token_id) == sum(role == "assistant" for role, _ in turns)
     # what the router reserves by: a byte is at least as long as a token
     text_bytes = sum(len(part.encode()) for _, parts in [*turns, ("user", last)] for part in parts if part != PICTURE)
-    bound = text_bytes + len(messages) * builder.template_tokens() + images * builder.image_tokens()
+    processing = builder.processing
+    bound = text_bytes + len(messages) * processing.template_tokens() + images * processing.image_tokens()
     assert len(ids) <= bound

@@ -21,7 +21,8 @@ from prefill_worker.engine import PrefillEngine
 from prefill_worker.prompt import PromptBuilder
 from router.validation import AcceptedRequest, accept
 from shared.errors import ServiceError
-from shared.model.loading import load_processor, load_spec
+from shared.model.loading import load_spec
+from shared.model.processor import load_processor
 from shared.request.params import MIN_KEPT_TOKENS, Budget, BudgetScope
 from tests.unit.decode_worker.tiny import CONTEXT, KV_HEADS, LAYERS
 from tests.unit.prefill_worker.prompts import encoded, message, picture, user
@@ -53,9 +54,9 @@ def model(builder: PromptBuilder) -> worker_pb2.ServedModel:
         name="tiny",
         context_tokens=CONTEXT,
         max_images=MAX_IMAGES,
-        template_tokens=builder.template_tokens(),
-        max_tokens_per_image=builder.image_tokens(),
-        max_marker_tokens_per_image=builder.marker_tokens(),
+        template_tokens=builder.processing.template_tokens(),
+        max_tokens_per_image=builder.processing.image_tokens(),
+        max_marker_tokens_per_image=builder.processing.marker_tokens(),
         policies=["vl_cache"],
         default_policy="vl_cache",
         default_retention=0.1,

@@ -17,12 +17,12 @@ from shared.model.loading import (
     compatibility_hash,
     load_decode_model,
     load_prefill_model,
-    load_processor,
     load_spec,
     load_tokenizer,
     pick_dtype,
     resolve_checkpoint,
 )
+from shared.model.processor import load_processor
 from shared.model.spec import UnsupportedModelError
 from tests.unit.shared.tiny_llava import HEAD_DIM, KV_HEADS, LAYERS, PlainHook, copied, edit_json, edit_weights
 

@@ -1,0 +1,39 @@
+"""A request as tokens and pixels: what preprocessing hands on. No torch here, so that its processes stay small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefill_worker.image_grid import ImageGrid
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ProcessedPrompt:
+    """One unpadded prompt.
+
+    Attributes:
+        inputs: input_ids [1, num_tokens] int64 and, with images, what the image processor made.
+        special: Positions of special tokens that do not stand for images, ascending.
+        punctuation: Positions of tokens that are punctuation and nothing else, ascending.
+        seed: Hash of `inputs`.
+        pixels: Pixels of each image as sent.
+        grids: Where the visual tokens of each image lie.
+    """
+
+    inputs: dict[str, Array]
+    special: tuple[int, ...]
+    punctuation: tuple[int, ...]
+    seed: int
+    pixels: tuple[int, ...]
+    grids: tuple[ImageGrid, ...] = ()
+
+    @property
+    def input_ids(self) -> NDArray[np.int64]:
+        """[num_tokens]."""
+        return self.inputs["input_ids"][0]

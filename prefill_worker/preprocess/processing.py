@@ -1,0 +1,157 @@
+"""From a chat request to arrays: checks, chat template, image and text processing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from jinja2.exceptions import TemplateError
+from numpy.typing import NDArray
+from PIL import Image
+from vlcache.v1 import inference_pb2 as pb
+
+from prefill_worker.image_grid import ImageGrid, image_grids
+from prefill_worker.images import open_images
+from prefill_worker.preprocess.processed import Array, ProcessedPrompt
+from prefill_worker.token_kinds import TokenKinds
+from shared.errors import ContextTooLongError, InvalidRequestError
+
+ROLES = ("system", "user", "assistant")
+# No tokenizer makes fewer tokens than this of running text: refuses absurd texts before tokenising them.
+MAX_BYTES_PER_TOKEN = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLimits:
+    """What preprocessing must know of the model beside its processor; `image_side` in pixels."""
+
+    image_token_id: int
+    image_side: int
+    context_tokens: int
+    max_images: int
+
+
+class PromptProcessor:
+    """Turns messages into a `ProcessedPrompt`. Thread-safe.
+
+    Args:
+        processor: Tokenizer and image processor, see `load_processor`.
+    """
+
+    def __init__(self, processor: Any, limits: PromptLimits) -> None:
+        self._processor = processor
+        self._limits = limits
+        self._kinds = TokenKinds(processor.tokenizer, limits.image_token_id)
+        self._reserved = tuple(processor.tokenizer.added_tokens_encoder)
+
+    def process(self, messages: Sequence[pb.Message], *, max_new_tokens: int) -> ProcessedPrompt:
+        """Checks and tokenises a conversation.
+
+        Raises:
+            InvalidRequestError: Bad roles, texts or images.
+            ContextTooLongError: Prompt and answer do not fit the context.
+        """
+        self._check_messages(messages)
+        encoded = [part.image.data for message in messages for part in message.parts if part.HasField("image")]
+        images = open_images(encoded)
+        inputs = self._process(self._render(messages), images)
+        tokens = inputs["input_ids"][0].tolist()
+        self._check_context(len(tokens), max_new_tokens)
+        return ProcessedPrompt(
+            inputs=inputs,
+            special=self._kinds.special(tokens),
+            punctuation=self._kinds.punctuation(tokens),
+            seed=_hash(inputs),
+            pixels=tuple(image.width * image.height for image in images),
+            grids=self._grids(inputs, images),
+        )
+
+    def template_tokens(self) -> int:
+        """Upper bound of what the chat template adds to a message: its bytes, whatever they merge with."""
+        return len(self._render([_empty_message(0)]).encode())
+
+    def image_tokens(self) -> int:
+        """Upper bound of the tokens of one image together with what the template puts around it."""
+        side = self._limits.image_side
+        inputs = self._process(self._render([_empty_message(1)]), [Image.new("RGB", (side, side))])
+        return int(self._visual(inputs).sum()) + self.marker_tokens()
+
+    def marker_tokens(self) -> int:
+        """Upper bound of the text tokens that the template puts around one image."""
+        # the marker of the last image is the longest one: it may carry the image's number
+        last = len(self._render([_empty_message(self._limits.max_images)]).encode())
+        return last - len(self._render([_empty_message(self._limits.max_images - 1)]).encode())
+
+    def _check_messages(self, messages: Sequence[pb.Message]) -> None:
+        # joined: the template puts the parts of a message together, and so would a reserved token that was cut in two
+        texts = ["".join(part.text for part in message.parts) for message in messages]
+        images = sum(part.HasField("image") for message in messages for part in message.parts)
+        if not any(text.strip() for text in texts):
+            raise InvalidRequestError("the prompt has no text", reason="EMPTY_PROMPT")
+        for message in messages:
+            if message.role not in ROLES:
+                raise InvalidRequestError(f"a role is one of {', '.join(ROLES)}, not {message.role!r}")
+            if any(part.WhichOneof("part") is None for part in message.parts):
+                raise InvalidRequestError("a message part is neither text nor image")
+        if messages[-1].role != "user":
+            raise InvalidRequestError("the last message must come from the user")
+        if images > self._limits.max_images:
+            raise InvalidRequestError(f"{images} images; at most {self._limits.max_images} are allowed")
+        self._check_texts(texts)
+
+    def _check_texts(self, texts: Sequence[str]) -> None:
+        limit = self._limits.context_tokens
+        if sum(len(text) for text in texts) > limit * MAX_BYTES_PER_TOKEN:
+            raise ContextTooLongError(f"the text is far longer than the context of {limit} tokens")
+        # the tokenizer would take it for the real token: a forged image, or the end of a turn
+        for token in self._reserved:
+            if any(token in text for text in texts):
+                raise InvalidRequestError(f"the text contains the reserved token {token!r}", reason="RESERVED_TOKEN")
+
+    def _render(self, messages: Sequence[pb.Message]) -> str:
+        chat = [{"role": message.role, "content": [_content(part) for part in message.parts]} for message in messages]
+        try:
+            return self._processor.apply_chat_template(chat, add_generation_prompt=True)
+        except TemplateError as error:
+            raise InvalidRequestError(f"the model's chat template refuses this conversation: {error}") from error
+
+    def _process(self, text: str, images: list[Image.Image]) -> dict[str, Array]:
+        # the template writes the special tokens itself
+        encoded = self._processor(images=images or None, text=text, add_special_tokens=False, return_tensors="np")
+        # one unpadded prompt: the mask is all ones, and without it the plain causal path is taken
+        return {name: np.ascontiguousarray(array) for name, array in encoded.items() if name != "attention_mask"}
+
+    def _check_context(self, num_tokens: int, max_new_tokens: int) -> None:
+        limit = self._limits.context_tokens
+        if num_tokens + max_new_tokens > limit:
+            raise ContextTooLongError(
+                f"the prompt has {num_tokens} tokens and max_new_tokens is {max_new_tokens}; the context is {limit}"
+            )
+
+    def _grids(self, inputs: dict[str, Array], images: list[Image.Image]) -> tuple[ImageGrid, ...]:
+        if not images:
+            return ()
+        sizes = [image.size for image in images]
+        return image_grids(self._processor, self._visual(inputs), inputs["pixel_values"], sizes)
+
+    def _visual(self, inputs: dict[str, Array]) -> NDArray[np.bool_]:
+        return inputs["input_ids"][0] == self._limits.image_token_id
+
+
+def _hash(inputs: dict[str, Array]) -> int:
+    seed = xxhash.xxh3_64()
+    for name in sorted(inputs):
+        seed.update(inputs[name].data)
+    return seed.intdigest()
+
+
+def _content(part: pb.Part) -> dict[str, str]:
+    return {"type": "image"} if part.HasField("image") else {"type": "text", "text": part.text}
+
+
+def _empty_message(num_images: int) -> pb.Message:
+    images = [pb.Part(image=pb.Image()) for _ in range(num_images)]
+    return pb.Message(role="user", parts=[*images, pb.Part(text="")])
