@@ -20,6 +20,13 @@ class DecodeEngine(Protocol):
     def step(self, batch: Batch[Sequence]) -> list[int]:
         """Feeds every sequence its last token and draws the next one; the KV of the fed tokens is appended."""
 
+    def replay(self, sequence: Sequence, number: int) -> None:
+        """Feeds one sequence in one pass what the `number` steps would that make its next known tokens the last.
+
+        Every token is computed as in a step of a batch, and nothing is drawn; the KV of the fed tokens is appended.
+        The sequence has room for them, evicts nothing, and `number` is at most the largest batch.
+        """
+
 
 class EagerEngine:
     """Runs layer by layer as Python says: all that a CPU needs."""
@@ -32,13 +39,22 @@ class EagerEngine:
     def step(self, batch: Batch[Sequence]) -> list[int]:
         """See `DecodeEngine`."""
         members = [sequence.kv for sequence in batch]
-        attention = self._pool.attention(members)
+        logits = self._feed(batch, self._pool.attention(members))
+        self._pool.complete(members)
+        return draw(batch, logits, highest_tokens(logits))
+
+    @torch.inference_mode()
+    def replay(self, sequence: Sequence, number: int) -> None:
+        """See `DecodeEngine`."""
+        steps = sequence.steps_ahead(number)
+        self._feed(steps, self._pool.replay([step.kv for step in steps]))
+        sequence.kv.appended += number
+
+    def _feed(self, batch: Batch[Sequence], attention: LayerHook) -> torch.Tensor:
         device = self._model.device
         tokens = torch.tensor([[sequence.last_token] for sequence in batch], device=device)
         positions = torch.tensor([[sequence.next_position] for sequence in batch], device=device)
-        logits = forward(self._model, tokens, positions, attention)
-        self._pool.complete(members)
-        return draw(batch, logits, highest_tokens(logits))
+        return forward(self._model, tokens, positions, attention)
 
 
 def forward(

@@ -63,16 +63,31 @@ class GraphEngine:
         if any(sequence.kv.eviction for sequence in batch):
             with torch.cuda.stream(self._stream):
                 return self._eager.step(batch)
-        graph = self._graphs[min(size for size in self._graphs if size >= len(batch))]
         with torch.cuda.stream(self._stream):
-            slots = self._pool.tables.bind([sequence.kv for sequence in batch])
-            rows = [(each.last_token, each.next_position, slot) for each, slot in zip(batch, slots, strict=True)]
-            rows += [(0, 0, self._pool.tables.trash)] * (graph.inputs.shape[1] - len(batch))
-            graph.inputs.copy_(torch.tensor(rows).T)
-            graph.replay()
+            graph = self._feed(batch)
             for sequence in batch:
                 sequence.kv.appended += 1
             return draw(batch, graph.logits, graph.greedy[: len(batch)])
+
+    @torch.inference_mode()
+    def replay(self, sequence: Sequence, number: int) -> None:
+        """See `DecodeEngine`; a layer's rows are appended by a launch of their own, before any token attends."""
+        with torch.cuda.stream(self._stream):
+            self._feed(sequence.steps_ahead(number))
+        if self._stream:
+            # nothing is read that would wait for the GPU, and the sequence's memory may be given back next
+            self._stream.synchronize()
+        sequence.kv.appended += number
+
+    def _feed(self, batch: Batch[Sequence]) -> StepGraph:
+        """Runs the smallest graph that the batch fits in."""
+        graph = self._graphs[min(size for size in self._graphs if size >= len(batch))]
+        slots = self._pool.tables.bind([sequence.kv for sequence in batch])
+        rows = [(each.last_token, each.next_position, slot) for each, slot in zip(batch, slots, strict=True)]
+        rows += [(0, 0, self._pool.tables.trash)] * (graph.inputs.shape[1] - len(batch))
+        graph.inputs.copy_(torch.tensor(rows).T)
+        graph.replay()
+        return graph
 
     @torch.inference_mode()
     def _capture(self, size: int) -> StepGraph:

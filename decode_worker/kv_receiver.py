@@ -46,7 +46,8 @@ class KVReceiver:
     async def put(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutKVResponse:
         """`PutKV`: a header, then the body in order."""
         try:
-            return pb.PutKVResponse(received_bytes=await self._take(frames))
+            with _at("transfer"):
+                return pb.PutKVResponse(received_bytes=await self._take(frames))
         except ServiceError:
             await _discard(frames)
             raise
@@ -58,23 +59,25 @@ class KVReceiver:
         reservation = self._begin(header.token, manifest)
         with self._filling(reservation), self._buffers.borrow(manifest.body_bytes) as buffer:
             received = await _receive(frames, buffer)
-            await self._runner.install(reservation, manifest, buffer)
+            await self._install(reservation, manifest, buffer)
         return received
 
     async def install(self, request: pb.InstallKVRequest, context: grpc.aio.ServicerContext) -> pb.InstallKVResponse:
         """`InstallKV`: the body lies in the sender's arena."""
-        manifest = Manifest.from_proto(request.manifest)
-        reservation = self._begin(request.token, manifest)
-        with self._filling(reservation):
-            await self._runner.install(reservation, manifest, _slot_view(reservation, manifest, request.slot))
+        with _at("transfer"):
+            manifest = Manifest.from_proto(request.manifest)
+            reservation = self._begin(request.token, manifest)
+            with self._filling(reservation):
+                await self._install(reservation, manifest, _slot_view(reservation, manifest, request.slot))
         return pb.InstallKVResponse()
 
     async def take(self, token: bytes, manifest: Manifest, body: memoryview) -> None:
         """See `LocalReceiver`."""
-        manifest.check()
-        reservation = self._begin(token, manifest)
-        with self._filling(reservation):
-            await self._runner.install(reservation, manifest, body, verify=False)
+        with _at("transfer"):
+            manifest.check()
+            reservation = self._begin(token, manifest)
+            with self._filling(reservation):
+                await self._install(reservation, manifest, body, verify=False)
 
     def renew(self, token: bytes) -> None:
         """See `LocalReceiver`."""
@@ -86,11 +89,17 @@ class KVReceiver:
 
     def _begin(self, token: bytes, manifest: Manifest) -> Reservation:
         reservation = self._reservations.find(token)
-        self._runner.check_parcel(reservation, manifest)
+        self._runner.promise.check(reservation, manifest)
         delivery = asyncio.current_task()
         assert delivery is not None
         self._reservations.begin_fill(reservation, delivery.cancel)
         return reservation
+
+    async def _install(
+        self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool = True
+    ) -> None:
+        with _at("install"):
+            await self._runner.install(reservation, manifest, body, verify=verify)
 
     @contextlib.contextmanager
     def _filling(self, reservation: Reservation) -> Iterator[None]:
@@ -106,6 +115,16 @@ class KVReceiver:
             if isinstance(error, asyncio.CancelledError) and reservation.ended:
                 raise AbortedError("the request was released during its transfer", reason="RELEASED") from None
             raise
+
+
+@contextlib.contextmanager
+def _at(stage: str) -> Iterator[None]:
+    """Names the stage of errors that come out and do not say it."""
+    try:
+        yield
+    except ServiceError as error:
+        error.at(stage, "")
+        raise
 
 
 async def _receive(frames: AsyncIterator[bytes], buffer: memoryview) -> int:

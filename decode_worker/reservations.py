@@ -36,7 +36,8 @@ class Reservation:
     `token` is its secret: random, so a late message for an ended reservation finds nothing and revives nothing.
     `arrival` counts up: who came first is served first. `allocation` is None while the sequence is parked outside the
     pool; `parked` is its KV then. `in_use` says that the step thread or a copy uses the memory, which must therefore
-    outlive the end.
+    outlive the end. `arrived` are the answer's tokens that came with the parcel, `delivered` those that its reader has,
+    for `delivered_tokens` of which room was promised on top.
     """
 
     token: bytes
@@ -46,8 +47,11 @@ class Reservation:
     arrival: int
     allocation: Allocation | None
     max_new_tokens: int
+    delivered_tokens: int
     arena: ArenaView | None
     expires_at: float
+    arrived: tuple[int, ...] = ()
+    delivered: tuple[int, ...] = ()
     stage: Stage = Stage.RESERVED
     sequence: Sequence | None = None
     text: TextStream | None = None
@@ -107,6 +111,7 @@ class Reservations:
         max_new_tokens: int,
         arena: ArenaView | None,
         now: float,
+        delivered_tokens: int = 0,
     ) -> Reservation:
         """Promises `nbytes`.
 
@@ -126,6 +131,7 @@ class Reservations:
             arrival=next(self._arrivals),
             allocation=self._pool.allocate(nbytes),
             max_new_tokens=max_new_tokens,
+            delivered_tokens=delivered_tokens,
             arena=arena,
             expires_at=now + self.lease_s,
         )

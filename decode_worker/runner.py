@@ -11,10 +11,12 @@ from typing import Any
 
 from vlcache.v1 import inference_pb2 as public
 
-from decode_worker.eviction.kinds import opened, rule_of
-from decode_worker.kv_pool.base import Growing, KVPool, SequenceKV, growth_of
+from decode_worker.eviction.kinds import opened
+from decode_worker.kv_pool.base import KVPool, SequenceKV
 from decode_worker.parcel_reader import plain_body
 from decode_worker.parking import Parking
+from decode_worker.promise import Promise
+from decode_worker.replay import tokens_to_replay
 from decode_worker.reservations import Reservation, Reservations
 from decode_worker.scheduler import DecodeScheduler, NewToken, StepOutcome
 from decode_worker.sequence import Sequence
@@ -51,7 +53,7 @@ class DecodeRunner:
         metrics: DecodeMetrics,
     ) -> None:
         self._pool = pool
-        self._promised_tokens = promised_tokens
+        self.promise = Promise(pool=pool, identity=identity, new_tokens=promised_tokens)
         self._reservations = reservations
         self._identity = identity
         self._tokenizer = tokenizer
@@ -82,11 +84,6 @@ class DecodeRunner:
         """Sequences that wait for a place in the batch or, parked, for memory."""
         return self._scheduler.waiting + self._parking.waiting
 
-    def promised(self, max_new_tokens: int) -> int:
-        """New tokens whose room comes with a reservation; the KV of the last token is never needed."""
-        growth = max_new_tokens - 1
-        return growth if self._promised_tokens is None else min(growth, self._promised_tokens)
-
     def grow(self, token: bytes, kept_tokens_bound: int) -> Reservation:
         """Promises room for a parcel of at most `kept_tokens_bound` tokens per layer that has not begun to arrive.
 
@@ -97,43 +94,9 @@ class DecodeRunner:
             TooLargeError: The whole pool has no room for it and all its new tokens.
         """
         reservation = self._reservations.find(token)
-        self._pool.check_fits(self._pool.bound_bytes(kept_tokens_bound, reservation.max_new_tokens - 1))
-        growth = self.promised(reservation.max_new_tokens)
-        self._reservations.grow(reservation, self._pool.bound_bytes(kept_tokens_bound, growth))
+        new = (reservation.max_new_tokens, reservation.delivered_tokens)
+        self._reservations.grow(reservation, self.promise.nbytes(kept_tokens_bound, *new))
         return reservation
-
-    def check_parcel(self, reservation: Reservation, manifest: Manifest) -> None:
-        """Compares a parcel with what was reserved, before anything is allocated or read.
-
-        Raises:
-            FailedPreconditionError: Another model, or another transfer.
-            InvalidRequestError: It is larger than the reservation, or no step could be made of it.
-            TooLargeError: The whole pool has no room for it and all its new tokens.
-        """
-        manifest.check_compatible(compatibility=self._identity.compatibility, layout=self._identity.layout)
-        transfer = manifest.transfer
-        expected = (reservation.request_id, reservation.attempt, reservation.prefill_epoch)
-        if (transfer.request_id, transfer.attempt, transfer.prefill_epoch) != expected:
-            raise FailedPreconditionError("the parcel belongs to another transfer", reason="TRANSFER_ID")
-        if manifest.tokens_to_come < 1:
-            # it would have no room for a step, whose failure its whole batch would share
-            raise InvalidRequestError("the last token is there already", reason="NOTHING_TO_GENERATE")
-        if max(manifest.generated) >= self._identity.vocabulary:
-            raise InvalidRequestError("a generated token is not in the vocabulary", reason="GENERATED_TOKEN")
-        if manifest.logical_length + manifest.tokens_to_come > self._identity.context_tokens:
-            raise InvalidRequestError("prompt and answer exceed the model's context", reason="CONTEXT_LENGTH")
-        if self.promised(manifest.sampling.max_new_tokens) < len(manifest.generated):
-            # their rows took all the room that was promised for new tokens: not even one step could be made
-            raise InvalidRequestError(
-                "more tokens were decoded ahead than this worker promises", reason="AHEAD_OF_PROMISE"
-            )
-        if manifest.sampling.max_new_tokens > reservation.max_new_tokens:
-            raise InvalidRequestError("more new tokens than were reserved", reason="OVER_RESERVATION")
-        if self._bytes_needed(manifest) > reservation.pool_bytes:
-            raise InvalidRequestError("the parcel is larger than its reservation", reason="OVER_RESERVATION")
-        # the promise holds fewer new tokens: outgrown, such a sequence would wait for ever
-        growth = growth_of(manifest.tokens_to_come, rule_of(manifest))
-        self._pool.check_fits(self._pool.sequence_bytes(manifest.num_kept, growth))
 
     async def install(
         self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool = True
@@ -157,12 +120,19 @@ class DecodeRunner:
         reservation.text = TextStream(self._tokenizer, manifest.sampling.stop)
         for token in manifest.generated:
             reservation.text.push(token)  # the prefill worker has sent that text
-        self._reservations.activate(reservation, sequence, self._bytes_needed(manifest))
+        reservation.arrived = manifest.generated
+        self._reservations.activate(reservation, sequence, self.promise.bytes_needed(reservation, manifest))
         self._metrics.observe_stage("install", time.monotonic() - started)
         self._join_when_ready(reservation)
 
-    def attach(self, reservation: Reservation, outbox: TokenOutbox, handle: int) -> None:
+    def attach(
+        self, reservation: Reservation, outbox: TokenOutbox, handle: int, delivered: tuple[int, ...] = ()
+    ) -> None:
         """Sends the sequence's tokens to an outbox from now on.
+
+        Args:
+            delivered: The answer as its reader has it; what follows it is sent. Where it is not the parcel's answer,
+                the request ends as soon as the parcel is there.
 
         Raises:
             FailedPreconditionError: Someone else reads them, or the handle is taken.
@@ -172,7 +142,7 @@ class DecodeRunner:
             raise FailedPreconditionError("the sequence is attached already", reason="ATTACHED")
         if any(held.subscription == subscription for held in self._reservations):
             raise FailedPreconditionError("the handle is in use", reason="HANDLE")
-        reservation.subscription = subscription
+        reservation.subscription, reservation.delivered = subscription, delivered
         self._join_when_ready(reservation)
 
     def cancel(self, outbox: TokenOutbox, handle: int) -> None:
@@ -238,7 +208,7 @@ class DecodeRunner:
         if manifest.encoding is not None:
             body, verify = plain_body(manifest, body, verify=verify), False
         rows, eviction = opened(manifest, body)
-        room = self._room(manifest, eviction)
+        room = self.promise.room(reservation, manifest, eviction)
         kv = self._pool.install(reservation.allocation, manifest.num_kept, rows, room, eviction)
         if verify:
             # after the copy: a slot that was reused meanwhile shows
@@ -247,20 +217,25 @@ class DecodeRunner:
             raise InvalidRequestError("a score is not a number", reason="PARCEL_SCORES")
         return kv
 
-    def _room(self, manifest: Manifest, eviction: Growing | None) -> int:
-        """New tokens that a sequence comes in with: as promised, or all where eviction makes them cost no more."""
-        # the rows of tokens that were decoded ahead take their room from the promise
-        fed = len(manifest.generated) - 1
-        promised = self.promised(manifest.sampling.max_new_tokens) - fed
-        return self._pool.free_room(manifest.num_kept, promised, manifest.tokens_to_come, eviction)
-
-    def _bytes_needed(self, manifest: Manifest) -> int:
-        rule = rule_of(manifest)
-        return self._pool.sequence_bytes(manifest.num_kept, growth_of(self._room(manifest, rule), rule))
-
     def _join_when_ready(self, reservation: Reservation) -> None:
-        if reservation.sequence is not None and reservation.subscription is not None:
+        if reservation.sequence is None or reservation.subscription is None:
+            return
+        try:
+            self._name_known(reservation, reservation.sequence)
+        except InvalidRequestError as error:
+            self.end(reservation, error)
+        else:
             self._join(reservation)
+
+    def _name_known(self, reservation: Reservation, sequence: Sequence) -> None:
+        known = tokens_to_replay(
+            reservation.delivered,
+            reservation.arrived,
+            max_new_tokens=sequence.sampling.max_new_tokens,
+            vocabulary=self._identity.vocabulary,
+        )
+        sequence.known.extend(known)
+        sequence.known_since = time.monotonic()
 
     def _join(self, reservation: Reservation, *, first: bool = False) -> None:
         assert reservation.sequence is not None
@@ -306,6 +281,8 @@ class DecodeRunner:
         assert reservation.text is not None
         assert reservation.subscription is not None
         text, reason = reservation.text.push(new.token), new.finish_reason
+        if new.known:
+            return  # the reader has it, and its text
         if reservation.text.stopped:
             reason = public.FINISH_REASON_STOP
         if reason:

@@ -1,4 +1,8 @@
-"""Continuous batching: one thread steps the running batch; sequences join and leave between steps."""
+"""Continuous batching: one thread steps the running batch; sequences join and leave between steps.
+
+A sequence that goes on here after its worker was lost first has the tokens of its answer fed again: many in one pass,
+between two steps of the others, which wait for one such pass at a time.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NewToken:
-    """A token of a step. The reason is a copy: by the time it is read, the sequence may be steps ahead."""
+    """A token of a step. The reason is a copy: by the time it is read, the sequence may be steps ahead.
+
+    `known` says that it was drawn before, by a lost worker.
+    """
 
     sequence: Sequence
     token: int
     finish_reason: FinishReason
+    known: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +127,12 @@ class DecodeScheduler:
         if left:
             # at once: someone may wait for their memory, and need not wait for the step
             self._deliver(StepOutcome(left=left))
-        if self._running:
-            self._deliver(self._step(self._running))
+        replaying = next((sequence for sequence in self._running if sequence.replays), None)
+        if replaying is not None:
+            self._deliver(self._replay(replaying))
+        batch = [sequence for sequence in self._running if not sequence.replays]
+        if batch:
+            self._deliver(self._step(batch))
         return True
 
     def _admit(self) -> list[Sequence] | None:
@@ -148,15 +160,43 @@ class DecodeScheduler:
         except Exception:
             # a bug, but not one that may hang the clients of this worker
             log.exception("a step of %d sequences failed", len(batch))
-            self._running = []
+            self._let_go(batch)
             return StepOutcome(failed=batch)
         self._metrics.step_seconds.observe(time.monotonic() - started)
         self._metrics.batch_size.observe(len(batch))
         new_tokens = []
         for sequence, token in zip(batch, tokens, strict=True):
+            if sequence.known:
+                new_tokens += self._recall(sequence, 1)
+                continue
             sequence.accept(token)
             new_tokens.append(NewToken(sequence, token, sequence.finish_reason))
         finished = [sequence for sequence in batch if sequence.finish_reason]
         outgrown = [sequence for sequence in batch if sequence.kv.full and not sequence.finish_reason]
-        self._running = [sequence for sequence in batch if not (sequence.kv.full or sequence.finish_reason)]
+        self._let_go([*finished, *outgrown])
         return StepOutcome(tokens=new_tokens, left=finished, outgrown=outgrown)
+
+    def _replay(self, sequence: Sequence) -> StepOutcome:
+        """One pass, as large as a batch and the sequence's room allow."""
+        number = min(len(sequence.known), self._max_batch, sequence.kv.room - sequence.kv.appended)
+        try:
+            self._engine.replay(sequence, number)
+        except Exception:
+            # nobody else had a part in it
+            log.exception("a replay of %d tokens failed", number)
+            self._let_go([sequence])
+            return StepOutcome(failed=[sequence])
+        tokens = self._recall(sequence, number)
+        outgrown = [sequence] if sequence.kv.full else []
+        self._let_go(outgrown)
+        return StepOutcome(tokens=tokens, outgrown=outgrown)
+
+    def _let_go(self, gone: list[Sequence]) -> None:
+        self._running = [sequence for sequence in self._running if sequence not in gone]
+
+    def _recall(self, sequence: Sequence, number: int) -> list[NewToken]:
+        tokens = [NewToken(sequence, sequence.recall(), sequence.finish_reason, known=True) for _ in range(number)]
+        self._metrics.replayed_tokens.inc(number)
+        if not sequence.known:
+            self._metrics.observe_stage("replay", time.monotonic() - sequence.known_since)
+        return tokens

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from vlcache.v1 import inference_pb2 as public
 
@@ -19,6 +21,9 @@ class Sequence:
 
     `next_position` is the RoPE position of the token that goes in next; it starts at the original prompt length,
     whatever compression kept.
+
+    `known` are tokens of the answer that a lost worker drew: they are taken before anything is drawn here, and nobody
+    is sent them again. `known_since` is when they were named, in monotonic seconds.
     """
 
     kv: SequenceKV
@@ -27,6 +32,8 @@ class Sequence:
     last_token: int
     next_position: int
     generated: int = 1
+    known: deque[int] = field(default_factory=deque)
+    known_since: float = 0.0
     finish_reason: FinishReason = field(default=public.FINISH_REASON_UNSPECIFIED)
 
     @classmethod
@@ -40,6 +47,31 @@ class Sequence:
             next_position=manifest.next_position,
             generated=len(manifest.generated),
         )
+
+    @property
+    def replays(self) -> bool:
+        """Whether known tokens go in many at a time; what an eviction does depends on every step before."""
+        return bool(self.known) and self.kv.eviction is None
+
+    def steps_ahead(self, number: int) -> list[Sequence]:
+        """The next `number` steps as sequences of one batch; each feeds the token that the one before it made known."""
+        tokens = [self.last_token, *islice(self.known, number - 1)]
+        return [
+            replace(
+                self,
+                kv=replace(self.kv, appended=self.kv.appended + ahead),
+                last_token=token,
+                next_position=self.next_position + ahead,
+            )
+            for ahead, token in enumerate(tokens)
+        ]
+
+    def recall(self) -> int:
+        """Takes the next known token, as `accept` does; none of them ends the answer, for it went on."""
+        self.last_token = self.known.popleft()
+        self.next_position += 1
+        self.generated += 1
+        return self.last_token
 
     def accept(self, token: int) -> None:
         """Takes the token that a step produced."""

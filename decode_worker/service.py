@@ -59,16 +59,24 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._runner = runner
         self._scheduler = scheduler
         self._arenas = arenas
+        self._outboxes: set[TokenOutbox] = set()
         self._draining = False
 
     def start_draining(self) -> None:
-        """From now on reservations are refused."""
-        self._draining = True
+        """From now on reservations are refused, and readers know that their sequences should go on elsewhere."""
+        if not self._draining:
+            self._draining = True
+            for outbox in self._outboxes:
+                outbox.announce_draining()
 
     async def GetWorkerInfo(  # noqa: N802
         self, request: worker_pb2.GetWorkerInfoRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.WorkerInfo:
         """See the proto file."""
+        return self.info()
+
+    def info(self) -> worker_pb2.WorkerInfo:
+        """What the worker says about itself, to routers and in a registry."""
         held = {stage.value: self._reservations.bytes_in(stage) for stage in Stage}
         return worker_pb2.WorkerInfo(
             name=self._name,
@@ -87,15 +95,16 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     ) -> pb.ReserveResponse:
         """See the proto file."""
         self._check_reserve(request)
-        self._pool.check_fits(self._pool.bound_bytes(request.kept_tokens_bound, request.max_new_tokens - 1))
+        promise, new = self._runner.promise, (request.max_new_tokens, request.delivered_tokens)
+        nbytes = promise.nbytes(request.kept_tokens_bound, *new)
         transport, arena = await self._choose_transport(request)
-        growth = self._runner.promised(request.max_new_tokens)
         reservation = self._reservations.reserve(
             request_id=request.request_id,
             attempt=request.attempt,
             prefill_epoch=request.prefill_epoch,
-            nbytes=self._pool.bound_bytes(request.kept_tokens_bound, growth),
+            nbytes=nbytes,
             max_new_tokens=request.max_new_tokens,
+            delivered_tokens=request.delivered_tokens,
             arena=arena,
             now=time.monotonic(),
         )
@@ -104,6 +113,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             transport=transport,
             reserved_bytes=reservation.pool_bytes,
             lease_s=self._reservations.lease_s,
+            promised_tokens=promise.tokens(*new),
         )
 
     async def GrowReservation(  # noqa: N802
@@ -133,12 +143,16 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     ) -> AsyncIterator[pb.TokenStreamResponse]:
         """See the proto file. When the stream ends, so do the sequences that were read over it."""
         outbox = TokenOutbox()
+        if self._draining:
+            outbox.announce_draining()
+        self._outboxes.add(outbox)
         reader = asyncio.create_task(self._follow(commands, outbox))
         try:
             async for message in outbox.messages():
                 yield message
         finally:
             reader.cancel()
+            self._outboxes.remove(outbox)
             self._runner.detach(outbox)
 
     async def _follow(self, commands: AsyncIterator[pb.TokenStreamRequest], outbox: TokenOutbox) -> None:
@@ -151,7 +165,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 
     def _attach(self, attach: pb.Attach, outbox: TokenOutbox) -> None:
         try:
-            self._runner.attach(self._reservations.find(attach.token), outbox, attach.handle)
+            reservation = self._reservations.find(attach.token)
+            self._runner.attach(reservation, outbox, attach.handle, tuple(attach.delivered))
         except ServiceError as error:
             Subscription(outbox, attach.handle).fail(error)
 

@@ -18,11 +18,17 @@ class TokenOutbox:
 
     def __init__(self) -> None:
         self._updates: list[pb.SequenceUpdate] = []
+        self._draining = False
         self._ready = asyncio.Event()
 
     def put(self, update: pb.SequenceUpdate) -> None:
         """Adds an update; never waits. What a slow reader leaves is bounded by its sequences' max_new_tokens."""
         self._updates.append(update)
+        self._ready.set()
+
+    def announce_draining(self) -> None:
+        """Lets the next message say that the worker is leaving."""
+        self._draining = True
         self._ready.set()
 
     async def messages(self) -> AsyncIterator[pb.TokenStreamResponse]:
@@ -31,7 +37,8 @@ class TokenOutbox:
             await self._ready.wait()
             self._ready.clear()
             updates, self._updates = self._updates, []
-            yield pb.TokenStreamResponse(updates=updates)
+            draining, self._draining = self._draining, False
+            yield pb.TokenStreamResponse(updates=updates, draining=draining)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from decode_worker.eviction.attention import RuledAttention, StepAttention
 from decode_worker.eviction.facts import Move
 from decode_worker.eviction.ledger import RowLedger
+from decode_worker.kv_pool.rows_first import RowsFirst
 from shared.errors import ResourceExhaustedError, TooLargeError
 from shared.kv.layout import KVLayout
 from shared.model.attention import LayerHook
@@ -85,8 +86,8 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
     """Owner of the KV memory.
 
     `allocate`, `shrink` and `free` belong to one thread, the event loop. `install` and `export` touch only the memory
-    of their sequence and run in any thread. `attention` and `complete` belong to the step thread, and so does the
-    access to rows, which is for evictions.
+    of their sequence and run in any thread. `attention`, `replay` and `complete` belong to the step thread, and so does
+    the access to rows, which is for evictions.
 
     Conservation law: used + free = capacity, and no two allocations share memory.
     """
@@ -176,6 +177,10 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
         """The attention of one step: appends each sequence's new token, then attends; one query per sequence."""
         dense = self._attention(batch)
         return RuledAttention(dense, batch, self) if any(kv.eviction for kv in batch) else dense
+
+    def replay(self, steps: Sequence[SomeKV]) -> LayerHook:
+        """As `attention`, of several steps of one sequence that evicts nothing; each has a row more than its last."""
+        return RowsFirst(self._attention(steps))
 
     def complete(self, batch: Sequence[SomeKV]) -> None:
         """Ends a step: counts the new tokens and drops the rows that the sequences' evictions name."""

@@ -142,6 +142,8 @@ class PrefillMetrics(WorkerMetrics):
         self.transfer_seconds = h("kv_transfer_seconds", "Commit of a parcel", STAGE_BUCKETS, "transport")
         self.transfer_bytes = c("kv_transfer_bytes_total", "Bytes handed to a transport", "transport")
         self.transfer_failures = c("kv_transfer_failures_total", "Failed transfers", "reason")
+        self.resends = c("kv_resend_total", "Parcels sent once more", "reason")
+        self.lease_expired = c("lease_expired_total", "Leases that ended unrenewed", "side")
         self.image_pixels = h("image_pixels", "Pixels of an image as sent", PIXEL_BUCKETS)
 
 
@@ -156,5 +158,6 @@ class DecodeMetrics(WorkerMetrics):
         )
         self.preemptions = self._counter("preemptions_total", "Sequences that were moved out of the KV pool", "reason")
         self.lease_expired = self._counter("lease_expired_total", "Leases that ended unrenewed", "side")
+        self.replayed_tokens = self._counter("replayed_tokens_total", "Delivered tokens that were fed again")
         self.step_seconds = self._histogram("decode_step_seconds", "One step of the running batch", STAGE_BUCKETS)
         self.batch_size = self._histogram("decode_batch_size", "Sequences in a step", (1, 2, 4, 8, 16, 32, 64, 128))

@@ -133,9 +133,9 @@ def test_a_parcel_with_more_than_its_bound_may_not_wait_for_ever() -> None:
     pool = block_pool(LAYOUT, 5 * 512, block_size=16)
     with hand_driven(pool, promised_tokens=1) as it:
         client = it.reserve(19)
-        it.runner.check_parcel(client.held, manifest_for(client))
+        it.runner.promise.check(client.held, manifest_for(client))
         too_much = dataclasses.replace(manifest_for(client), num_kept=(15, 15), logical_length=30)
         assert pool.sequence_bytes((15, 15), 1) <= client.held.pool_bytes
         with pytest.raises(TooLargeError):
-            it.runner.check_parcel(client.held, too_much)
+            it.runner.promise.check(client.held, too_much)
         it.finish(rounds=1)
