@@ -87,11 +87,22 @@ class Admission:
         self._rooms = rooms
         self._make_room = make_room
 
-    async def reserve(self, request: AcceptedRequest, *, avoid: Collection[Worker], deadline: Deadline) -> Lease:
-        """Waits for a pair with decode memory; no prefill worker of `avoid` is taken.
+    async def reserve(
+        self,
+        request: AcceptedRequest,
+        *,
+        deadline: Deadline,
+        avoid: Collection[Worker] = (),
+        begun: BegunAnswer | None = None,
+    ) -> Lease:
+        """Waits for a pair with decode memory.
 
         Before it waits, and whenever it is its turn to ask again, everything that the request puts up with is tried,
         what it asked for first: memory that became free goes into quality before it goes into the next request.
+
+        Args:
+            avoid: Workers that have failed this request: taken only where no other is ready.
+            begun: What the client has of the answer, if anything.
 
         Raises:
             UnavailableError: No ready pair is left.
@@ -99,11 +110,11 @@ class Admission:
             DeadlineExceededError: The client's deadline came first.
         """
         room = self._rooms[request.model.name]
-        ask = _Ask(request, avoid, deadline)
+        ask = _Ask(request, avoid, deadline, begun)
         # whoever comes later must not overtake those who wait
-        if not len(room) and (lease := await self._try(ask)):
+        if not room.ahead_of(begun=begun is not None) and (lease := await self._try(ask)):
             return lease
-        with room.place() as place, self._accounting.waiting():
+        with room.place(begun=begun is not None) as place, self._accounting.waiting():
             give_up_at_s = asyncio.get_running_loop().time() + deadline.at_most(self._queue_timeout_s)
             while await place.turn(give_up_at_s):
                 if lease := await self._try(ask):
@@ -112,9 +123,20 @@ class Admission:
             raise deadline.error("queue")
         raise ResourceExhaustedError("no decode memory became free in time", retry_after_s=RETRY_AFTER_S)
 
+    async def reserve_now(
+        self, request: AcceptedRequest, *, deadline: Deadline, avoid: Collection[Worker], begun: BegunAnswer
+    ) -> Lease | None:
+        """One round without a wait, for an answer that may as well stay where it is; None when there is no room.
+
+        Raises:
+            UnavailableError: No ready pair is left.
+            TooLargeError: No worker will ever have room.
+        """
+        return await self._round(_Ask(request, avoid, deadline, begun), begun.offer)
+
     async def _try(self, ask: _Ask) -> Lease | None:
         """Down the offers; None when the last one met a decode worker that is full only for now."""
-        *better, last = ask.request.offers
+        *better, last = (ask.begun.offer,) if ask.begun else ask.request.offers
         for offer in better:
             with contextlib.suppress(TooLargeError):
                 if lease := await self._insist(ask, offer):
@@ -132,8 +154,8 @@ class Admission:
         """Over the decode workers; None when at least one of them is full only for now."""
         refused: set[Worker] = set()
         hopeless: TooLargeError | None = None
-        for pair in self._placement.order(self._pairs(ask)):
-            if pair.decode in refused or not pair.ready:
+        for pair in self._order(ask):
+            if pair.decode in refused or not ask.may_use(pair):
                 continue
             try:
                 return await self._reserve(pair, ask, offer)
@@ -151,17 +173,24 @@ class Admission:
             return None
         raise hopeless or self.no_pair(ask.request.model.name)
 
-    def _pairs(self, ask: _Ask) -> list[Pair]:
-        return [pair for pair in self._table.pairs(ask.request.model.name) if pair.prefill not in ask.avoid]
+    def _order(self, ask: _Ask) -> list[Pair]:
+        pairs = self._parcel_pairs(ask.begun.holder) if ask.begun and ask.begun.holder else None
+        if pairs is None:
+            pairs = self._table.pairs(ask.request.model.name)
+        trusted = [pair for pair in pairs if pair.prefill not in ask.avoid and pair.decode not in ask.avoid]
+        return self._placement.order(trusted or pairs)
+
+    def _parcel_pairs(self, holder: Worker) -> list[Pair]:
+        """The holder of a parcel, with every ready decode worker that can take it."""
+        decode = [worker for worker in self._table.workers() if worker.info.role == DECODE and worker.state == READY]
+        return [Pair(holder, worker) for worker in decode if worker.key == holder.key]
 
     async def _reserve(self, pair: Pair, ask: _Ask, offer: Offer) -> Lease:
         attempt = next(self._attempts) % ATTEMPTS
-        prefill_charge = pair.prefill.charge(ask.request.prompt_tokens_bound)
+        prefill_charge = pair.prefill.charge(0 if ask.begun and ask.begun.holder else ask.request.prompt_tokens_bound)
         decode_charge = pair.decode.charge(_decode_bytes(pair, ask.request, offer))
         try:
-            response = await self._answer(
-                pair.decode.client, _reserve_request(pair, attempt, ask.request, offer), ask.deadline
-            )
+            response = await self._answer(pair.decode.client, _reserve_request(pair, attempt, ask, offer), ask.deadline)
         except BaseException:
             prefill_charge.end()
             decode_charge.end()
@@ -202,6 +231,17 @@ class Admission:
         return UnavailableError(what + where, reason="NO_WORKER", retry_after_s=RETRY_AFTER_S)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BegunAnswer:
+    """An answer that goes on after its worker was lost, or before it leaves."""
+
+    offer: Offer
+    """The budget it was begun with: another one would draw other tokens."""
+    delivered_tokens: int
+    holder: Worker | None = None
+    """The prefill worker that sends its parcel again; None: its prompt is computed again."""
+
+
 @dataclass(frozen=True)
 class _Ask:
     """What stays the same over all tries of one reservation."""
@@ -209,6 +249,13 @@ class _Ask:
     request: AcceptedRequest
     avoid: Collection[Worker]
     deadline: Deadline
+    begun: BegunAnswer | None
+
+    def may_use(self, pair: Pair) -> bool:
+        # a parcel is resent by whoever holds it, whatever a poll says of him
+        return pair.ready or (
+            self.begun is not None and pair.prefill is self.begun.holder and pair.decode.state == READY
+        )
 
 
 def _decode_bytes(pair: Pair, request: AcceptedRequest, offer: Offer) -> int:
@@ -216,7 +263,8 @@ def _decode_bytes(pair: Pair, request: AcceptedRequest, offer: Offer) -> int:
     return pair.decode.layout.full_bytes(offer.kept_tokens_bound + request.max_new_tokens)
 
 
-def _reserve_request(pair: Pair, attempt: int, request: AcceptedRequest, offer: Offer) -> decode_pb2.ReserveRequest:
+def _reserve_request(pair: Pair, attempt: int, ask: _Ask, offer: Offer) -> decode_pb2.ReserveRequest:
+    request = ask.request
     return decode_pb2.ReserveRequest(
         request_id=request.request_id,
         attempt=attempt,
@@ -227,6 +275,7 @@ def _reserve_request(pair: Pair, attempt: int, request: AcceptedRequest, offer: 
         prefill_epoch=pair.prefill.info.epoch,
         arena_socket=pair.prefill.info.arena_socket,
         epoch=pair.decode.info.epoch,
+        delivered_tokens=ask.begun.delivered_tokens if ask.begun else 0,
     )
 
 
@@ -237,6 +286,7 @@ def _ticket(decode: Worker, response: decode_pb2.ReserveResponse) -> prefill_pb2
         token=response.token,
         transport=response.transport,
         lease_s=response.lease_s,
+        promised_tokens=response.promised_tokens,
     )
 
 

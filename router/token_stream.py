@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -44,13 +44,29 @@ class TokenStream:
         """Sequences whose end has not been seen."""
         return len(self._connection.sinks) if self._connection else 0
 
-    def attach(self, token: bytes, sink: Sink) -> Attachment:
-        """Binds the reservation `token`; its updates go to `sink`, or one `UnavailableError` when the stream breaks."""
+    @property
+    def draining(self) -> bool:
+        """Whether the worker has said that its sequences should go on elsewhere."""
+        return self._connection is not None and self._connection.draining
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since anything was heard while sequences are attached; 0 when there are none."""
+        if not self.attached or self._connection is None:
+            return 0.0
+        return asyncio.get_running_loop().time() - self._connection.heard_at_s
+
+    def attach(self, token: bytes, sink: Sink, *, delivered: Sequence[int] = ()) -> Attachment:
+        """Binds the reservation `token`; its updates go to `sink`, or one `UnavailableError` when the stream breaks.
+
+        Args:
+            delivered: The answer as its reader has it; the first update begins behind it.
+        """
         if self._connection is None or self._connection.broken:
             self._connection = _Connection(self._open_call())
         handle = next(self._handles)
-        self._connection.sinks[handle] = sink
-        self._connection.send(decode_pb2.TokenStreamRequest(attach=decode_pb2.Attach(handle=handle, token=token)))
+        attach = decode_pb2.Attach(handle=handle, token=token, delivered=delivered)
+        self._connection.attach(attach, sink)
         return Attachment(self._connection, handle)
 
     async def close(self) -> None:
@@ -81,7 +97,16 @@ class _Connection:
         self._outbox: asyncio.Queue[decode_pb2.TokenStreamRequest] = asyncio.Queue()
         self.sinks: dict[int, Sink] = {}
         self.broken = False
+        self.draining = False
+        self.heard_at_s = asyncio.get_running_loop().time()
         self._tasks = (asyncio.create_task(self._read()), asyncio.create_task(self._write()))
+
+    def attach(self, attach: decode_pb2.Attach, sink: Sink) -> None:
+        if not self.sinks:
+            # nobody was owed anything until now
+            self.heard_at_s = asyncio.get_running_loop().time()
+        self.sinks[attach.handle] = sink
+        self.send(decode_pb2.TokenStreamRequest(attach=attach))
 
     def send(self, request: decode_pb2.TokenStreamRequest) -> None:
         self._outbox.put_nowait(request)
@@ -96,6 +121,8 @@ class _Connection:
     async def _read(self) -> None:
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
+                self.heard_at_s = asyncio.get_running_loop().time()
+                self.draining = self.draining or message.draining
                 for update in message.updates:
                     self._deliver(update)
         except grpc.aio.AioRpcError as error:

@@ -24,7 +24,8 @@ class Rooms(defaultdict[str, "WaitingRoom"]):
 class WaitingRoom:
     """First come, first served: only the head asks for memory, when some was freed here or its backoff has passed.
 
-    The backoff covers memory that others free (other routers, expired leases).
+    Answers that have begun and lost their worker stand before requests that have not. The backoff covers memory that
+    others free (other routers, expired leases).
     """
 
     def __init__(self, max_waiting: int) -> None:
@@ -34,19 +35,26 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._queue)
 
+    def ahead_of(self, *, begun: bool) -> int:
+        """How many stand before whoever comes now."""
+        return sum(place.begun for place in self._queue) if begun else len(self._queue)
+
     @contextlib.contextmanager
-    def place(self) -> Iterator[Place]:
+    def place(self, *, begun: bool = False) -> Iterator[Place]:
         """Stands in line while open.
+
+        Args:
+            begun: The answer has begun: it is never refused, and only others like it go first.
 
         Raises:
             ResourceExhaustedError: The line is full.
         """
-        if len(self._queue) >= self._max_waiting:
+        if len(self._queue) >= self._max_waiting and not begun:
             raise ResourceExhaustedError(
                 "too many requests wait for decode memory", reason="QUEUE_FULL", retry_after_s=RETRY_AFTER_S
             )
-        place = Place(self)
-        self._queue.append(place)
+        place = Place(self, begun=begun)
+        self._queue.insert(self.ahead_of(begun=begun), place)
         try:
             yield place
         finally:
@@ -66,7 +74,8 @@ class WaitingRoom:
 class Place:
     """One request's place in the line."""
 
-    def __init__(self, room: WaitingRoom) -> None:
+    def __init__(self, room: WaitingRoom, *, begun: bool) -> None:
+        self.begun = begun
         self._room = room
         self._woken = asyncio.get_running_loop().create_future()
         self._backoff_s = FIRST_BACKOFF_S

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import grpc
@@ -84,6 +84,43 @@ class WorkerClient:
             raise _meant(error) from error
         finally:
             call.cancel()
+
+    async def resend(self, request: prefill_pb2.ResendRequest, *, timeout_s: float) -> prefill_pb2.ResendResponse:
+        """Has a retained parcel shipped once more.
+
+        Raises:
+            NotFoundError: It is gone.
+            UnavailableError: No answer; reason WORKER_TIMEOUT where the time was over.
+            ServiceError: Whatever else the worker means, in stage "transfer" where the decode worker did not take it.
+        """
+        try:
+            return await self._prefill.Resend(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise _unanswered(error) from error
+
+    async def renew_parcels(self, parcels: Sequence[bytes]) -> Sequence[bytes]:
+        """Extends the leases of retained parcels; those that are gone.
+
+        Raises:
+            ServiceError: The worker did not answer.
+        """
+        request = prefill_pb2.RenewParcelsRequest(parcels=parcels)
+        try:
+            return (await self._prefill.RenewParcels(request, timeout=self._control_timeout_s)).gone
+        except grpc.aio.AioRpcError as error:
+            raise _unanswered(error) from error
+
+    async def release_parcels(self, parcels: Sequence[bytes]) -> None:
+        """Gives retained parcels up. Idempotent.
+
+        Raises:
+            ServiceError: The worker did not confirm.
+        """
+        request = prefill_pb2.ReleaseParcelsRequest(parcels=parcels)
+        try:
+            await self._prefill.ReleaseParcels(request, timeout=self._control_timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise _unanswered(error) from error
 
     def open_token_stream(self) -> Any:
         """Opens the bidirectional call that `router.token_stream` reads and writes."""
