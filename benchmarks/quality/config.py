@@ -12,6 +12,7 @@ import tyro
 from benchmarks.local_pipeline import Dtype
 from benchmarks.quality.contenders import Contender, contenders_of
 from benchmarks.quality.setting import Setting
+from models.shapes_vlm.held_out import KNOWN_TASKS
 from models.shapes_vlm.paths import CHECKPOINT
 from models.shapes_vlm.questions import TASKS
 from prefill_worker.compression.registry import DEFAULT_POLICY
@@ -37,7 +38,7 @@ class QualityConfig:
     scope: Literal["cache", "visual"] = "cache"
     """What the retention is a share of: the whole cache, or the visual tokens, all text being kept."""
     tasks: tuple[str, ...] = TASKS
-    """Tasks to ask about."""
+    """Tasks to ask about: those of the training, or kinds that it did not see (`models/shapes_vlm/held_out.py`)."""
     model: str = str(CHECKPOINT)
     """Checkpoint directory or hub id; questions are about the bundled model's kind of images."""
     dtype: Dtype = "auto"
@@ -54,9 +55,9 @@ class QualityConfig:
     """Where to write the figures; `-` prints them as the last line."""
 
     def __post_init__(self) -> None:
-        unknown = set(self.tasks) - set(TASKS)
+        unknown = set(self.tasks) - set(KNOWN_TASKS)
         if unknown:
-            raise ValueError(f"unknown tasks {sorted(unknown)}; known: {', '.join(TASKS)}")
+            raise ValueError(f"unknown tasks {sorted(unknown)}; known: {', '.join(KNOWN_TASKS)}")
         if self.samples < len(self.tasks):
             raise ValueError("at least one sample per task is needed")
         if self.max_new_tokens < 2:

@@ -17,6 +17,7 @@ class Outcome:
     """What the rows are made of.
 
     Attributes:
+        question: Its number.
         right: Exact match, surrounding white space aside.
         agreement: Share of the full cache's tokens, end of the answer included, that have the same place here.
         gap: Mean over those tokens of log p under the full cache minus log p here, given those before.
@@ -25,6 +26,7 @@ class Outcome:
 
     setting: Setting
     task: str
+    question: int
     right: bool
     agreement: float
     gap: float
@@ -40,6 +42,7 @@ def outcome_of(trial: Trial, text: str) -> Outcome:
     return Outcome(
         setting=trial.setting,
         task=sample.task,
+        question=trial.question.number,
         right=text.strip() == sample.answer.strip(),
         agreement=sum(same) / len(reference.answer),
         gap=sum(one - other for one, other in zip(full, kept, strict=True)) / len(full),

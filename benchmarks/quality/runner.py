@@ -16,7 +16,8 @@ from benchmarks.quality.config import QualityConfig
 from benchmarks.quality.outcome import Outcome, outcome_of
 from benchmarks.quality.setting import FULL, Setting
 from benchmarks.quality.trial import Question, Trial
-from models.shapes_vlm.questions import Sample, draw_samples
+from models.shapes_vlm.held_out import draw_any
+from models.shapes_vlm.questions import Sample
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.registry import DEFAULT_POLICY, build_policy
 from prefill_worker.engine import Prefilled
@@ -45,7 +46,7 @@ class QualityRunner:
             kv_memory_mib=config.kv_memory_mib,
             max_batch=config.batch,
         )
-        self._samples = draw_samples(seed=config.seed, count=config.samples, tasks=config.tasks)
+        self._samples = enumerate(draw_any(seed=config.seed, count=config.samples, tasks=config.tasks))
         self._of_track: dict[Track, Trial] = {}
         self._compressed: deque[Iterator[Trial]] = deque()
         self._num_open = 0
@@ -66,9 +67,9 @@ class QualityRunner:
         while self._pipeline.decoding.num_places:
             if self._compressed:
                 yield from self._begin_compressed()
-            elif self._num_open < OPEN_QUESTIONS and (sample := next(self._samples, None)) is not None:
+            elif self._num_open < OPEN_QUESTIONS and (drawn := next(self._samples, None)) is not None:
                 self._num_open += 1
-                yield from self._go_on(self._full_trial(self._ask(sample)))
+                yield from self._go_on(self._full_trial(self._ask(*drawn)))
             else:
                 return
 
@@ -111,11 +112,11 @@ class QualityRunner:
             question=question, setting=setting, parcel=parcel, first_logits=prefilled.logits, reference=reference
         )
 
-    def _ask(self, sample: Sample) -> Question:
+    def _ask(self, number: int, sample: Sample) -> Question:
         prompt = self._pipeline.build(messages_for(sample), max_new_tokens=self._config.max_new_tokens)
         jobs = self._jobs(sample, prompt)
         prefilled = self._pipeline.prefill(prompt, [job for job in jobs.values() if not job.policy.needs_own_pass])
-        return Question(sample=sample, prompt=prompt, jobs=jobs, prefilled=prefilled)
+        return Question(number=number, sample=sample, prompt=prompt, jobs=jobs, prefilled=prefilled)
 
     def _jobs(self, sample: Sample, prompt: Prompt) -> dict[Setting, PrefillJob]:
         config = self._config
@@ -128,9 +129,14 @@ class QualityRunner:
 
 
 def messages_for(sample: Sample) -> list[public.Message]:
-    """The sample as a chat request."""
-    parts = [public.Part(image=public.Image(data=_png(image))) for image in sample.images]
-    return [public.Message(role="user", parts=[*parts, public.Part(text=sample.question)])]
+    """The sample as a chat request; images come with its first question."""
+    images = [public.Part(image=public.Image(data=_png(image))) for image in sample.images]
+    turns = [text for turn in sample.before for text in turn]
+    messages = [
+        public.Message(role="assistant" if at % 2 else "user", parts=[public.Part(text=text)])
+        for at, text in enumerate((*turns, sample.question))
+    ]
+    return [public.Message(role="user", parts=[*images, *messages[0].parts]), *messages[1:]]
 
 
 def _png(image: Image.Image) -> bytes:

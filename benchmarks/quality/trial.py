@@ -20,9 +20,11 @@ class Question:
     """A question with a job per setting.
 
     Attributes:
+        number: In the order in which the questions are drawn.
         prefilled: The pass that all jobs share whose policies need none of their own.
     """
 
+    number: int
     sample: Sample
     prompt: Prompt
     jobs: dict[Setting, PrefillJob]

@@ -86,13 +86,18 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One question with its images (RGB, 336 x 336); patch index = row * 24 + column."""
+    """One question with its images (RGB, 336 x 336); patch index = row * 24 + column.
+
+    Attributes:
+        before: Questions about the same images that were asked before, each with its answer.
+    """
 
     task: str
     images: tuple[Image.Image, ...]
     question: str
     answer: str
     answer_patches: tuple[tuple[int, ...], ...]
+    before: tuple[tuple[str, str], ...] = ()
 
 
 def draw_samples(*, seed: int, count: int, tasks: Sequence[str] = TASKS) -> Iterator[Sample]:
@@ -102,7 +107,16 @@ def draw_samples(*, seed: int, count: int, tasks: Sequence[str] = TASKS) -> Iter
         raise ValueError(f"unknown tasks {unknown}; choose from {', '.join(TASKS)}")
     for index in range(count):
         task = tasks[index % len(tasks)]
-        yield _draw_sample(np.random.default_rng([seed, index]), task)
+        yield draw_sample(np.random.default_rng([seed, index]), task)
+
+
+def draw_sample(rng: np.random.Generator, task: str) -> Sample:
+    """One sample with scenes of its own."""
+    while True:
+        scenes = [draw_full_scene(rng) for _ in range(NUM_IMAGES[task])]
+        question = ask(rng, task, scenes)
+        if question is not None:
+            return sample_of(question, scenes)
 
 
 def ask(rng: np.random.Generator, task: str, scenes: Sequence[Scene]) -> Question | None:
@@ -119,14 +133,6 @@ def sample_of(question: Question, scenes: Sequence[Scene]) -> Sample:
         answer=question.answer,
         answer_patches=question.answer_patches,
     )
-
-
-def _draw_sample(rng: np.random.Generator, task: str) -> Sample:
-    while True:
-        scenes = [draw_full_scene(rng) for _ in range(NUM_IMAGES[task])]
-        question = ask(rng, task, scenes)
-        if question is not None:
-            return sample_of(question, scenes)
 
 
 def _pick(rng: np.random.Generator, items: Sequence[T]) -> T | None:

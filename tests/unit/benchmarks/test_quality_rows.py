@@ -18,7 +18,7 @@ KEPT = Setting("some:window=4", 0.1)
 
 def outcome(setting: Setting, task: str, right: bool, *, kept: int = 10, **changes: Any) -> Outcome:
     compression = public.Compression(full_bytes=100, kept_bytes=kept, layer_attention_mass=[0.25, 0.5])
-    values = {"agreement": 1.0, "gap": 0.0, "compression": compression, **changes}
+    values = {"question": 0, "agreement": 1.0, "gap": 0.0, "compression": compression, **changes}
     return Outcome(setting=setting, task=task, right=right, **values)
 
 
@@ -26,7 +26,7 @@ def rows() -> list[dict[str, Any]]:
     figures = Figures([FULL, KEPT], ["read", "count"])
     for task in ("read", "count"):
         figures.add(outcome(FULL, task, True, kept=100))
-    figures.add(outcome(KEPT, "read", True, agreement=0.75, gap=1.0))
+    figures.add(outcome(KEPT, "read", True, agreement=0.75, gap=1.0, question=2))
     figures.add(outcome(KEPT, "read", False, agreement=0.25, gap=4.0, kept=20))
     figures.add(outcome(KEPT, "count", False, agreement=0.0, gap=-0.5))
     return figures.rows()
@@ -49,6 +49,7 @@ def test_columns() -> None:
             "max_dropped_attention": 1.0,
             "task": "read",
             "samples": 2,
+            "answers": "01",
             "exact_match": 0.5,
             "exact_match_low": low,
             "exact_match_high": high,

@@ -17,6 +17,7 @@ from benchmarks.quality.config import QualityConfig
 from benchmarks.quality.outcome import Outcome
 from benchmarks.quality.runner import QualityRunner, messages_for
 from benchmarks.quality.setting import FULL, Setting
+from models.shapes_vlm.held_out import draw_any
 from models.shapes_vlm.paths import CHECKPOINT
 from models.shapes_vlm.questions import draw_samples
 from prefill_worker.compression.registry import build_policy
@@ -49,6 +50,7 @@ def test_every_question_has_an_outcome_under_every_setting(together: dict[tuple[
     assert set(together) == {(setting, task) for setting in settings for task in TASKS}
     for (setting, _), outcome in together.items():
         assert outcome.compression.realised_retention <= setting.retention
+    assert all(outcome.question == TASKS.index(task) for (_, task), outcome in together.items())
 
 
 def test_retention_one_is_the_full_cache(together: dict[tuple[Setting, str], Outcome]) -> None:
@@ -90,6 +92,15 @@ def pipeline() -> LocalPipeline:
 def prompt(pipeline: LocalPipeline) -> Prompt:
     (sample,) = draw_samples(seed=3, count=1, tasks=("read",))
     return pipeline.build(messages_for(sample), max_new_tokens=8)
+
+
+def test_an_earlier_turn_stands_between_the_images_and_the_question() -> None:
+    (sample,) = draw_any(seed=3, count=1, tasks=("second_turn_in_two",))
+    messages = messages_for(sample)
+    ((question, answer),) = sample.before
+    assert [message.role for message in messages] == ["user", "assistant", "user"]
+    assert [part.HasField("image") for part in messages[0].parts] == [True, True, False]
+    assert [message.parts[-1].text for message in messages] == [question, answer, sample.question]
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ KEPT = Setting("some", 0.1)
 LOGITS = torch.tensor([0.0, 1.0, 2.0, 3.0])
 NOTHING: Any = None
 QUESTION = Question(
+    number=0,
     sample=Sample(task="read", images=(), question="?", answer=" right", answer_patches=()),
     prompt=NOTHING,
     jobs={},
