@@ -24,6 +24,7 @@ from prefill_worker.compression.pipeline import (
 )
 from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.engine import Prefilled, PrefillEngine
+from prefill_worker.error_stage import at_stage
 from prefill_worker.guard import GUARD_TOKENS, MoreRoom, choose, no_more_room, outcome_name
 from prefill_worker.job import Compressed, Event, FirstToken, NextToken, PrefillJob
 from prefill_worker.kept_tokens import kept_report, token_bitmaps
@@ -129,10 +130,28 @@ class PrefillCompute:
             prefilled = self._look_ahead(job, prompt, prefilled, steps, opening, emit)
             if opening.ended:
                 return None
+        with at_stage("select"):
+            return self._write(job, prompt, prefilled, opening.tokens, body, emit, more_room)
+
+    def _write(
+        self,
+        job: PrefillJob,
+        prompt: Prompt,
+        prefilled: Prefilled,
+        tokens: Sequence[int],
+        body: memoryview,
+        emit: Emit,
+        more_room: MoreRoom,
+    ) -> Completion:
+        """Chooses what is kept and begins to write it.
+
+        Args:
+            tokens: The answer so far.
+        """
         started = time.monotonic()
         choice = choose(job, prompt.shape, prefilled, body, more_room)
         job, body = replace(job, budget=choice.budget), choice.body
-        selections = [selection.followed_by(len(opening.tokens) - 1) for selection in choice.selections]
+        selections = [selection.followed_by(len(tokens) - 1) for selection in choice.selections]
         num_kept = kept_counts(prefilled, selections)
         layout = self._identity.layout
         eviction = eviction_for(job.policy, prompt.shape, job.budget, selections, layout.num_kv_heads)
@@ -140,7 +159,7 @@ class PrefillCompute:
         if eviction is not None and eviction.carries_scores:
             scored = prefilled.observed(prompt.shape)
             written = replace(written, body=add_scores(job.policy, scored, selections, written.body, body))
-        draft = self._draft(job, prompt, num_kept, selections, opening.tokens, written, eviction)
+        draft = self._draft(job, prompt, num_kept, selections, tokens, written, eviction)
         self._metrics.observe_stage("select", time.monotonic() - started)
         emit(Compressed(message=self._report(draft, prompt, choice.outcome)))
         return partial(_complete, draft, written)
@@ -163,17 +182,19 @@ class PrefillCompute:
         return Cascade(job.policy, prompt.shape, job.budget, self._identity.layout.num_layers)
 
     def _opening(self, job: PrefillJob, prompt: Prompt) -> Opening:
-        return Opening(self._tokenizer, job.sampling, self._spec.eos_token_ids, prompt.next_position)
+        eos_token_ids, position = self._spec.eos_token_ids, prompt.next_position
+        return Opening(self._tokenizer, job.sampling, eos_token_ids, position, job.delivered)
 
     def _look_ahead(
         self, job: PrefillJob, prompt: Prompt, prefilled: Prefilled, steps: int, opening: Opening, emit: Emit
     ) -> Prefilled:
         """Tokens after the first, over the full KV: part of the answer, or drafts of which only the attention stays."""
         started, policy = time.monotonic(), job.policy
-        if policy.look_ahead and policy.keeps_look_ahead:
+        if job.hands_over(1 + steps):
             looked = self._ahead_of(job, prompt, prefilled, steps, opening, emit)
         else:
-            drafts = self._opening(job, prompt)
+            # a lost attempt has drafted the rest over the full KV, whatever was drawn over the kept one
+            drafts = self._opening(replace(job, delivered=job.delivered[:1]), prompt)
             drafts.draw(prefilled.logits)
             drafted = self._ahead_of(job, prompt, prefilled, steps, drafts, lambda _: None)
             # a policy that does not look ahead is not shown what the guard has drafted

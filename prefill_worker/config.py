@@ -8,6 +8,8 @@ from pathlib import Path
 
 from shared.config import WorkerConfig
 
+PREPROCESS = ("preprocess_processes", "preprocess_memory_mib", "preprocess_queue_mib")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillConfig(WorkerConfig):
@@ -16,7 +18,12 @@ class PrefillConfig(WorkerConfig):
     name: str = "prefill-0"
     """Name of this worker in placements, metrics and logs."""
     arena_mib: int = 256
-    """Shared memory for parcels on their way, MiB."""
+    """Shared memory for parcels, MiB."""
+    retained_mib: int | None = None
+    """Parcels that stay there after their transfer, to be sent again when a decode worker is lost, MiB at most; half of
+    the arena when absent, so that new parcels find room without giving one up each time. 0 keeps none."""
+    parcel_lease_s: float = 30.0
+    """Life of a retained parcel without renewal, seconds."""
     socket_dir: Path = field(default_factory=lambda: Path(tempfile.gettempdir()) / "vlcache-arenas")
     """Private directory of the Unix socket that hands the arena to decode workers on this host."""
     max_images: int = 16
@@ -35,16 +42,29 @@ class PrefillConfig(WorkerConfig):
     some more work in each layer."""
     max_waiting: int = 256
     """Requests admitted and not yet computing; more are refused."""
-    preprocess_threads: int = 2
-    """Threads that decode images and tokenise."""
+    preprocess_processes: int = 2
+    """Processes that decode images and tokenise."""
+    preprocess_timeout_s: float = 20.0
+    """Time that one request may take there, seconds; its process is then replaced."""
+    preprocess_memory_mib: int = 2048
+    """Memory for data that each of them may have, MiB."""
+    preprocess_queue_mib: int = 512
+    """Requests that wait for one of them, MiB together."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.default_retention <= 1:
             raise ValueError(f"default_retention must lie in (0, 1], not {self.default_retention}")
         if not 0 <= self.max_dropped_attention <= 1:
             raise ValueError(f"max_dropped_attention must lie in [0, 1], not {self.max_dropped_attention}")
-        for name in ("arena_mib", "max_images", "max_new_tokens", "max_waiting", "preprocess_threads"):
+        for name in ("arena_mib", "max_images", "max_new_tokens", "max_waiting", *PREPROCESS):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.preprocess_timeout_s > 0:
+            raise ValueError(f"preprocess_timeout_s must be positive, not {self.preprocess_timeout_s}")
+        if self.retained_mib is not None and self.retained_mib < 0:
+            raise ValueError(f"retained_mib must not be negative, not {self.retained_mib}")
+        if not self.parcel_lease_s > 0:
+            raise ValueError(f"parcel_lease_s must be positive, not {self.parcel_lease_s}")
         if not 1 <= self.default_max_new_tokens <= self.max_new_tokens:
             raise ValueError("default_max_new_tokens must lie between 1 and max_new_tokens")

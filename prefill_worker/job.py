@@ -20,7 +20,11 @@ from shared.request.params import Budget, Guard, Sampling, Wire
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillJob:
-    """A checked request. `explain` says which tokens were kept, `cancelled` stops it at the next layer."""
+    """A checked request.
+
+    `delivered` is how the answer begins, where a lost attempt has delivered some of it. `explain` says which tokens
+    were kept, `cancelled` stops it at the next layer.
+    """
 
     transfer: TransferId
     messages: tuple[public.Message, ...]
@@ -28,6 +32,8 @@ class PrefillJob:
     budget: Budget
     policy: Policy
     ticket: Ticket
+    delivered: tuple[int, ...] = ()
+    tenant: str = ""
     wire: Wire = field(default_factory=Wire)
     guard: Guard = field(default_factory=Guard)
     explain: bool = False
@@ -39,6 +45,7 @@ class PrefillJob:
         message: pb.PrefillRequest,
         *,
         epoch: str,
+        vocabulary: int,
         default_max_new_tokens: int,
         default_retention: float,
         default_max_dropped_attention: float = 1.0,
@@ -46,17 +53,21 @@ class PrefillJob:
         """Reads and checks a message.
 
         Raises:
-            InvalidRequestError: A parameter is out of its range, or the policy is unknown.
+            InvalidRequestError: A parameter is out of its range, the policy is unknown, or what was delivered is not
+                the beginning of an answer.
         """
         request = message.request
         compression = request.compression
+        sampling = Sampling.from_proto(request.sampling, default_max_new_tokens=default_max_new_tokens)
         return cls(
             transfer=TransferId(request_id=request.request_id, attempt=message.attempt, prefill_epoch=epoch),
             messages=tuple(request.messages),
-            sampling=Sampling.from_proto(request.sampling, default_max_new_tokens=default_max_new_tokens),
+            sampling=sampling,
             budget=Budget.from_proto(compression, default_retention=default_retention),
             policy=build_policy(compression.policy, _parameters(compression)),
             ticket=Ticket.from_proto(message.ticket),
+            tenant=message.tenant,
+            delivered=_delivered(message, vocabulary, sampling),
             wire=Wire.from_proto(compression.wire),
             guard=Guard.from_proto(compression, default=default_max_dropped_attention),
             explain=compression.explain,
@@ -65,6 +76,25 @@ class PrefillJob:
     def rows_bound(self, text_tokens: int, visual_tokens: int) -> int:
         """Upper bound of the mean number of rows that the parcel has per layer and KV head."""
         return self.budget.kept_tokens_bound(text_tokens, visual_tokens) + self.policy.look_ahead
+
+    def hands_over(self, tokens: int) -> bool:
+        """Whether the answer's first `tokens` tokens, decoded ahead, are handed over; else they are drafts.
+
+        A parcel must not bring more than the decode worker has promised room for. An answer that they end brings none.
+        """
+        if not self.policy.look_ahead or not self.policy.keeps_look_ahead:
+            return False
+        promised = self.ticket.promised_tokens
+        return promised is None or tokens <= promised or tokens >= self.sampling.max_new_tokens
+
+
+def _delivered(message: pb.PrefillRequest, vocabulary: int, sampling: Sampling) -> tuple[int, ...]:
+    delivered = tuple(message.delivered)
+    if len(delivered) >= sampling.max_new_tokens:
+        raise InvalidRequestError("the answer was delivered already", reason="DELIVERED")
+    if any(token >= vocabulary for token in delivered):
+        raise InvalidRequestError("a delivered token is not in the vocabulary", reason="DELIVERED")
+    return delivered
 
 
 def _parameters(compression: public.CompressionParams) -> dict[str, object]:
@@ -140,6 +170,18 @@ class Compressed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Retained:
+    """The parcel is complete, and stays after its transfer. `parcel` is its secret, `lease_s` its life unrenewed."""
+
+    parcel: bytes
+    lease_s: float
+
+    def to_proto(self) -> pb.PrefillEvent:
+        """The event on the wire."""
+        return pb.PrefillEvent(retained=pb.Retained(parcel=self.parcel, lease_s=self.lease_s))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Transferred:
     """The decode worker has the parcel."""
 
@@ -147,10 +189,14 @@ class Transferred:
     sent_bytes: int
     seconds: float
 
+    @property
+    def message(self) -> public.Transfer:
+        """What clients see of it."""
+        return public.Transfer(transport=self.transport, sent_bytes=self.sent_bytes, seconds=self.seconds)
+
     def to_proto(self) -> pb.PrefillEvent:
         """The event on the wire."""
-        transfer = public.Transfer(transport=self.transport, sent_bytes=self.sent_bytes, seconds=self.seconds)
-        return pb.PrefillEvent(transfer=transfer)
+        return pb.PrefillEvent(transfer=self.message)
 
 
-Event = FirstToken | NextToken | Compressed | Transferred
+Event = FirstToken | NextToken | Compressed | Retained | Transferred

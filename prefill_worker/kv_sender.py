@@ -13,7 +13,7 @@ import grpc
 from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc
 from vlcache.worker.v1 import prefill_pb2 as pb
 
-from shared.errors import AbortedError, FailedPreconditionError, InvalidRequestError, NotFoundError, ServiceError
+from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError, NotFoundError, ServiceError
 from shared.kv.transport.base import Parcel, ParcelTransport, SendReport
 from shared.kv.transport.grpc_stream import GrpcTransport
 from shared.kv.transport.local import LocalReceiver, LocalTransport
@@ -32,13 +32,17 @@ GROW_TIMEOUT_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Ticket:
-    """A decode worker's promise to take a parcel; it ends `lease_s` after the last renewal."""
+    """A decode worker's promise to take a parcel; it ends `lease_s` after the last renewal.
+
+    `promised_tokens` are the new tokens that have room at once, None where they all have.
+    """
 
     decode_worker: str
     address: str
     token: bytes
     transport: str
     lease_s: float
+    promised_tokens: int | None = None
 
     @classmethod
     def from_proto(cls, message: pb.Ticket) -> Ticket:
@@ -55,6 +59,7 @@ class Ticket:
             token=message.token,
             transport=message.transport,
             lease_s=message.lease_s,
+            promised_tokens=message.promised_tokens or None,
         )
 
 
@@ -73,20 +78,17 @@ class KVSender:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def send(self, parcel: Parcel, ticket: Ticket) -> SendReport:
-        """Ships a parcel over the transport that was agreed on at the reservation.
+        """Ships a parcel over the transport that was agreed on at the reservation; once more where bytes were lost.
 
         Raises:
             ServiceError: The decode worker refused, or cannot be reached.
         """
         try:
-            report = await self._transport(ticket).send(parcel, ticket.token)
-        except ServiceError as error:
-            self._metrics.labelled(self._metrics.transfer_failures, reason=error.reason).inc()
-            raise
-        labels = {"transport": report.transport}
-        self._metrics.labelled(self._metrics.transfer_bytes, **labels).inc(report.sent_bytes)
-        self._metrics.labelled(self._metrics.transfer_seconds, **labels).observe(report.seconds)
-        return report
+            return await self._send(parcel, ticket)
+        except DataLossError:
+            # a failed delivery leaves the reservation as it was
+            self._metrics.labelled(self._metrics.resends, reason="data_loss").inc()
+            return await self._send(parcel, ticket)
 
     async def grow(self, ticket: Ticket, kept_tokens_bound: int) -> bool:
         """Asks for room for a parcel of at most so many tokens per layer; False where it is refused or not granted in
@@ -102,18 +104,11 @@ class KVSender:
     async def keep_alive(self, ticket: Ticket) -> AsyncIterator[None]:
         """While open, renews the reservation's lease, whatever the model thread is doing.
 
-        Raises:
-            AbortedError: The decode worker no longer knows the reservation; the body was cancelled.
+        A reservation that has ended ends nothing here: the parcel can still go to another decode worker.
         """
-        body = asyncio.current_task()
-        assert body is not None
-        renewal = asyncio.create_task(self._renew(ticket, body))
+        renewal = asyncio.create_task(self._renew(ticket))
         try:
             yield
-        except asyncio.CancelledError:
-            if renewal.done() and not renewal.cancelled():
-                raise AbortedError("the decode worker ended the reservation", reason="RESERVATION_LOST") from None
-            raise
         finally:
             renewal.cancel()
             await asyncio.wait([renewal])
@@ -124,14 +119,25 @@ class KVSender:
             await channel.close()
         self._channels.clear()
 
-    async def _renew(self, ticket: Ticket, body: asyncio.Task[object]) -> None:
+    async def _send(self, parcel: Parcel, ticket: Ticket) -> SendReport:
+        try:
+            report = await self._transport(ticket).send(parcel, ticket.token)
+        except ServiceError as error:
+            self._metrics.labelled(self._metrics.transfer_failures, reason=error.reason).inc()
+            raise
+        labels = {"transport": report.transport}
+        self._metrics.labelled(self._metrics.transfer_bytes, **labels).inc(report.sent_bytes)
+        self._metrics.labelled(self._metrics.transfer_seconds, **labels).observe(report.seconds)
+        return report
+
+    async def _renew(self, ticket: Ticket) -> None:
         period_s = ticket.lease_s / RENEWALS_PER_LEASE
         while True:
             await asyncio.sleep(period_s)
             try:
                 await self._renew_once(ticket, timeout_s=period_s)
             except NotFoundError:
-                body.cancel()
+                log.info("%s has ended the reservation", ticket.decode_worker)
                 return
             except ServiceError as error:
                 # a hiccup: the lease outlives several missed renewals

@@ -5,10 +5,13 @@ from __future__ import annotations
 from prefill_worker.kv_sender import KVSender, Ticket
 from prefill_worker.parcel_store import ParcelStore
 from shared.kv.arena import Slot
+from shared.kv.manifest import Manifest
+from shared.kv.transport.base import Parcel
 
 
 class ParcelRoom:
-    """Owner of a parcel's slot. Lives on the event loop; nothing may be written in the slot before it grows.
+    """Owner of a parcel's slot until it is complete. Lives on the event loop; nothing may be written in the slot before
+    it grows.
 
     Attributes:
         slot: Where the parcel lies.
@@ -18,6 +21,7 @@ class ParcelRoom:
     def __init__(self, store: ParcelStore, slot: Slot, nbytes: int) -> None:
         self._store = store
         self.slot, self.body = slot, store.view(slot, nbytes)
+        self._owns_slot = True
 
     @classmethod
     async def reserve(cls, store: ParcelStore, nbytes: int) -> ParcelRoom:
@@ -42,6 +46,17 @@ class ParcelRoom:
             self.slot, self.body = slot, self._store.view(slot, nbytes)
         return granted
 
+    def parcel(self, manifest: Manifest) -> Parcel:
+        """The complete parcel; what its bound had too much is given back."""
+        self.slot = self._store.shrink(self.slot, manifest.body_bytes)
+        self.body = self.body[: manifest.body_bytes]
+        return Parcel(manifest=manifest, body=self.body, slot=self.slot)
+
+    def hand_over(self) -> None:
+        """The slot has another owner from now on."""
+        self._owns_slot = False
+
     def free(self) -> None:
-        """Gives the slot back."""
-        self._store.free(self.slot)
+        """Gives the slot back, unless it was handed over."""
+        if self._owns_slot:
+            self._store.free(self.slot)

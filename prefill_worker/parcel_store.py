@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from shared.errors import TooLargeError
 from shared.kv.arena import Arena, Slot
@@ -15,6 +16,8 @@ class ParcelStore:
         self._arena = arena
         self._turn = asyncio.Lock()
         self._freed = asyncio.Event()
+        self.on_full: Callable[[], bool] = lambda: False
+        """Called when nothing fits, before anyone waits: frees a slot that can be spared; False where none can."""
 
     @property
     def used_bytes(self) -> int:
@@ -33,24 +36,39 @@ class ParcelStore:
                 "ask for a smaller retention",
             )
         async with self._turn:
-            while (slot := self._arena.allocate(nbytes)) is None:
+            while (slot := self._allocate(nbytes)) is None:
                 self._freed.clear()
                 await self._freed.wait()
             return slot
 
     def allocate_now(self, nbytes: int) -> Slot | None:
         """A slot, or None where that would mean waiting or overtaking someone who waits."""
-        return None if self._turn.locked() else self._arena.allocate(nbytes)
+        return None if self._turn.locked() else self._allocate(nbytes)
 
     def view(self, slot: Slot, nbytes: int) -> memoryview:
         """The first `nbytes` of a slot, writable from any thread."""
         return self._arena.view(slot, nbytes)
 
+    def shrink(self, slot: Slot, nbytes: int) -> Slot:
+        """Gives back what a slot has beyond `nbytes`; the returned slot replaces it."""
+        smaller = self._arena.shrink(slot, nbytes)
+        self.wake()
+        return smaller
+
     def free(self, slot: Slot) -> None:
         """Gives a slot back and wakes whoever waits."""
         self._arena.free(slot)
+        self.wake()
+
+    def wake(self) -> None:
+        """Lets whoever waits look again: something is free, or can be spared now."""
         self._freed.set()
 
     def check_integrity(self) -> None:
         """Asserts the arena's conservation law."""
         self._arena.check_integrity()
+
+    def _allocate(self, nbytes: int) -> Slot | None:
+        while (slot := self._arena.allocate(nbytes)) is None and self.on_full():
+            pass
+        return slot

@@ -8,19 +8,24 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compute import PrefillCompute
+from prefill_worker.error_stage import at_stage
 from prefill_worker.job import Event, PrefillJob, Transferred
 from prefill_worker.kept_tokens import check_explainable
-from prefill_worker.kv_sender import KVSender
+from prefill_worker.kv_sender import KVSender, Ticket
 from prefill_worker.parcel_room import ParcelRoom
+from prefill_worker.parcel_shipper import ParcelShipper
 from prefill_worker.parcel_store import ParcelStore
-from prefill_worker.prompt import Prompt, PromptBuilder
+from prefill_worker.preprocess.pool import PreprocessPool
+from prefill_worker.prompt import Prompt
+from prefill_worker.retained_parcels import RetainedParcels
 from prefill_worker.scheduler import PrefillScheduler
 from shared.errors import DuplicateRequestError
 from shared.kv.layout import KVLayout
-from shared.kv.transport.base import Parcel
+from shared.kv.manifest import Manifest
 from shared.request.params import Budget
 from shared.telemetry.metrics import PrefillMetrics
 from shared.threads import run_to_end
@@ -35,26 +40,28 @@ class PrefillRunner:
     def __init__(
         self,
         *,
-        builder: PromptBuilder,
+        preprocess: PreprocessPool,
         compute: PrefillCompute,
         scheduler: PrefillScheduler,
         store: ParcelStore,
+        retained: RetainedParcels,
         sender: KVSender,
         layout: KVLayout,
         metrics: PrefillMetrics,
-        preprocess_threads: int,
     ) -> None:
-        self._builder = builder
+        self._preprocessing = preprocess
         self._compute = compute
         self._scheduler = scheduler
         self._store = store
+        self._retained = retained
         self._sender = sender
+        self._shipper = ParcelShipper(sender, retained, metrics)
         self._layout = layout
         self._metrics = metrics
-        self._preprocess_pool = ThreadPoolExecutor(preprocess_threads, thread_name_prefix="preprocess")
         # waits for bytes and sums them up while the model thread computes the next prompt
         self._parcel_thread = ThreadPoolExecutor(1, thread_name_prefix="parcel")
         self._jobs: dict[tuple[str, int], tuple[PrefillJob, asyncio.Task[None]]] = {}
+        self._resends: set[asyncio.Task[Any]] = set()
 
     async def stream(self, job: PrefillJob) -> AsyncIterator[Event]:
         """Runs a job and yields its events. Leaving early cancels the work; its memory follows when it is safe.
@@ -79,29 +86,50 @@ class PrefillRunner:
                 job.cancelled.set()
                 task.cancel()
 
+    async def resend(self, secret: bytes, attempt: int, ticket: Ticket) -> Transferred:
+        """Sends a retained parcel to another reservation.
+
+        Raises:
+            NotFoundError: It is not retained any more.
+            ServiceError: The transfer failed.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._resends.add(task)
+        try:
+            return await self._shipper.resend(secret, attempt, ticket)
+        finally:
+            self._resends.remove(task)
+
+    def expire(self, now: float) -> None:
+        """Gives up the retained parcels that nobody renewed."""
+        expired = self._retained.expire(now)
+        self._metrics.labelled(self._metrics.lease_expired, side="prefill").inc(expired)
+
     async def drain(self, timeout_s: float) -> None:
-        """Lets what is in flight finish for `timeout_s`, then cancels it."""
-        if not self._jobs:
-            return
-        tasks = [task for _, task in self._jobs.values()]
-        _, late = await asyncio.wait(tasks, timeout=timeout_s)
-        if late:
-            for job, task in list(self._jobs.values()):
+        """Lets what is in flight finish for `timeout_s`, then cancels it; afterwards nothing is retained either."""
+        tasks = {*self._resends, *(task for _, task in self._jobs.values())}
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=timeout_s)
+            for job, _ in self._jobs.values():
                 job.cancelled.set()
+            for task in late:
                 task.cancel()
-            await asyncio.wait(late)
+            if late:
+                await asyncio.wait(late)
+        self._retained.clear()
 
     def close(self) -> None:
         """Ends the threads of a drained worker."""
-        self._preprocess_pool.shutdown()
         self._parcel_thread.shutdown()
         self._scheduler.close()
 
     def check_integrity(self) -> None:
-        """Asserts that an idle worker holds nothing."""
+        """Asserts that an idle worker holds nothing but what it retains."""
         self._store.check_integrity()
+        self._retained.check_integrity()
         if not self._jobs:
-            assert self._store.used_bytes == 0, "a parcel outlived its request"
+            assert self._retained.filling_bytes == 0, "a slot outlived its request"
             assert self._scheduler.outstanding_tokens == 0
 
     def _forget(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
@@ -117,29 +145,35 @@ class PrefillRunner:
             emit(_END)
 
     async def _run_stages(self, job: PrefillJob, emit: Callable[[Event | None], None]) -> None:
-        prompt = await self._preprocess(job)
-        num_tokens = prompt.shape.num_tokens
-        if job.explain:
-            check_explainable(num_tokens + job.policy.look_ahead, self._layout)
-        room = await ParcelRoom.reserve(self._store, self._parcel_bound(job, prompt))
-        try:
-            loop = asyncio.get_running_loop()
+        with at_stage("preprocess"):
+            prompt = await self._preprocess(job)
+            if job.explain:
+                check_explainable(prompt.shape.num_tokens + job.policy.look_ahead, self._layout)
+        with at_stage("prefill"):
+            room = await ParcelRoom.reserve(self._store, self._parcel_bound(job, prompt))
+            try:
+                manifest = await self._compute_parcel(job, prompt, room, emit)
+                if manifest is not None:
+                    await self._shipper.ship(room, manifest, job.ticket, emit)
+            finally:
+                room.free()
 
-            def emit_here(event: Event) -> None:
-                loop.call_soon_threadsafe(emit, event)
+    async def _compute_parcel(
+        self, job: PrefillJob, prompt: Prompt, room: ParcelRoom, emit: Callable[[Event | None], None]
+    ) -> Manifest | None:
+        """Writes the parcel; None where the first tokens end the answer."""
+        loop = asyncio.get_running_loop()
 
-            def more_room(budget: Budget) -> memoryview | None:
-                growing = self._grow(room, replace(job, budget=budget), prompt)
-                return room.body if asyncio.run_coroutine_threadsafe(growing, loop).result() else None
+        def emit_here(event: Event) -> None:
+            loop.call_soon_threadsafe(emit, event)
 
-            work = partial(self._compute.run, job, prompt, room.body, emit_here, more_room)
-            complete = await self._scheduler.run(work, num_tokens=num_tokens, cancelled=job.cancelled)
-            if complete is not None:
-                manifest = await run_to_end(self._parcel_thread, complete)
-                parcel = Parcel(manifest=manifest, body=room.body[: manifest.body_bytes], slot=room.slot)
-                await self._transfer(job, parcel, emit)
-        finally:
-            room.free()
+        def more_room(budget: Budget) -> memoryview | None:
+            growing = self._grow(room, replace(job, budget=budget), prompt)
+            return room.body if asyncio.run_coroutine_threadsafe(growing, loop).result() else None
+
+        work = partial(self._compute.run, job, prompt, room.body, emit_here, more_room)
+        complete = await self._scheduler.run(work, num_tokens=prompt.shape.num_tokens, cancelled=job.cancelled)
+        return None if complete is None else await run_to_end(self._parcel_thread, complete)
 
     async def _grow(self, room: ParcelRoom, job: PrefillJob, prompt: Prompt) -> bool:
         return await room.grow(self._parcel_bound(job, prompt), self._sender, job.ticket, _rows_bound(job, prompt))
@@ -149,17 +183,12 @@ class PrefillRunner:
 
     async def _preprocess(self, job: PrefillJob) -> Prompt:
         started = time.monotonic()
-        build = partial(self._builder.build, job.messages, max_new_tokens=job.sampling.max_new_tokens)
-        prompt = await asyncio.get_running_loop().run_in_executor(self._preprocess_pool, build)
+        max_new_tokens = job.sampling.max_new_tokens
+        prompt = await self._preprocessing.build(job.messages, max_new_tokens=max_new_tokens, tenant=job.tenant)
         self._metrics.observe_stage("preprocess", time.monotonic() - started)
         for pixels in prompt.pixels:
             self._metrics.image_pixels.observe(pixels)
         return prompt
-
-    async def _transfer(self, job: PrefillJob, parcel: Parcel, emit: Callable[[Event | None], None]) -> None:
-        report = await self._sender.send(parcel, job.ticket)
-        self._metrics.observe_stage("transfer", report.seconds)
-        emit(Transferred(transport=report.transport, sent_bytes=report.sent_bytes, seconds=report.seconds))
 
 
 def _rows_bound(job: PrefillJob, prompt: Prompt) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -10,7 +11,8 @@ from vlcache.worker.v1 import prefill_pb2 as pb
 from vlcache.worker.v1 import prefill_pb2_grpc, worker_pb2
 
 from prefill_worker.job import PrefillJob
-from prefill_worker.parcel_store import ParcelStore
+from prefill_worker.kv_sender import Ticket
+from prefill_worker.retained_parcels import RetainedParcels
 from prefill_worker.runner import PrefillRunner
 from prefill_worker.scheduler import PrefillScheduler
 from shared.errors import FailedPreconditionError, UnavailableError
@@ -32,7 +34,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         arena_bytes: int,
         runner: PrefillRunner,
         scheduler: PrefillScheduler,
-        store: ParcelStore,
+        retained: RetainedParcels,
+        vocabulary: int,
         max_dropped_attention: float = 1.0,
     ) -> None:
         self._name = name
@@ -42,7 +45,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._arena_bytes = arena_bytes
         self._runner = runner
         self._scheduler = scheduler
-        self._store = store
+        self._retained = retained
+        self._vocabulary = vocabulary
         self._max_dropped_attention = max_dropped_attention
         self._draining = False
 
@@ -54,6 +58,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: worker_pb2.GetWorkerInfoRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.WorkerInfo:
         """See the proto file."""
+        return self.info()
+
+    def info(self) -> worker_pb2.WorkerInfo:
+        """What the worker says about itself, to routers and in a registry."""
         return worker_pb2.WorkerInfo(
             name=self._name,
             role="prefill",
@@ -63,7 +71,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             requests_running=self._scheduler.running,
             requests_waiting=self._scheduler.waiting,
             outstanding_tokens=self._scheduler.outstanding_tokens,
-            kv=public.KVBytes(capacity=self._arena_bytes, retained=self._store.used_bytes),
+            kv=public.KVBytes(
+                capacity=self._arena_bytes,
+                filling=self._retained.filling_bytes,
+                retained=self._retained.used_bytes,
+            ),
             arena_socket=self._arena_socket,
             version=VERSION,
         )
@@ -79,9 +91,32 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         job = PrefillJob.from_proto(
             request,
             epoch=self._epoch,
+            vocabulary=self._vocabulary,
             default_max_new_tokens=self._model.default_max_new_tokens,
             default_retention=self._model.default_retention,
             default_max_dropped_attention=self._max_dropped_attention,
         )
         async for event in self._runner.stream(job):
             yield event.to_proto()
+
+    async def Resend(  # noqa: N802
+        self, request: pb.ResendRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ResendResponse:
+        """See the proto file. Not refused while draining: an answer that is running may need it."""
+        sent = await self._runner.resend(request.parcel, request.attempt, Ticket.from_proto(request.ticket))
+        return pb.ResendResponse(transfer=sent.message)
+
+    async def RenewParcels(  # noqa: N802
+        self, request: pb.RenewParcelsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RenewParcelsResponse:
+        """See the proto file."""
+        now = time.monotonic()
+        return pb.RenewParcelsResponse(gone=[each for each in request.parcels if not self._retained.renew(each, now)])
+
+    async def ReleaseParcels(  # noqa: N802
+        self, request: pb.ReleaseParcelsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ReleaseParcelsResponse:
+        """See the proto file."""
+        for parcel in request.parcels:
+            self._retained.release(parcel)
+        return pb.ReleaseParcelsResponse()

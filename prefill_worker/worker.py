@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import time
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,7 +20,11 @@ from prefill_worker.engine import PrefillEngine
 from prefill_worker.kv_sender import KVSender
 from prefill_worker.parcel_store import ParcelStore
 from prefill_worker.pinning import pin
-from prefill_worker.prompt import PromptBuilder
+from prefill_worker.preprocess.handle import PreprocessProcess
+from prefill_worker.preprocess.pool import PreprocessPool
+from prefill_worker.preprocess.processing import PromptLimits, PromptProcessor
+from prefill_worker.prompt import prompt_limits
+from prefill_worker.retained_parcels import RetainedParcels
 from prefill_worker.runner import PrefillRunner
 from prefill_worker.scheduler import PrefillScheduler
 from prefill_worker.service import SERVICE_NAME, PrefillServicer
@@ -31,11 +40,14 @@ from shared.rpc.lifecycle import new_epoch
 from shared.rpc.options import MAX_REQUEST_BYTES, MIB
 from shared.telemetry.metrics import PrefillMetrics
 
+EXPIRY_PERIOD_S = 0.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """Everything that comes from the checkpoint."""
+    """Everything that comes from the checkpoint, and where that lies."""
 
+    path: Path
     engine: PrefillEngine
     processor: Any
     spec: VLMSpec
@@ -52,6 +64,7 @@ def load_model(config: PrefillConfig) -> LoadedModel:
     checkpoint = open_checkpoint(config)
     model = load_prefill_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device)
     return LoadedModel(
+        path=checkpoint.path,
         engine=PrefillEngine(model),
         processor=load_processor(checkpoint.path),
         spec=checkpoint.spec,
@@ -81,46 +94,56 @@ class PrefillWorker:
     ) -> None:
         self.name, self.listen = config.name, config.listen
         epoch = epoch or new_epoch()
-        builder = PromptBuilder(model.processor, model.spec, max_images=config.max_images)
+        limits = prompt_limits(model.spec, max_images=config.max_images)
         self.metrics = PrefillMetrics(worker=config.name, model=model.identity.name)
+        self._preprocess = _preprocess_pool(config, model, limits, self.metrics)
         self._arena = Arena(config.arena_mib * MIB)
         if model.engine.device.type == "cuda":
             pin(self._arena.memory)
         self._arena_server = ArenaServer.start(config.socket_dir, f"{config.name}-{epoch}", self._arena, epoch)
-        self._store = ParcelStore(self._arena)
+        store = ParcelStore(self._arena)
+        retained = RetainedParcels(store, capacity=_retained_bytes(config), lease_s=config.parcel_lease_s)
         self._sender = KVSender(epoch=epoch, metrics=self.metrics, local=local)
         scheduler = PrefillScheduler(max_waiting=config.max_waiting)
         tokenizer = model.processor.tokenizer
         self.runner = PrefillRunner(
-            builder=builder,
+            preprocess=self._preprocess,
             compute=PrefillCompute(
                 model.engine, tokenizer, model.spec, model.identity, self.metrics, cascade=config.cascade
             ),
             scheduler=scheduler,
-            store=self._store,
+            store=store,
+            retained=retained,
             sender=self._sender,
             layout=model.spec.layout,
             metrics=self.metrics,
-            preprocess_threads=config.preprocess_threads,
         )
         self.servicer = PrefillServicer(
             name=config.name,
             epoch=epoch,
-            model=_served_model(config, model.identity, builder),
+            model=_served_model(config, model.identity, PromptProcessor(model.processor, limits)),
             arena_socket=str(self._arena_server.path),
             arena_bytes=self._arena.capacity,
             runner=self.runner,
             scheduler=scheduler,
-            store=self._store,
+            retained=retained,
+            vocabulary=model.identity.vocabulary,
             max_dropped_attention=config.max_dropped_attention,
         )
-        self.metrics.watch_resident("retained", lambda: self._store.used_bytes)
+        self._expiry = asyncio.get_running_loop().create_task(self._expire_leases())
+        self.metrics.watch_resident("filling", lambda: retained.filling_bytes)
+        self.metrics.watch_resident("retained", lambda: retained.used_bytes)
         self.metrics.requests_running.set_function(lambda: scheduler.running)
         self.metrics.requests_waiting.set_function(lambda: scheduler.waiting)
+        self._preprocess.wait_ready()
 
     def register(self, server: grpc.aio.Server) -> None:
         """Adds the worker's services to a server."""
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self.servicer, server)
+
+    def info(self) -> worker_pb2.WorkerInfo:
+        """Who it is and how loaded it is now."""
+        return self.servicer.info()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuses new requests and lets the others finish for `timeout_s`."""
@@ -129,19 +152,49 @@ class PrefillWorker:
 
     async def close(self) -> None:
         """Gives everything back; the worker was drained."""
+        self._expiry.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._expiry
         self.runner.close()
+        await self._preprocess.close()
         await self._sender.close()
         await self._arena_server.stop()
         self.runner.check_integrity()
         self._arena.close()
 
+    async def _expire_leases(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRY_PERIOD_S)
+            self.runner.expire(time.monotonic())
 
-def _served_model(config: PrefillConfig, identity: ModelIdentity, builder: PromptBuilder) -> worker_pb2.ServedModel:
+
+def _retained_bytes(config: PrefillConfig) -> int:
+    return config.arena_mib * MIB // 2 if config.retained_mib is None else config.retained_mib * MIB
+
+
+def _preprocess_pool(
+    config: PrefillConfig, model: LoadedModel, limits: PromptLimits, metrics: PrefillMetrics
+) -> PreprocessPool:
+    launch = partial(
+        PreprocessProcess.launch, model.path, limits, memory_bytes=config.preprocess_memory_mib * MIB
+    )
+    return PreprocessPool(
+        launch,
+        model.spec,
+        metrics,
+        processes=config.preprocess_processes,
+        timeout_s=config.preprocess_timeout_s,
+        max_waiting=config.max_waiting,
+        max_waiting_bytes=config.preprocess_queue_mib * MIB,
+    )
+
+
+def _served_model(config: PrefillConfig, identity: ModelIdentity, processing: PromptProcessor) -> worker_pb2.ServedModel:
     served = identity.to_proto()
     served.max_images = config.max_images
-    served.template_tokens = builder.processing.template_tokens()
-    served.max_tokens_per_image = builder.processing.image_tokens()
-    served.max_marker_tokens_per_image = builder.processing.marker_tokens()
+    served.template_tokens = processing.template_tokens()
+    served.max_tokens_per_image = processing.image_tokens()
+    served.max_marker_tokens_per_image = processing.marker_tokens()
     served.policies.extend(sorted(CHOICES))
     served.default_policy = DEFAULT_POLICY
     served.default_retention = config.default_retention

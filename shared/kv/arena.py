@@ -83,6 +83,13 @@ class Arena:
         del self._slots[slot.generation]
         self._extents.free(slot.extent)
 
+    def shrink(self, slot: Slot, nbytes: int) -> Slot:
+        """Gives back what a slot has beyond `nbytes`; the returned slot replaces it."""
+        assert slot.generation in self._slots, "the slot was freed"
+        smaller = Slot(self._extents.shrink(slot.extent, nbytes), slot.generation)
+        self._slots[slot.generation] = smaller
+        return smaller
+
     def view(self, slot: Slot, nbytes: int) -> memoryview:
         """The first `nbytes` of a slot, writable."""
         assert slot.generation in self._slots, "the slot was freed"

@@ -151,16 +151,20 @@ def test_the_sender_hands_over_and_renews_without_a_call(loaded: LoadedModel, sh
     run(loaded, body)
 
 
-def test_the_sender_hears_that_its_reservation_has_ended(loaded: LoadedModel, shipment: Shipment) -> None:
+def test_the_sender_hears_at_its_transfer_that_the_reservation_has_ended(
+    loaded: LoadedModel, shipment: Shipment
+) -> None:
     async def body(served: Served) -> None:
         token, epoch = await reserve(served)
         sender = KVSender(epoch=epoch, metrics=PrefillMetrics(worker="p", model="m"), local=served.worker.receiver)
         ticket = Ticket(decode_worker="d", address="", token=token, transport="local", lease_s=0.06)
-        with pytest.raises(AbortedError) as caught:  # noqa: PT012
-            async with sender.keep_alive(ticket):
-                served.worker.runner.end(served.held.find(token))
-                await asyncio.Event().wait()
-        assert caught.value.reason == "RESERVATION_LOST"
+        parcel = Parcel(manifest=manifest_of(shipment, epoch), body=memoryview(shipment.body), slot=NO_SLOT)
+        async with sender.keep_alive(ticket):
+            served.worker.runner.end(served.held.find(token))
+            await asyncio.sleep(0.05)
+            with pytest.raises(NotFoundError) as caught:
+                await sender.send(parcel, ticket)
+        assert caught.value.reason == "NO_RESERVATION"
 
     run(loaded, body)
 

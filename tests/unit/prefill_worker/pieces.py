@@ -16,6 +16,7 @@ from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
 from prefill_worker.kv_sender import Ticket
 from prefill_worker.parcel_store import ParcelStore
 from prefill_worker.prompt import Prompt
+from prefill_worker.retained_parcels import RetainedParcels
 from prefill_worker.runner import PrefillRunner
 from prefill_worker.scheduler import PrefillScheduler
 from shared.errors import RequestCancelledError
@@ -61,31 +62,35 @@ class Stage:
 class Pieces:
     """Everything around the runner, with a stage to stop at in each."""
 
-    def __init__(self, arena_bytes: int = 4 * BOUND, max_waiting: int = 4) -> None:
+    def __init__(
+        self, arena_bytes: int = 4 * BOUND, max_waiting: int = 4, retained_bytes: int = 4 * BOUND, lease_s: float = 30.0
+    ) -> None:
         self.building, self.computing, self.arriving, self.sending = Stage(), Stage(), Stage(), Stage()
         self.first, self.ships = FIRST, True
-        self.lost: asyncio.Event = asyncio.Event()
         self.sent: list[bytes] = []
+        self.sent_as: list[TransferId] = []
         self.wants: Budget | None = None
         self.got: memoryview | None = None
         self.grants, self.asked = True, list[int]()
         self.kept_alive = 0
         self.arena = Arena(arena_bytes)
         self.store = ParcelStore(self.arena)
+        self.retained = RetainedParcels(self.store, capacity=retained_bytes, lease_s=lease_s)
+        self.metrics = PrefillMetrics(worker="p", model="m")
         self.scheduler = PrefillScheduler(max_waiting=max_waiting)
         self.runner = PrefillRunner(
-            builder=self,  # type: ignore[arg-type]
+            preprocess=self,  # type: ignore[arg-type]
             compute=self,  # type: ignore[arg-type]
             scheduler=self.scheduler,
             store=self.store,
+            retained=self.retained,
             sender=self,  # type: ignore[arg-type]
             layout=LAYOUT,
-            metrics=PrefillMetrics(worker="p", model="m"),
-            preprocess_threads=2,
+            metrics=self.metrics,
         )
 
-    def build(self, messages: Any, *, max_new_tokens: int) -> Prompt:
-        self.building.pass_through()
+    async def build(self, messages: Any, *, max_new_tokens: int, tenant: str) -> Prompt:
+        await asyncio.get_running_loop().run_in_executor(None, self.building.pass_through)
         return raw_prompt([1] * TOKENS, prompt_shape(TOKENS))
 
     def run(
@@ -132,6 +137,7 @@ class Pieces:
         await until(self.sending.open.is_set)
         self.sending.pass_through()
         self.sent.append(bytes(parcel.body))
+        self.sent_as.append(parcel.manifest.transfer)
         return SendReport(transport="grpc", sent_bytes=len(parcel.body), seconds=0.1)
 
 
@@ -142,8 +148,12 @@ def job(request_id: str = "r", attempt: int = 1) -> PrefillJob:
         sampling=Sampling(max_new_tokens=8),
         budget=Budget(retention=0.5),
         policy=VLCache(),
-        ticket=Ticket(decode_worker="d", address="x:1", token=b"t", transport="grpc", lease_s=30.0),
+        ticket=ticket(),
     )
+
+
+def ticket(decode_worker: str = "d") -> Ticket:
+    return Ticket(decode_worker=decode_worker, address="x:1", token=b"t", transport="grpc", lease_s=30.0)
 
 
 async def collect(pieces: Pieces, what: PrefillJob) -> list[Event]:
@@ -165,6 +175,7 @@ def run(body: Callable[[Pieces], Coroutine[Any, Any, None]], **options: Any) -> 
             await asyncio.wait_for(body(pieces), 20)
             await asyncio.wait_for(idle(pieces), 20)
             pieces.runner.check_integrity()
+            pieces.retained.clear()
             assert pieces.store.used_bytes == pieces.scheduler.outstanding_tokens == pieces.kept_alive == 0
         finally:
             for stage in (pieces.building, pieces.computing, pieces.arriving, pieces.sending):

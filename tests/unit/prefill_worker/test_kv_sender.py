@@ -6,10 +6,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc
+from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, kv_pb2_grpc
 
 from prefill_worker.kv_sender import KVSender, Ticket
-from shared.errors import AbortedError, FailedPreconditionError, InvalidRequestError, NotFoundError, UnavailableError
+from shared.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidRequestError,
+    NotFoundError,
+    UnavailableError,
+)
 from shared.kv.arena import Slot
 from shared.kv.extents import Extent
 from shared.kv.transport.base import Parcel
@@ -20,13 +26,15 @@ from tests.unit.prefill_worker.manifests import manifest
 PERIOD_S = 0.03
 
 
-class Decode(decode_pb2_grpc.DecodeServiceServicer):
-    """Answers the n-th renewal with the n-th entry of its script, and then always with yes."""
+class Decode(decode_pb2_grpc.DecodeServiceServicer, kv_pb2_grpc.KVTransferServiceServicer):
+    """Answers the n-th renewal with the n-th entry of its script, deliveries with those of `refusals`; then with yes."""
 
     def __init__(self, *script: Exception | None) -> None:
         self._script = list(script)
         self.tokens: list[bytes] = []
         self.renewed = asyncio.Event()
+        self.refusals: list[Exception] = []
+        self.deliveries: list[tuple[bytes, bytes]] = []
 
     async def Renew(self, request: Any, context: Any) -> decode_pb2.RenewResponse:  # noqa: N802
         self.tokens.append(request.token)
@@ -38,6 +46,24 @@ class Decode(decode_pb2_grpc.DecodeServiceServicer):
 
     async def GrowReservation(self, request: Any, context: Any) -> Any:  # noqa: N802
         await asyncio.Event().wait()
+
+    async def PutKV(self, frames: AsyncIterator[kv_pb2.PutKVRequest], context: Any) -> Any:  # noqa: N802
+        header, *chunks = [frame async for frame in frames]
+        self._deliver(header.header.token, b"".join(each.chunk.data for each in chunks))
+        return kv_pb2.PutKVResponse()
+
+    async def InstallKV(self, request: kv_pb2.InstallKVRequest, context: Any) -> Any:  # noqa: N802
+        self._deliver(request.token, request.slot.SerializeToString())
+        return kv_pb2.InstallKVResponse()
+
+    def register(self, server: Any) -> None:
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)
+        kv_pb2_grpc.add_KVTransferServiceServicer_to_server(self, server)
+
+    def _deliver(self, token: bytes, what: bytes) -> None:
+        self.deliveries.append((token, what))
+        if self.refusals:
+            raise self.refusals.pop(0)
 
     async def renewals(self, count: int) -> None:
         while len(self.tokens) < count:
@@ -55,7 +81,7 @@ async def serving(decode: Decode) -> AsyncIterator[str]:
         name="d",
         host="127.0.0.1",
         port=0,
-        register=lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(decode, server),
+        register=decode.register,
         services=[],
     )
     try:
@@ -92,18 +118,11 @@ def test_a_lease_is_renewed_until_the_work_is_done() -> None:
     run(body)
 
 
-def test_a_lost_reservation_ends_the_work() -> None:
+def test_a_lost_reservation_ends_its_renewals_and_nothing_else() -> None:
     async def body(sender: KVSender, decode: Decode, promised: Ticket) -> None:
-        interrupted = False
-        with pytest.raises(AbortedError, match="ended the reservation") as caught:  # noqa: PT012
-            async with sender.keep_alive(promised):
-                try:
-                    await asyncio.wait_for(asyncio.Event().wait(), 10)
-                except asyncio.CancelledError:
-                    interrupted = True
-                    raise
-        assert caught.value.reason == "RESERVATION_LOST"
-        assert interrupted
+        async with sender.keep_alive(promised):
+            await decode.renewals(2)
+            await asyncio.sleep(4 * PERIOD_S)
         assert len(decode.tokens) == 2
 
     run(body, None, NotFoundError("gone"))
@@ -149,6 +168,53 @@ def test_an_error_of_the_work_passes_unchanged() -> None:
         with pytest.raises(NotFoundError, match="mine"):
             async with sender.keep_alive(promised):
                 raise NotFoundError("mine")
+
+    run(body)
+
+
+def parcel_of(body: bytes) -> Parcel:
+    return Parcel(manifest=manifest(body), body=memoryview(body), slot=Slot(Extent(0, 64), 1))
+
+
+def count(sender: KVSender, metric: str, **labels: str) -> float:
+    metrics = sender._metrics
+    return metrics.labelled(getattr(metrics, metric), **labels)._value.get()
+
+
+@pytest.mark.parametrize("transport", ["grpc", "memory"])
+def test_a_parcel_that_was_damaged_on_its_way_is_sent_once_more(transport: str) -> None:
+    async def body(sender: KVSender, decode: Decode, promised: Ticket) -> None:
+        decode.refusals = [DataLossError("broken", reason="CHUNK_CHECKSUM")]
+        report = await sender.send(parcel_of(b"kv" * 128), ticket(promised.address, transport))
+        assert report.transport == transport
+        assert [attempt[0] for attempt in decode.deliveries] == [b"secret", b"secret"]
+        assert decode.deliveries[0] == decode.deliveries[1]
+        assert count(sender, "resends", reason="data_loss") == 1
+        assert count(sender, "transfer_failures", reason="CHUNK_CHECKSUM") == 1
+        assert count(sender, "transfer_bytes", transport=transport) == report.sent_bytes
+
+    run(body)
+
+
+def test_a_second_damage_is_the_error() -> None:
+    async def body(sender: KVSender, decode: Decode, promised: Ticket) -> None:
+        decode.refusals = [DataLossError("broken", reason="PARCEL_DIGEST") for _ in range(3)]
+        with pytest.raises(DataLossError) as caught:
+            await sender.send(parcel_of(b"kv" * 128), promised)
+        assert caught.value.reason == "PARCEL_DIGEST"
+        assert len(decode.deliveries) == 2
+
+    run(body)
+
+
+@pytest.mark.parametrize("refusal", [NotFoundError("gone"), InvalidRequestError("odd"), UnavailableError("busy")])
+def test_any_other_refusal_is_final(refusal: Exception) -> None:
+    async def body(sender: KVSender, decode: Decode, promised: Ticket) -> None:
+        decode.refusals = [refusal]
+        with pytest.raises(type(refusal)):
+            await sender.send(parcel_of(b"kv" * 128), promised)
+        assert len(decode.deliveries) == 1
+        assert count(sender, "resends", reason="data_loss") == 0
 
     run(body)
 

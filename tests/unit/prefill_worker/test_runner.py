@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from prefill_worker.job import Compressed, FirstToken, Transferred
+from prefill_worker.job import Compressed, FirstToken, Retained, Transferred
 from shared.errors import (
     AbortedError,
     DuplicateRequestError,
@@ -33,10 +33,11 @@ from tests.unit.prefill_worker.pieces import (
 def test_events_come_in_order_and_memory_goes_back() -> None:
     async def body(pieces: Pieces) -> None:
         events = await collect(pieces, job())
-        assert [type(event) for event in events] == [FirstToken, Compressed, Transferred]
+        assert [type(event) for event in events] == [FirstToken, Compressed, Retained, Transferred]
         assert events[0] == FIRST
-        assert events[2] == Transferred(transport="grpc", sent_bytes=manifest().body_bytes, seconds=0.1)
+        assert events[3] == Transferred(transport="grpc", sent_bytes=manifest().body_bytes, seconds=0.1)
         assert pieces.sent == [b"k" * manifest().body_bytes]
+        assert pieces.retained.filling_bytes == 0
 
     run(body)
 
@@ -48,7 +49,7 @@ def test_the_first_token_leaves_while_the_rest_is_computed() -> None:
         assert await anext(stream) == FIRST
         assert pieces.store.used_bytes == BOUND
         pieces.computing.open.set()
-        assert len([event async for event in stream]) == 2
+        assert len([event async for event in stream]) == 3
 
     run(body)
 
@@ -70,9 +71,9 @@ def test_an_error_at_any_stage_reaches_the_caller(stage: str, error: Exception) 
         with pytest.raises(type(error), match=str(error)):
             await collect(pieces, job())
         await idle(pieces)
-        assert pieces.store.used_bytes == 0
+        assert pieces.retained.filling_bytes == 0
         getattr(pieces, stage).error = None
-        assert len(await collect(pieces, job())) == 3
+        assert len(await collect(pieces, job())) == 4
 
     run(body)
 
@@ -97,6 +98,7 @@ def test_leaving_at_any_stage_gives_everything_back(stage: str) -> None:
         where.open.set()
         await idle(pieces)
         assert pieces.sent == []
+        assert pieces.store.used_bytes == 0
 
     run(body)
 
@@ -125,7 +127,7 @@ def test_leaving_while_waiting_for_room_disturbs_nobody() -> None:
         await asyncio.sleep(0.05)
         waiting.cancel()
         pieces.sending.open.set()
-        assert [len(await task) for task in (first, behind)] == [3, 3]
+        assert [len(await task) for task in (first, behind)] == [4, 4]
 
     run(body, arena_bytes=BOUND)
 
@@ -161,8 +163,8 @@ def test_the_same_attempt_is_refused_while_it_runs_and_another_is_not() -> None:
             await collect(pieces, job())
         second = asyncio.create_task(collect(pieces, job(attempt=2)))
         pieces.computing.open.set()
-        assert [len(await task) for task in (first, second)] == [3, 3]
-        assert len(await collect(pieces, job())) == 3
+        assert [len(await task) for task in (first, second)] == [4, 4]
+        assert len(await collect(pieces, job())) == 4
 
     run(body)
 
@@ -175,7 +177,7 @@ def test_a_drain_lets_work_finish_in_time() -> None:
         await reached(pieces.sending)
         asyncio.get_running_loop().call_later(0.05, pieces.sending.open.set)
         await pieces.runner.drain(10)
-        assert len(await task) == 3
+        assert len(await task) == 4
 
     run(body)
 
@@ -198,13 +200,13 @@ FULL = LAYOUT.full_bytes(TOKENS)
 def test_room_grows_at_both_ends_before_anything_is_written() -> None:
     async def body(pieces: Pieces) -> None:
         pieces.wants = Budget(retention=1.0)
-        pieces.sending.block()
+        pieces.arriving.block()
         task = asyncio.create_task(collect(pieces, job()))
-        await reached(pieces.sending)
+        await reached(pieces.arriving)
         assert pieces.asked == [TOKENS]
         assert pieces.store.used_bytes == FULL, "the smaller slot went back"
-        pieces.sending.open.set()
-        assert len(await task) == 3
+        pieces.arriving.open.set()
+        assert len(await task) == 4
         assert pieces.got is not None
         assert len(pieces.got) == FULL
         assert pieces.sent == [b"k" * manifest().body_bytes]
@@ -215,12 +217,12 @@ def test_room_grows_at_both_ends_before_anything_is_written() -> None:
 def test_a_refusal_of_the_decode_worker_leaves_the_smaller_room() -> None:
     async def body(pieces: Pieces) -> None:
         pieces.wants, pieces.grants = Budget(retention=1.0), False
-        pieces.sending.block()
+        pieces.arriving.block()
         task = asyncio.create_task(collect(pieces, job()))
-        await reached(pieces.sending)
+        await reached(pieces.arriving)
         assert (pieces.asked, pieces.got, pieces.store.used_bytes) == ([TOKENS], None, BOUND)
-        pieces.sending.open.set()
-        assert len(await task) == 3
+        pieces.arriving.open.set()
+        assert len(await task) == 4
 
     run(body)
 
@@ -234,7 +236,7 @@ def test_a_full_arena_refuses_at_once() -> None:
         tasks = [asyncio.create_task(collect(pieces, job(name))) for name in ("a", "b")]
         await until(lambda: pieces.store.used_bytes == 2 * BOUND)
         pieces.computing.open.set()
-        assert [len(await task) for task in tasks] == [3, 3]
+        assert [len(await task) for task in tasks] == [4, 4]
         assert (pieces.asked, pieces.got) == ([], None)
 
     run(body, arena_bytes=2 * BOUND)

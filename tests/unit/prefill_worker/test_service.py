@@ -19,6 +19,7 @@ from shared.kv.manifest import Manifest
 from shared.kv.transport.frames import CHUNK_BYTES
 from shared.rpc.server import RpcServer
 from tests.unit.decode_worker.tiny import CONTEXT, LAYERS, VISUAL_TOKENS
+from tests.unit.prefill_worker.pieces import until
 from tests.unit.prefill_worker.prompts import QUESTION, encoded, picture, user
 
 
@@ -96,7 +97,7 @@ def run(
 def test_a_request_becomes_a_token_a_report_and_a_parcel(loaded: LoadedModel, tmp_path: Path) -> None:
     async def body(stack: Stack) -> None:
         events = await stack.prefill(stack.request(encoded(picture(1)), QUESTION))
-        assert [event.WhichOneof("event") for event in events] == ["first_token", "compression", "transfer"]
+        assert [event.WhichOneof("event") for event in events] == ["first_token", "compression", "retained", "transfer"]
         assert events[0].first_token.visual_tokens == VISUAL_TOKENS
         ((token, manifest, parcel),) = stack.sink.parcels
         assert token == b"t" * 16
@@ -104,7 +105,7 @@ def test_a_request_becomes_a_token_a_report_and_a_parcel(loaded: LoadedModel, tm
         assert manifest.transfer.prefill_epoch == stack.info.epoch
         assert manifest.compatibility == stack.info.model.compatibility
         assert events[1].compression.kept_bytes == len(parcel)
-        assert events[2].transfer.sent_bytes > len(parcel)
+        assert events[3].transfer.sent_bytes > len(parcel)
         stack.worker.runner.check_integrity()
 
     run(loaded, tmp_path, body)
@@ -159,7 +160,7 @@ def test_an_encoded_parcel_is_what_is_sent_and_counted(loaded: LoadedModel, tmp_
         ((_, manifest, parcel),) = stack.sink.parcels
         manifest.check_digest(memoryview(parcel))
         assert manifest.encoding is not None
-        kept, sent = events[1].compression.kept_bytes, events[2].transfer.sent_bytes
+        kept, sent = events[1].compression.kept_bytes, events[3].transfer.sent_bytes
         assert kept == manifest.layout.body_bytes(manifest.num_kept) == events[1].compression.full_bytes
         assert len(parcel) < sent < len(parcel) + 1000 < kept / 2
         metrics = stack.worker.metrics
@@ -217,7 +218,8 @@ def test_a_client_that_leaves_early_costs_nothing_later(loaded: LoadedModel, tmp
         async for _ in call:
             call.cancel()
             break
-        await stack.worker.drain(5)
+        await until(lambda: not stack.worker.runner._jobs)
         stack.worker.runner.check_integrity()
+        assert stack.worker.info().kv == stack.info.kv
 
     run(loaded, tmp_path, body)

@@ -134,7 +134,7 @@ def prefill_request(**compression: object) -> pb.PrefillRequest:
 
 
 def read_job(message: pb.PrefillRequest) -> PrefillJob:
-    return PrefillJob.from_proto(message, epoch="e", default_max_new_tokens=7, default_retention=0.25)
+    return PrefillJob.from_proto(message, epoch="e", vocabulary=300, default_max_new_tokens=7, default_retention=0.25)
 
 
 def test_a_request_without_settings_gets_the_workers_defaults() -> None:
