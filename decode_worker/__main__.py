@@ -14,7 +14,9 @@ from shared.telemetry.logs import configure_logging
 async def main(config: DecodeConfig) -> None:
     """Runs the worker until SIGTERM or SIGINT, then drains."""
     model = load_model(config)
-    await serve([DecodeWorker(config, model, *build_engine(config, model))], drain_s=config.drain_s)
+    await serve(
+        [DecodeWorker(config, model, *build_engine(config, model))], drain_s=config.drain_s, registry=config.registry
+    )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class DecodeConfig(WorkerConfig):
     """Life of a reservation without renewal, seconds."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("kv_memory_mib", "max_batch", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 from transformers import PreTrainedModel
-from vlcache.worker.v1 import decode_pb2_grpc
+from vlcache.worker.v1 import decode_pb2_grpc, worker_pb2
 
 from decode_worker.arena_directory import ArenaDirectory
 from decode_worker.config import DecodeConfig
@@ -146,6 +146,10 @@ class DecodeWorker:
         """Adds the worker's services to a server."""
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.servicer, server)
         self.receiver.register(server)
+
+    def info(self) -> worker_pb2.WorkerInfo:
+        """Who it is and how loaded it is now."""
+        return self.servicer.info()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuses new reservations and lets the others finish for `timeout_s`."""

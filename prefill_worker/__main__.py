@@ -13,7 +13,7 @@ from shared.telemetry.logs import configure_logging
 
 async def main(config: PrefillConfig) -> None:
     """Runs the worker until SIGTERM or SIGINT, then drains."""
-    await serve([PrefillWorker(config, load_model(config))], drain_s=config.drain_s)
+    await serve([PrefillWorker(config, load_model(config))], drain_s=config.drain_s, registry=config.registry)
 
 
 if __name__ == "__main__":

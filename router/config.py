@@ -13,7 +13,8 @@ class RouterConfig:
     """Everything that a router can be told."""
 
     registry: str
-    """Where the workers are: static://host:port,host:port."""
+    """Where the workers are: static://host:port,host:port, or where they publish themselves:
+    redis://[user@]host:port[/db][?prefix=...], rediss:// for TLS. A password is best left to VLCACHE_REDIS_PASSWORD."""
     listen: Listen = field(default_factory=Listen)
     """Where clients and scrapers reach this router."""
     name: str = "router"

@@ -42,8 +42,9 @@ class Router:
         self.metrics = RouterMetrics(worker=config.name)
         self.accounting = Accounting(self.metrics)
         self._background = Background()
+        self._registry = open_registry(config.registry)
         self.table = WorkerTable(
-            open_registry(config.registry),
+            self._registry,
             connect=self._connect,
             background=self._background,
             poll_interval_s=config.poll_interval_s,
@@ -94,6 +95,7 @@ class Router:
                 services=[SERVICE_NAME],
                 max_request_bytes=MAX_REQUEST_BYTES,
             )
+            stack.push_async_callback(self._registry.close)
             stack.push_async_callback(self.table.close)
             stack.push_async_callback(self._background.settle, SETTLE_S)
             stack.push_async_callback(self._server.stop, 0)

@@ -7,7 +7,12 @@ from typing import Literal, TypeVar
 
 import tyro
 
+from shared.registry.address import split_address
+from shared.registry.location import open_listing
+
 Config = TypeVar("Config")
+
+WILDCARDS = ("0.0.0.0", "[::]", "::")  # noqa: S104 - to refuse telling others to connect to them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,24 @@ class Listen:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkerListen(Listen):
+    """Where a worker listens, and where others find it."""
+
+    advertise: str = ""
+    """host:port that is written to the registry, port 0 for the bound one; the bound address when empty."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.advertise:
+            split_address(self.advertise, lowest_port=0)
+
+    def advertised(self, bound: str) -> str:
+        """The address that others are told, of a server that listens at `bound`."""
+        host, port = split_address(self.advertise or bound, lowest_port=0)
+        return f"{host}:{port or split_address(bound)[1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
     """What every kind of worker is told."""
 
@@ -35,8 +58,11 @@ class WorkerConfig:
     """Checkpoint: a directory, or a Hugging Face hub id."""
     model_name: str = ""
     """Name under which clients ask for the model; the checkpoint's own name when empty."""
-    listen: Listen = field(default_factory=Listen)
+    listen: WorkerListen = field(default_factory=WorkerListen)
     """Where to listen."""
+    registry: str = ""
+    """Where the worker publishes itself: redis://[user@]host:port[/db][?prefix=...], or rediss:// for TLS; empty when
+    routers have a static list. A password is best left to VLCACHE_REDIS_PASSWORD."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of weights and KV, the same on all workers; auto is bf16 on a GPU or an AMX machine, else fp32."""
     device: str = "cpu"
@@ -45,6 +71,12 @@ class WorkerConfig:
     """torch threads of each role in the process; 0 leaves torch's own choice."""
     drain_s: float = 30.0
     """Time that running requests get to finish at SIGTERM, seconds."""
+
+    def __post_init__(self) -> None:
+        if self.registry:
+            open_listing(self.registry)
+            if self.listen.host in WILDCARDS and not self.listen.advertise:
+                raise ValueError(f"nobody can connect to {self.listen.host}: tell others where with --listen.advertise")
 
 
 def parse_config(config: type[Config], description: str) -> Config:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
-from shared.config import Listen, WorkerConfig
+from shared.config import WorkerConfig, WorkerListen
 
 Half = TypeVar("Half", bound=WorkerConfig)
 
@@ -18,9 +18,9 @@ class CombinedConfig(PrefillConfig, DecodeConfig):
 
     name: str = "combined-0"
     """Name of the process in logs; its halves are NAME-prefill and NAME-decode in placements and metrics."""
-    listen: Listen = field(default_factory=Listen)
+    listen: WorkerListen = field(default_factory=WorkerListen)
     """Where the prefill half listens."""
-    decode_listen: Listen = field(default_factory=Listen)
+    decode_listen: WorkerListen = field(default_factory=WorkerListen)
     """Where the decode half listens."""
 
     def __post_init__(self) -> None:
@@ -36,6 +36,6 @@ class CombinedConfig(PrefillConfig, DecodeConfig):
         """The settings of the decode half."""
         return self._half(DecodeConfig, "decode", self.decode_listen)
 
-    def _half(self, kind: type[Half], role: str, listen: Listen) -> Half:
+    def _half(self, kind: type[Half], role: str, listen: WorkerListen) -> Half:
         settings = {field.name: getattr(self, field.name) for field in fields(kind)}
         return kind(**{**settings, "name": f"{self.name}-{role}", "listen": listen})

@@ -17,6 +17,7 @@ import vlcache
 
 from deploy.local.processes import Announcement, Child, ChildFailedError
 from models.shapes_vlm.paths import CHECKPOINT
+from shared.registry.location import open_listing
 from shared.rpc.lifecycle import stop_signal
 
 # What a child may take beyond its own drain time before it is killed.
@@ -46,6 +47,9 @@ class StackConfig:
     """Memory of each process that prefills for parcels on their way, MiB."""
     kv_memory_mib: int = 256
     """Memory of each process that decodes for KV, MiB."""
+    registry: str = ""
+    """Where the workers publish themselves and the router finds them: redis://... or rediss://...; empty tells the
+    router their addresses."""
     threads: int = 0
     """torch threads of each role of each worker; 0 shares the cores out, because threads that outnumber them wait for
     each other."""
@@ -64,6 +68,8 @@ class StackConfig:
                 raise ValueError(f"{name} must not be negative, as {getattr(self, name)} is")
         if not (self.prefill_roles and self.decode_roles):
             raise ValueError("without combined_workers, prefill_workers and decode_workers must be greater than 0")
+        if self.registry:
+            open_listing(self.registry)
         if self.start_timeout_s <= 0:
             raise ValueError(f"start_timeout_s must be greater than 0, not {self.start_timeout_s}")
 
@@ -189,7 +195,7 @@ class Stack:
         self._workers.append(child)
 
     async def _start_router(self, workers: list[str]) -> None:
-        flags = ["--name", "router", "--registry", "static://" + ",".join(workers)]
+        flags = ["--name", "router", "--registry", self._config.registry or "static://" + ",".join(workers)]
         flags += ["--listen.host", self._config.host, "--listen.port", str(self._config.port)]
         self._routers.append(await self._child(self._modules.router, "router", flags, roles=1))
 
@@ -197,7 +203,8 @@ class Stack:
         config = self._config
         model = ["--model", config.model, "--model-name", config.model_name]
         threads = config.threads or max(1, (os.cpu_count() or 1) // (config.prefill_roles + config.decode_roles))
-        return [*model, "--name", name, "--listen.port", "0", "--threads", str(threads), *config.worker_flags]
+        flags = [*model, "--name", name, "--listen.port", "0", "--threads", str(threads), *config.worker_flags]
+        return [*flags, "--registry", config.registry]
 
     async def _child(self, module: str, name: str, flags: list[str], *, roles: int) -> Child:
         flags = [*flags, "--drain-s", str(self._config.drain_s)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shared.registry.address import split_address
+
 
 class StaticRegistry:
     """The addresses of `static://host:port,host:port`."""
@@ -17,22 +19,24 @@ class StaticRegistry:
         if not addresses:
             raise ValueError("a static registry names at least one worker: static://host:port,host:port")
         for address in addresses:
-            _check(address)
+            split_address(address)
         if len(set(addresses)) < len(addresses):
             raise ValueError("a static registry names every worker once")
         self._addresses = tuple(addresses)
-
-    @classmethod
-    def parse(cls, location: str) -> StaticRegistry:
-        """Reads what stands behind `static://`."""
-        return cls([address.strip() for address in location.split(",") if address.strip()])
 
     async def addresses(self) -> Sequence[str]:
         """The list as it was given."""
         return self._addresses
 
+    async def close(self) -> None:
+        """There is nothing to give back."""
 
-def _check(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not (host and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
-        raise ValueError(f"a worker's address is host:port, not {address!r}")
+
+def open_registry(location: str) -> StaticRegistry:
+    """Reads `static://host:port,host:port`.
+
+    Raises:
+        ValueError: The list is not one of a static registry.
+    """
+    listed = location.removeprefix("static://").split(",")
+    return StaticRegistry([address.strip() for address in listed if address.strip()])

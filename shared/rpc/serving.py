@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import grpc
+from vlcache.worker.v1 import worker_pb2
 
-from shared.config import Listen
+from shared.config import WorkerListen
+from shared.registry.entry import Entry
+from shared.registry.presence import listed
 from shared.rpc.lifecycle import stop_signal
 from shared.rpc.server import RpcServer
 from shared.telemetry.announce import announce
@@ -29,8 +32,8 @@ class Worker(Protocol):
         """What it says it is: prefill or decode."""
 
     @property
-    def listen(self) -> Listen:
-        """Where it wants to listen."""
+    def listen(self) -> WorkerListen:
+        """Where it wants to listen, and where others find it."""
 
     @property
     def services(self) -> Sequence[str]:
@@ -47,15 +50,21 @@ class Worker(Protocol):
     def register(self, server: grpc.aio.Server) -> None:
         """Adds its services to a server."""
 
+    def info(self) -> worker_pb2.WorkerInfo:
+        """Who it is and how loaded it is now."""
+
     async def drain(self, timeout_s: float) -> None:
-        """Refuses new requests and lets the others finish for `timeout_s`."""
+        """Refuses new requests, before it awaits anything, and lets the others finish for `timeout_s`."""
 
     async def close(self) -> None:
         """Gives everything back; it was drained."""
 
 
-async def serve(workers: Sequence[Worker], *, drain_s: float) -> None:
+async def serve(workers: Sequence[Worker], *, drain_s: float, registry: str = "") -> None:
     """Runs all roles, each on ports of its own, until SIGTERM or SIGINT; then drains them together.
+
+    Args:
+        registry: Location of the registry in which they are listed meanwhile; none when empty.
 
     Raises:
         OSError: A port cannot be bound.
@@ -66,14 +75,18 @@ async def serve(workers: Sequence[Worker], *, drain_s: float) -> None:
         for worker, server in zip(workers, servers, strict=True):
             await stack.enter_async_context(watch_event_loop(worker.metrics.event_loop_delay))
             await server.set_ready(True)
-        stopped = stop_signal()
-        for worker, server, metrics in zip(workers, servers, exporters, strict=True):
-            announce(name=worker.name, role=worker.role, address=server.address, metrics_address=metrics.address)
-        await stopped
-        for server in servers:
-            await server.set_ready(False)
-        # together: what one role has in flight ends in the other
-        await asyncio.gather(*(worker.drain(drain_s) for worker in workers))
+        async with listed(registry, lambda: _entries(workers, servers)) as renew:
+            stopped = stop_signal()
+            for worker, server, metrics in zip(workers, servers, exporters, strict=True):
+                announce(name=worker.name, role=worker.role, address=server.address, metrics_address=metrics.address)
+            await stopped
+            for server in servers:
+                await server.set_ready(False)
+            # together: what one role has in flight ends in the other
+            drained = asyncio.gather(*(worker.drain(drain_s) for worker in workers))
+            # wakes a task that runs after those: what it reads says draining already
+            renew()
+            await drained
         await asyncio.gather(*(server.stop() for server in servers))
         for worker in workers:
             await worker.close()
@@ -88,6 +101,13 @@ async def _start(worker: Worker) -> RpcServer:
         services=worker.services,
         max_request_bytes=worker.max_request_bytes,
     )
+
+
+def _entries(workers: Sequence[Worker], servers: Sequence[RpcServer]) -> list[Entry]:
+    return [
+        Entry(address=worker.listen.advertised(server.address), info=worker.info())
+        for worker, server in zip(workers, servers, strict=True)
+    ]
 
 
 def _exporter(worker: Worker) -> MetricsExporter:

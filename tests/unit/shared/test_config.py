@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from shared.config import Listen, parse_config
+from shared.config import Listen, WorkerConfig, WorkerListen, parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,3 +79,32 @@ def test_help_names_every_field(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     text = capsys.readouterr().out
     for flag in ("--listen.host", "--listen.port", "--listen.metrics-port", "--share", "--verbose"):
         assert flag in text
+
+
+@pytest.mark.parametrize(
+    ("advertise", "told"),
+    [("", "127.0.0.1:7"), ("node-1:9", "node-1:9"), ("node-1:0", "node-1:7"), ("[fe80::1]:0", "[fe80::1]:7")],
+)
+def test_others_are_told_where_to_find_a_worker(advertise: str, told: str) -> None:
+    assert WorkerListen(advertise=advertise).advertised("127.0.0.1:7") == told
+
+
+@pytest.mark.parametrize("advertise", ["node-1", ":1", "node-1:70000"])
+def test_an_impossible_advertised_address_is_refused(advertise: str) -> None:
+    with pytest.raises(ValueError, match="host:port"):
+        WorkerListen(advertise=advertise)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
+def test_a_registry_never_hears_an_address_that_nobody_can_connect_to(host: str) -> None:
+    with pytest.raises(ValueError, match="advertise"):
+        WorkerConfig(model="m", registry="redis://host", listen=WorkerListen(host=host))
+    listen = WorkerListen(host=host, advertise="node-1:0")
+    assert WorkerConfig(model="m", registry="redis://host", listen=listen).listen == listen
+    assert WorkerConfig(model="m", listen=WorkerListen(host=host)).registry == ""
+
+
+@pytest.mark.parametrize("registry", ["static://a:1", "redis://", "elsewhere"])
+def test_a_worker_is_refused_a_registry_it_cannot_write_to(registry: str) -> None:
+    with pytest.raises(ValueError):
+        WorkerConfig(model="m", registry=registry)
