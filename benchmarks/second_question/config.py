@@ -19,7 +19,7 @@ from shared.errors import InvalidRequestError
 from shared.request.params import Budget
 
 # The default, a question-blind floor, and what does best of the rest.
-COMPARED = ("vl_cache", "vl_cache:shared_heads=true", "mix_kv", "expected_attention", "streaming_llm", "look_ahead")
+COMPARED = ("vl_cache", "vl_cache:shared_heads=false", "mix_kv", "expected_attention", "streaming_llm", "look_ahead")
 
 
 @dataclass(frozen=True, kw_only=True)
