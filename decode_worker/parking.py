@@ -123,9 +123,9 @@ class Parking:
             return None
 
     def _room(self, sequence: Sequence, parked: ExportedKV) -> int:
-        """At least doubles, so that a long answer moves only a few times."""
+        """At least doubles, so that a long answer moves only a few times, and holds what is known to follow."""
         left = sequence.sampling.max_new_tokens - sequence.generated
-        enough = min(left, max(self._promised_tokens, sequence.generated))
+        enough = min(left, max(self._promised_tokens, sequence.generated, len(sequence.known) + 1))
         return self._pool.free_room(parked.num_kept, enough, left, parked.eviction)
 
     def _start(self, copy: Coroutine[Any, Any, None]) -> None:

@@ -41,8 +41,8 @@ class TokenStream:
         self._reader = asyncio.create_task(self._read())
         self._one_writes = asyncio.Lock()
 
-    async def attach(self, handle: int, token: bytes) -> None:
-        await self.write(pb.TokenStreamRequest(attach=pb.Attach(handle=handle, token=token)))
+    async def attach(self, handle: int, token: bytes, delivered: Sequence[int] = ()) -> None:
+        await self.write(pb.TokenStreamRequest(attach=pb.Attach(handle=handle, token=token, delivered=delivered)))
 
     async def cancel(self, handle: int) -> None:
         await self.write(pb.TokenStreamRequest(cancel=pb.Cancel(handle=handle)))
