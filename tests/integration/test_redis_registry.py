@@ -6,16 +6,20 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import re
+import signal
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from vlcache.worker.v1 import worker_pb2
 
+from shared.config import WorkerListen
 from shared.errors import UnavailableError
 from shared.registry import presence, redis_client, redis_listing, redis_registry
 from shared.registry.entry import Entry
@@ -25,6 +29,8 @@ from shared.registry.redis_listing import RedisListing
 from shared.registry.redis_listing import open_listing as listing_at
 from shared.registry.redis_registry import RedisRegistry
 from shared.registry.redis_registry import open_registry as registry_at
+from shared.rpc.serving import serve
+from shared.telemetry.metrics import DecodeMetrics
 from tests.integration.redis_server import ROUTER_ACL, WORKER_ACL, RedisServer
 
 TIMEOUT_S = 30.0
@@ -182,9 +188,12 @@ def test_too_many_entries_leave_the_last_view(server: RedisServer, monkeypatch: 
     run(main())
 
 
-def test_each_side_needs_only_the_documented_rights(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = server.add_user("worker", "w0rker", *WORKER_ACL)
-    router = server.add_user("router", "r0uter", *ROUTER_ACL)
+@pytest.mark.parametrize(("database", "more"), [("", ()), ("/1", ("+select",))])
+def test_each_side_needs_only_the_documented_rights(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch, database: str, more: tuple[str, ...]
+) -> None:
+    worker = server.add_user("worker", "w0rker", *WORKER_ACL, *more) + database
+    router = server.add_user("router", "r0uter", *ROUTER_ACL, *more) + database
 
     async def main() -> None:
         monkeypatch.setenv(PASSWORD_VARIABLE, "w0rker")
@@ -286,6 +295,60 @@ def test_tls_checks_both_ends(server: RedisServer, tmp_path: Path) -> None:
                         await listing.publish([entry(2)])
         with server.admin() as client:
             assert client.keys() == [f"{ENTRIES}decode:e1"]
+
+    run(main())
+
+
+class Role:
+    """A worker whose last request ends when the test says so."""
+
+    role, name, services, max_request_bytes = "decode", "w", (), 1 << 20
+    listen = WorkerListen(host="127.0.0.1", advertise="node-1:0")
+
+    def __init__(self) -> None:
+        self.metrics = DecodeMetrics(worker="w", model="m")
+        self.state, self.last_request = "ready", asyncio.Event()
+
+    def register(self, server: grpc.aio.Server) -> None:
+        pass
+
+    def info(self) -> worker_pb2.WorkerInfo:
+        return worker_pb2.WorkerInfo(name=self.name, role=self.role, epoch="e1", state=self.state)
+
+    async def drain(self, timeout_s: float) -> None:
+        self.state = "draining"
+        await self.last_request.wait()
+
+    async def close(self) -> None:
+        pass
+
+
+def test_a_worker_is_listed_while_it_serves_and_says_at_once_that_it_drains(
+    server: RedisServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what is not said at once is never said
+    monkeypatch.setattr(presence, "BEAT_S", 1000.0)
+
+    async def main() -> None:
+        role = Role()
+
+        async def listed_as(state: str) -> bool:
+            with server.admin() as client:
+                value = client.get(f"{ENTRIES}decode:e1")
+            return value is not None and json.loads(value)["worker"]["state"] == state
+
+        serving = asyncio.create_task(serve([role], drain_s=7, registry=server.location))
+        await becomes(lambda: listed_as("ready"))
+        port = json.loads(capsys.readouterr().out)["address"].rpartition(":")[2]
+        registry = registry_at(server.location)
+        assert await registry.addresses() == [f"node-1:{port}"]
+        os.kill(os.getpid(), signal.SIGTERM)
+        await becomes(lambda: listed_as("draining"))
+        assert await registry.addresses() == [f"node-1:{port}"]
+        role.last_request.set()
+        await serving
+        assert await registry.addresses() == []
+        await registry.close()
 
     run(main())
 
