@@ -27,7 +27,7 @@ PERIOD_S = 0.03
 
 
 class Decode(decode_pb2_grpc.DecodeServiceServicer, kv_pb2_grpc.KVTransferServiceServicer):
-    """Answers the n-th renewal with the n-th entry of its script, deliveries with those of `refusals`; then with yes."""
+    """Answers renewals with the entries of its script, deliveries with those of `refusals`, and then with yes."""
 
     def __init__(self, *script: Exception | None) -> None:
         self._script = list(script)
