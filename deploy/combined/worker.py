@@ -39,6 +39,7 @@ def load_model(config: CombinedConfig) -> LoadedModel:
     pack_linears(model)
     return LoadedModel(
         prefill=prefill.LoadedModel(
+            path=checkpoint.path,
             engine=PrefillEngine(model),
             processor=load_processor(checkpoint.path),
             spec=checkpoint.spec,

@@ -33,6 +33,19 @@ class ProcessedPrompt:
     pixels: tuple[int, ...]
     grids: tuple[ImageGrid, ...] = ()
 
+    def check(self, *, vocabulary: int) -> None:
+        """Checks what indexes something: another process made this, with a stranger's bytes in its codecs.
+
+        Raises:
+            ValueError: There is no such token or place.
+        """
+        ids = self.inputs["input_ids"]
+        if ids.dtype != np.int64 or ids.ndim != 2 or len(ids) != 1 or ids.min(initial=0) < 0 or ids.max() >= vocabulary:
+            raise ValueError("these are no tokens")
+        for places in (self.special, self.punctuation):
+            if places and not (min(places) >= 0 and max(places) < ids.size):
+                raise ValueError("a place outside of the prompt")
+
     @property
     def input_ids(self) -> NDArray[np.int64]:
         """[num_tokens]."""

@@ -145,6 +145,7 @@ class PrefillMetrics(WorkerMetrics):
         self.resends = c("kv_resend_total", "Parcels sent once more", "reason")
         self.lease_expired = c("lease_expired_total", "Leases that ended unrenewed", "side")
         self.image_pixels = h("image_pixels", "Pixels of an image as sent", PIXEL_BUCKETS)
+        self.preprocess_replaced = c("preprocess_replaced_total", "Preprocessing processes that were replaced", "reason")
 
 
 class DecodeMetrics(WorkerMetrics):
