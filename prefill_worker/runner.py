@@ -173,7 +173,10 @@ class PrefillRunner:
 
         work = partial(self._compute.run, job, prompt, room.body, emit_here, more_room)
         complete = await self._scheduler.run(work, num_tokens=prompt.shape.num_tokens, cancelled=job.cancelled)
-        return None if complete is None else await run_to_end(self._parcel_thread, complete)
+        if complete is None:
+            return None
+        with at_stage("select"):
+            return await run_to_end(self._parcel_thread, complete)
 
     async def _grow(self, room: ParcelRoom, job: PrefillJob, prompt: Prompt) -> bool:
         return await room.grow(self._parcel_bound(job, prompt), self._sender, job.ticket, _rows_bound(job, prompt))
