@@ -10,7 +10,8 @@ from vlcache.cli.formatting import format_bytes
 
 from benchmarks.plot import MOST_SERIES, Panel, bar_chart
 from benchmarks.quality.guard import guard_chart
-from benchmarks.quality.heat_map import contenders_in, quality_map
+from benchmarks.quality.heat_map import quality_map
+from benchmarks.quality.overview import contenders_in
 from benchmarks.second_question.chart import second_question_chart
 
 Figures = Mapping[str, Any]

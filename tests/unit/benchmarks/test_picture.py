@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
@@ -11,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image, ImageChops, ImageStat
 
 from benchmarks import picture as command
 from benchmarks.charts import CHARTS
@@ -144,6 +146,15 @@ def test_a_darker_cell_is_a_higher_share() -> None:
     assert len(set(shades)) > 5
 
 
+def test_small_retentions_have_columns_for_several_images() -> None:
+    found = vl_cache_alone()
+    small = [{**row, "retention": 0.01} for row in found["results"] if row["retention"] < 1]
+    shown = texts(root_of(with_another({**found, "results": [*found["results"], *small]})))
+    assert shown.index("0.01") < shown.index("0.01, 2+ images") < shown.index("vl_cache")
+    several = [row["exact_match"] for row in small if row["task"] in ("which", "read_in_image", "read_in_four")]
+    assert f"{100 * sum(several) / 3:.0f}" in shown[shown.index("vl_cache") :][:4]
+
+
 def test_no_cell_or_label_of_a_long_table_is_outside() -> None:
     found = vl_cache_alone()
     name = "oracle:base=vl_cache,budget=uniform,shared_heads=true"
@@ -202,6 +213,44 @@ def test_the_command_draws_a_stored_result(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "argv", ["picture", str(COMMITTED[0].with_suffix(".json")), "--svg", str(drawn)])
     command.main()
     assert drawn.read_bytes() == COMMITTED[0].read_bytes()
+
+
+@pytest.mark.parametrize("stored", sorted(RESULTS.glob("*.png")), ids=lambda stored: stored.stem)
+def test_a_committed_png_shows_its_result(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("resvg_py", reason="needs the extra png")
+    drawn = tmp_path / "a.png"
+    monkeypatch.setattr(sys, "argv", ["picture", str(stored.with_suffix(".json")), "--png", str(drawn)])
+    command.main()
+    with Image.open(drawn) as one, Image.open(stored) as other:
+        assert one.width == 2 * WIDTH
+        # another version of the library may round edges otherwise
+        assert ImageStat.Stat(ImageChops.difference(one.convert("RGB"), other.convert("RGB"))).mean < [1.0] * 3
+
+
+def test_letters_are_drawn() -> None:
+    pytest.importorskip("resvg_py", reason="needs the extra png")
+    found = stored("quality")
+    named, nameless = (io.BytesIO(command.in_pixels(svg)) for svg in (picture(found), _without_text(picture(found))))
+    with Image.open(named) as one, Image.open(nameless) as other:
+        assert ImageChops.difference(one.convert("L"), other.convert("L")).getbbox() is not None
+
+
+def _without_text(svg: str) -> str:
+    return re.sub(r">[^<>]*</text>", "></text>", svg)
+
+
+def test_pixels_without_their_extra_are_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks.raster", None)
+    drawn = tmp_path / "a.png"
+    monkeypatch.setattr(sys, "argv", ["picture", str(COMMITTED[0].with_suffix(".json")), "--png", str(drawn)])
+    with pytest.raises(SystemExit, match=r"pixels need resvg: pip install '\.\[png\]'"):
+        command.main()
+    assert not drawn.exists()
+
+
+def test_nothing_to_draw_is_refused() -> None:
+    with pytest.raises(ValueError, match="--svg FILE, --png FILE or both"):
+        command.PictureConfig(result=COMMITTED[0])
 
 
 def test_charts_are_named_as_their_benchmarks() -> None:
