@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from vlcache.v1 import inference_pb2 as pb
 
+from router.circuit import CIRCUIT_STATES
 from router.worker import STATES, Worker
 from shared.errors import DeadlineExceededError, InternalError, RequestCancelledError, ServiceError
 from shared.telemetry.metrics import RouterMetrics
@@ -34,7 +35,8 @@ class Accounting:
         self.metrics = metrics
         self.clock = clock
         self.totals = Totals()
-        self._workers_shown: set[str] = set()
+        self._state_gauges = ((metrics.worker_state, STATES), (metrics.circuit_state, CIRCUIT_STATES))
+        self._workers_shown: dict[str, tuple[str, str]] = {}
 
     def open(self) -> RequestAccount:
         """The account of a request that was just received and accepted."""
@@ -75,16 +77,21 @@ class Accounting:
             self.metrics.reservation_wait.observe(self.clock() - since_s)
 
     def show_workers(self, workers: Iterable[Worker]) -> None:
-        """Sets the state gauges; workers that are gone disappear."""
-        gauge = self.metrics.worker_state
-        states = {worker.info.name: worker.state for worker in workers}
-        for name in self._workers_shown - set(states):
-            for state in STATES:
-                self.metrics.forget(gauge, name, state)
-        for name, current in states.items():
-            for state in STATES:
-                self.metrics.labelled(gauge, name=name, state=state).set(state == current)
-        self._workers_shown = set(states)
+        """Sets the state gauges that have changed; workers that are gone disappear."""
+        shown = {worker.info.name: (worker.state, worker.circuit_state) for worker in workers}
+        for name in self._workers_shown.keys() - shown.keys():
+            for gauge, states in self._state_gauges:
+                for state in states:
+                    self.metrics.forget(gauge, name, state)
+        for name, current in shown.items():
+            if self._workers_shown.get(name) != current:
+                self._show_states(name, current)
+        self._workers_shown = shown
+
+    def _show_states(self, name: str, current: tuple[str, str]) -> None:
+        for (gauge, states), is_now in zip(self._state_gauges, current, strict=True):
+            for state in states:
+                self.metrics.labelled(gauge, name=name, state=state).set(state == is_now)
 
     def ended(self, outcome: str, code: str) -> None:
         """A request is over."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from vlcache.worker.v1 import decode_pb2, prefill_pb2
@@ -14,11 +14,12 @@ from vlcache.worker.v1 import decode_pb2, prefill_pb2
 from router.accounting import Accounting
 from router.background import Background
 from router.deadline import Deadline
-from router.placement import Pair, Placement
+from router.placement.base import Demand, Group, Pair, Placement
+from router.placement.cheapest import pairs_of
 from router.retention import Offer
 from router.validation import AcceptedRequest
 from router.waiting import RETRY_AFTER_S, Rooms
-from router.worker import DECODE, PREFILL, READY, Charge, Worker
+from router.worker import DECODE, PREFILL, RESERVE, Charge, Worker
 from router.worker_client import WorkerClient
 from router.workers import WorkerTable
 from shared.errors import FailedPreconditionError, ResourceExhaustedError, ServiceError, TooLargeError, UnavailableError
@@ -152,11 +153,14 @@ class Admission:
 
     async def _round(self, ask: _Ask, offer: Offer) -> Lease | None:
         """Over the decode workers; None when at least one of them is full only for now."""
-        refused: set[Worker] = set()
+        groups = self._groups(ask)
+        asked: set[Worker] = set()
+        short = False
         hopeless: TooLargeError | None = None
-        for pair in self._order(ask):
-            if pair.decode in refused or not ask.may_use(pair):
+        for pair in self._order(groups, ask, offer):
+            if pair.decode in asked or not ask.may_use(pair):
                 continue
+            asked.add(pair.decode)
             try:
                 return await self._reserve(pair, ask, offer)
             except TooLargeError as error:
@@ -164,38 +168,51 @@ class Admission:
                 hopeless = error
             except ResourceExhaustedError as error:
                 self._accounting.reservation_rejected(error)
-                refused.add(pair.decode)
+                short = True
             except (UnavailableError, FailedPreconditionError) as error:
-                # gone, or restarted since the last poll
                 self._accounting.reservation_rejected(error)
-                self._table.suspend(pair.decode)
-        if refused:
+            if all(worker in asked or not worker.ready for group in groups for worker in group.decode):
+                break
+        if short:
             return None
         raise hopeless or self.no_pair(ask.request.model.name)
 
-    def _order(self, ask: _Ask) -> list[Pair]:
-        pairs = self._parcel_pairs(ask.begun.holder) if ask.begun and ask.begun.holder else None
-        if pairs is None:
-            pairs = self._table.pairs(ask.request.model.name)
-        trusted = [pair for pair in pairs if pair.prefill not in ask.avoid and pair.decode not in ask.avoid]
-        return self._placement.order(trusted or pairs)
+    def _groups(self, ask: _Ask) -> Sequence[Group]:
+        """Where a request may go; workers that have failed it only when nobody else is ready."""
+        if ask.holder is not None:
+            partners = self._table.partners(ask.holder)
+            return [Group([ask.holder], [worker for worker in partners if worker not in ask.avoid] or partners)]
+        groups = self._table.groups(ask.request.model.name)
+        if not ask.avoid:
+            return groups
+        trusted = [group.without(ask.avoid) for group in groups]
+        return [group for group in trusted if group.ready] or groups
 
-    def _parcel_pairs(self, holder: Worker) -> list[Pair]:
-        """The holder of a parcel, with every ready decode worker that can take it."""
-        decode = [worker for worker in self._table.workers() if worker.info.role == DECODE and worker.state == READY]
-        return [Pair(holder, worker) for worker in decode if worker.key == holder.key]
+    def _order(self, groups: Sequence[Group], ask: _Ask, offer: Offer) -> Iterator[Pair]:
+        demand = Demand(
+            prompt_tokens=ask.request.prompt_tokens_bound,
+            kv_tokens=_kv_tokens(ask.request, offer),
+            image_key=lambda: ask.request.image_key,
+        )
+        if ask.holder is not None:
+            return pairs_of(ask.holder, groups[0].decode, demand)
+        return self._placement.order(groups, demand)
 
     async def _reserve(self, pair: Pair, ask: _Ask, offer: Offer) -> Lease:
         attempt = next(self._attempts) % ATTEMPTS
-        prefill_charge = pair.prefill.charge(0 if ask.begun and ask.begun.holder else ask.request.prompt_tokens_bound)
-        decode_charge = pair.decode.charge(_decode_bytes(pair, ask.request, offer))
+        prefill_charge = pair.prefill.charge(0 if ask.holder else ask.request.prompt_tokens_bound)
+        decode_charge = pair.decode.charge(pair.decode.layout.full_bytes(_kv_tokens(ask.request, offer)))
         try:
             response = await self._answer(pair.decode.client, _reserve_request(pair, attempt, ask, offer), ask.deadline)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ServiceError):
+                decode_charge.failed(RESERVE, error)
             prefill_charge.end()
             decode_charge.end()
             raise
+        decode_charge.succeeded(RESERVE)
         decode_charge.resize(response.reserved_bytes)
+        pair.learn(response.transport)
         self._accounting.reserved(offer.share)
         return Lease(
             pair=pair,
@@ -224,7 +241,7 @@ class Admission:
 
     def no_pair(self, model: str) -> UnavailableError:
         """What a client is told when nobody can serve `model` at present."""
-        ready = {worker.info.role for worker in self._table.workers() if worker.state == READY}
+        ready = {worker.info.role for worker in self._table.workers() if worker.ready}
         missing = [role for role in (PREFILL, DECODE) if role not in ready]
         what = f"no {' and no '.join(missing)} worker is ready" if missing else "no pair of workers is ready"
         where = f" for model {model!r}" if model else ""
@@ -251,16 +268,18 @@ class _Ask:
     deadline: Deadline
     begun: BegunAnswer | None
 
+    @property
+    def holder(self) -> Worker | None:
+        """Of the parcel that is sent again, if one is: nothing to choose there, whatever a poll says of him."""
+        return self.begun.holder if self.begun else None
+
     def may_use(self, pair: Pair) -> bool:
-        # a parcel is resent by whoever holds it, whatever a poll says of him
-        return pair.ready or (
-            self.begun is not None and pair.prefill is self.begun.holder and pair.decode.state == READY
-        )
+        return pair.ready or (pair.prefill is self.holder and pair.decode.ready)
 
 
-def _decode_bytes(pair: Pair, request: AcceptedRequest, offer: Offer) -> int:
-    """Estimate of a reservation until the worker says the exact figure."""
-    return pair.decode.layout.full_bytes(offer.kept_tokens_bound + request.max_new_tokens)
+def _kv_tokens(request: AcceptedRequest, offer: Offer) -> int:
+    """Tokens that decode holds at most, until the worker says what it has reserved."""
+    return offer.kept_tokens_bound + request.max_new_tokens
 
 
 def _reserve_request(pair: Pair, attempt: int, ask: _Ask, offer: Offer) -> decode_pb2.ReserveRequest:

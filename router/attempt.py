@@ -14,6 +14,7 @@ from router.admission import Lease
 from router.background import Background
 from router.deadline import Deadline
 from router.token_stream import Attachment
+from router.worker import PROMPT, TOKENS
 from shared.errors import ServiceError
 
 
@@ -72,6 +73,7 @@ class Attempt:
     def sequence_ended(self) -> None:
         """The decode worker has sent the last token: it holds nothing any more."""
         self._reserved = False
+        self.lease.decode_charge.succeeded(TOKENS)
 
     def release(self) -> None:
         """Gives the decode memory back. Idempotent."""
@@ -98,8 +100,10 @@ class Attempt:
             async with contextlib.aclosing(events):
                 async for event in events:
                     self._inbox.put_nowait(event)
+            self.lease.prefill_charge.succeeded(PROMPT)
         except ServiceError as service_error:
             error = service_error
+            self.lease.prefill_charge.failed(PROMPT, error)
         finally:
             self.lease.prefill_charge.end()
         self._inbox.put_nowait(PrefillEnded(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from router.placement.catalogue import POLICIES, PlacementName
 from shared.config import Listen
 from shared.registry.location import open_registry
 
@@ -19,6 +20,11 @@ class RouterConfig:
     """Where clients and scrapers reach this router."""
     name: str = "router"
     """Name of this process in logs, metrics and error details."""
+    placement: PlacementName = "least_loaded"
+    """How the workers of a request are chosen: the pair on which it costs least, the better of two random workers, the
+    one that may still know its image, or everybody in turn."""
+    slow_start_s: float = 10.0
+    """Seconds over which a worker that comes or comes back is given a growing share of the requests; 0: all at once."""
     poll_interval_s: float = 1.0
     """Seconds between two looks at a worker."""
     poll_timeout_s: float = 5.0
@@ -45,13 +51,15 @@ class RouterConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
-        for name in ("drain_s", "max_waiting"):
+        for name in ("drain_s", "slow_start_s", "max_waiting"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 < self.min_retention <= 1:
             raise ValueError(f"min_retention must lie in (0, 1], not {self.min_retention}")
         if not 0 <= self.shadow_share <= 1:
             raise ValueError(f"shadow_share must lie in [0, 1], not {self.shadow_share}")
+        if self.placement not in POLICIES:
+            raise ValueError(f"placement must be one of {', '.join(POLICIES)}, not {self.placement!r}")
         open_registry(self.registry)
         if not self.name:
             raise ValueError("name must not be empty")

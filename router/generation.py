@@ -14,7 +14,7 @@ from router.attempt import Attempt, Inbox, PrefillEnded
 from router.background import Background
 from router.deadline import Deadline
 from router.validation import AcceptedRequest
-from router.worker import Worker
+from router.worker import TOKENS, Worker
 from router.workers import WorkerTable
 from shared.errors import FailedPreconditionError, InternalError, UnavailableError
 
@@ -133,6 +133,7 @@ class Generation:
         if isinstance(item, PrefillEnded):
             await self._on_prefill_ended(item)
             return ()
+        self._current.lease.decode_charge.failed(TOKENS, item)
         raise item
 
     def _on_prefill_event(self, event: prefill_pb2.PrefillEvent) -> Sequence[pb.GenerateResponse]:
@@ -192,8 +193,6 @@ class Generation:
         self._current.prefill_ended = True
         error = ended.error
         lost = isinstance(error, (UnavailableError, FailedPreconditionError))
-        if lost:
-            self._table.suspend(self._current.lease.pair.prefill)
         if self._reason:
             # nothing that happens to the prefill worker now can take the answer back
             return

@@ -13,7 +13,7 @@ from router.background import Background
 from router.config import RouterConfig
 from router.generations import Generations
 from router.health import follow_workers
-from router.placement import LeastLoaded
+from router.placement.catalogue import POLICIES
 from router.service import SERVICE_NAME, InferenceServicer
 from router.shadow import Shadow
 from router.waiting import Rooms
@@ -48,6 +48,7 @@ class Router:
             connect=self._connect,
             background=self._background,
             poll_interval_s=config.poll_interval_s,
+            slow_start_s=config.slow_start_s,
         )
         rooms = Rooms(config.max_waiting)
         self.shadow = Shadow(
@@ -59,7 +60,7 @@ class Router:
         )
         admission = Admission(
             self.table,
-            LeastLoaded(),
+            POLICIES[config.placement](),
             background=self._background,
             accounting=self.accounting,
             rooms=rooms,

@@ -18,7 +18,7 @@ from router.admission import Admission
 from router.background import Background
 from router.deadline import Deadline
 from router.generation import Generation
-from router.placement import LeastLoaded
+from router.placement.least_loaded import LeastLoaded
 from router.validation import AcceptedRequest
 from router.waiting import Rooms
 from router.workers import WorkerTable

@@ -7,7 +7,9 @@ import re
 import secrets
 import uuid
 from dataclasses import dataclass
+from functools import cached_property
 
+import xxhash
 from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import worker_pb2
 
@@ -39,6 +41,15 @@ class AcceptedRequest:
     def request_id(self) -> str:
         """The client's id, or the one made for it."""
         return self.message.request_id
+
+    @cached_property
+    def image_key(self) -> int | None:
+        """Hash of the images' content in their order; None without images."""
+        parts = [part for entry in self.message.messages for part in entry.parts if part.WhichOneof("part") == "image"]
+        content = xxhash.xxh3_64()
+        for part in parts:
+            content.update(part.image.data)
+        return content.intdigest() if parts else None
 
     @property
     def max_new_tokens(self) -> int:

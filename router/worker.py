@@ -1,30 +1,46 @@
-"""One worker as the router knows it: who it is, whether it can be used, how loaded it is."""
+"""One worker as the router knows it: who it is, whether it can be used, how loaded and how fast it is."""
 
 from __future__ import annotations
 
 import itertools
+import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vlcache.worker.v1 import worker_pb2
 
+from router.circuit import CIRCUIT_STATES, Circuit, blames_worker
+from router.slow_start import SlowStart
+from router.speed import Speed
 from router.token_stream import TokenStream
 from router.worker_client import WorkerClient
-from shared.errors import FailedPreconditionError
+from shared.errors import FailedPreconditionError, ServiceError, UnavailableError
 from shared.kv.layout import KVLayout
+
+log = logging.getLogger(__name__)
 
 PREFILL, DECODE = "prefill", "decode"
 READY, DRAINING, UNREACHABLE = "ready", "draining", "unreachable"
 STATES = (READY, DRAINING, UNREACHABLE)
+
+# Calls that fail independently of each other: a decode worker may promise memory well and never say a token.
+PROMPT, RESERVE, TOKENS = "prompt", "reserve", "tokens"
+CALLS = {PREFILL: (PROMPT,), DECODE: (RESERVE, TOKENS)}
 
 _dispatches = itertools.count(1)
 
 
 @dataclass(eq=False)
 class Charge:
-    """The load of one request on one worker: prompt tokens (prefill) or KV bytes (decode)."""
+    """One request on one worker: its load, prompt tokens (prefill) or KV bytes (decode), and how its calls went."""
 
     worker: Worker
     amount: int
+    ahead: int
+    """Load that was there before it."""
+    since_s: float
+    """Dispatch, in the worker's clock."""
 
     def resize(self, amount: int) -> None:
         """Replaces the estimate by what is known now."""
@@ -32,25 +48,44 @@ class Charge:
             self.worker.own_load += amount - self.amount
         self.amount = amount
 
+    def succeeded(self, call: str) -> None:
+        """The worker has done what `call` asked of it; for a prompt, that it is done and handed over."""
+        self.worker.served(call, self)
+
+    def failed(self, call: str, error: ServiceError) -> None:
+        """The one way by which a failed call reaches placement; errors that say nothing of the worker are welcome."""
+        self.worker.refused(call, self, error)
+
     def end(self) -> None:
         """Takes the load off. Idempotent."""
         if self in self.worker.charges:
             self.worker.charges.remove(self)
             self.worker.own_load -= self.amount
+            self.worker.let_go(self)
 
 
 @dataclass(eq=False)
 class Worker:
-    """One life of a worker process. A restart under the same address is another `Worker`."""
+    """One life of a worker process. A restart under the same address is another `Worker`.
+
+    Two things leave it out of placement: its state, which is what its last poll said, and its circuits, which know
+    how calls went. A call that nobody answered makes it unreachable until it has answered a poll, which comes at once.
+    """
 
     client: WorkerClient
     info: worker_pb2.WorkerInfo
     """Its last answer."""
+    clock: Callable[[], float] = time.monotonic
+    slow_start: SlowStart = field(default_factory=lambda: SlowStart(0.0))
+    typical: Speed | None = None
+    """Of the workers of its role, for as long as its own speed is unknown."""
+    on_lost: Callable[[], None] = lambda: None
+    """Called when a call has failed as if nobody were there: a poll should follow at once."""
     state: str = UNREACHABLE
     charges: set[Charge] = field(default_factory=set)
-    """Load of this router's running requests, one by one."""
+    """This router's running requests, one by one."""
     own_load: int = 0
-    """Its sum: what this router has sent here and not yet seen end."""
+    """Sum of the charges: what this router has sent here and not yet seen end."""
     last_dispatch: int = 0
     """Ordinal of the last request sent here; breaks ties in turn."""
     tokens: TokenStream = field(init=False)
@@ -59,12 +94,32 @@ class Worker:
     def __post_init__(self) -> None:
         self.tokens = TokenStream(self.client.open_token_stream)
         self.layout = KVLayout.from_proto(self.info.model.layout)
+        self.token_bytes = self.layout.token_bytes
+        self.speed = Speed(self.typical)
+        self.neighbourhood = self.client.address.rpartition(":")[0]
+        """Workers with equal values are thought to hand parcels over in memory (`Pair.learn`)."""
         self.observe(self.info)
+        self.circuits = {call: Circuit(self.clock) for call in CALLS[self.info.role]}
 
     @property
     def key(self) -> tuple[str, str]:
         """Model and compatibility hash: workers with equal keys can exchange KV."""
         return self.info.model.name, self.info.model.compatibility
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes a request now."""
+        return self.state == READY and all(circuit.admits for circuit in self.circuits.values())
+
+    @property
+    def circuit_state(self) -> str:
+        """The worst of its circuits."""
+        return max((circuit.state for circuit in self.circuits.values()), key=CIRCUIT_STATES.index)
+
+    @property
+    def share(self) -> float:
+        """Of what it would get otherwise, in (0, 1]: less while it is new."""
+        return self.slow_start.share(self._ready_since_s)
 
     @property
     def load(self) -> int:
@@ -73,16 +128,43 @@ class Worker:
         The worker's own report knows the requests of other routers but is up to a poll interval old; what we sent
         or saw end since then is added. Never less than what we know ourselves.
         """
-        since_poll = self.own_load - self._own_at_poll
-        return max(self.own_load, reported_load(self.info) + since_poll)
+        return max(self.own_load, self._reported + self.own_load - self._own_at_poll)
 
     def charge(self, amount: int) -> Charge:
         """Counts a request from now on, before the worker has heard of it."""
-        charge = Charge(self, amount)
+        charge = Charge(self, amount, ahead=self.load, since_s=self.clock())
         self.charges.add(charge)
         self.own_load += amount
         self.last_dispatch = next(_dispatches)
+        for circuit in self.circuits.values():
+            circuit.sent(charge)
         return charge
+
+    def let_go(self, charge: Charge) -> None:
+        """`charge` has ended."""
+        for circuit in self.circuits.values():
+            circuit.over(charge)
+
+    def served(self, call: str, charge: Charge) -> None:
+        """`charge` got what it was sent for."""
+        now_s = self.clock()
+        if self.circuits[call].succeeded(charge):
+            log.info("%s works again: %s", self.info.name, call)
+            self._ready_since_s = now_s
+        if call == PROMPT:
+            self.speed.observe(charge.ahead + charge.amount, now_s - charge.since_s)
+
+    def refused(self, call: str, charge: Charge, error: ServiceError) -> None:
+        """`charge` got an error instead; one that happened elsewhere is none of this worker's."""
+        if error.worker not in ("", self.info.name):
+            return
+        if blames_worker(error):
+            self.circuits[call].failed(charge)
+        if isinstance(error, (UnavailableError, FailedPreconditionError)):
+            # gone, or restarted since the last poll; a stream may also have broken by itself
+            if call != TOKENS:
+                self.state = UNREACHABLE
+            self.on_lost()
 
     def observe(self, info: worker_pb2.WorkerInfo) -> None:
         """Takes in a fresh answer of the same process.
@@ -92,8 +174,12 @@ class Worker:
         """
         if info.role not in (PREFILL, DECODE) or info.state not in (READY, DRAINING):
             raise FailedPreconditionError(f"a worker says role {info.role!r}, state {info.state!r}")
+        if self.state != READY:
+            self._ready_since_s = self.clock()
         self.info = info
         self.state = info.state
+        self.capacity = info.kv.capacity
+        self._reported = reported_load(info)
         self._own_at_poll = self.own_load
 
     def check_integrity(self) -> None:

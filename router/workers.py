@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vlcache.worker.v1 import worker_pb2
 
 from router.background import Background
-from router.placement import Pair
-from router.worker import DECODE, PREFILL, READY, UNREACHABLE, Worker
+from router.placement.base import Group
+from router.placement.groups import groups_by_model
+from router.slow_start import SlowStart
+from router.speed import Speed
+from router.worker import DECODE, READY, UNREACHABLE, Worker
 from router.worker_client import WorkerClient
 from shared.errors import ServiceError
 from shared.registry.registry import Registry
@@ -44,12 +49,18 @@ class WorkerTable:
         connect: Callable[[str], WorkerClient],
         background: Background,
         poll_interval_s: float,
+        slow_start_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
         self._connect = connect
         self._background = background
         self._poll_interval_s = poll_interval_s
+        self._clock = clock
+        self._slow_start = SlowStart(slow_start_s, clock)
+        self._typical = Speed()
         self._seats: dict[str, Seat] = {}
+        self._groups: Mapping[str, Sequence[Group]] | None = None
         self._change = asyncio.Event()
 
     async def run(self) -> None:
@@ -80,16 +91,18 @@ class WorkerTable:
         """Addresses at which no worker has answered yet."""
         return [address for address, seat in self._seats.items() if seat.worker is None]
 
-    def pairs(self, model: str) -> list[Pair]:
-        """Every ready pair that serves `model`; its members can exchange KV."""
-        ready = [worker for worker in self.workers() if worker.state == READY and worker.info.model.name == model]
-        decode = [worker for worker in ready if worker.info.role == DECODE]
+    def groups(self, model: str) -> Sequence[Group]:
+        """Workers that serve `model`, by who can exchange KV; listed anew only when somebody has come or gone."""
+        if self._groups is None:
+            self._groups = groups_by_model(self.workers())
+        return self._groups.get(model, ())
+
+    def partners(self, prefill: Worker) -> Sequence[Worker]:
+        """Decode workers that take what `prefill` sends, whether it is ready itself or not."""
         return [
-            Pair(worker, other)
-            for worker in ready
-            if worker.info.role == PREFILL
-            for other in decode
-            if other.key == worker.key
+            worker
+            for worker in self.workers()
+            if worker.info.role == DECODE and worker.state == READY and worker.key == prefill.key
         ]
 
     def known_models(self) -> set[str]:
@@ -98,16 +111,8 @@ class WorkerTable:
 
     def served_models(self) -> dict[str, Worker]:
         """Models that at least one ready pair serves, each with a prefill worker that describes it."""
-        first = {name: next(iter(self.pairs(name)), None) for name in sorted(self.known_models())}
-        return {name: pair.prefill for name, pair in first.items() if pair is not None}
-
-    def suspend(self, worker: Worker) -> None:
-        """Leaves `worker` out until it has answered a poll, and asks it at once."""
-        worker.state = UNREACHABLE
-        for seat in self._seats.values():
-            if seat.worker is worker:
-                seat.look_now.set()
-        self._notify()
+        ready = {name: [group for group in self.groups(name) if group.ready] for name in sorted(self.known_models())}
+        return {name: groups[0].prefill[0] for name, groups in ready.items() if groups}
 
     def check_integrity(self, *, idle: bool = False) -> None:
         """Asserts the invariant; `idle` says that no request is in flight."""
@@ -131,6 +136,7 @@ class WorkerTable:
         if seat.worker is not None and (seat.worker.state != UNREACHABLE or seat.worker.charges):
             return
         del self._seats[address]
+        self._groups = None
         assert seat.watcher is not None
         seat.watcher.cancel()
         self._background.spawn(seat.client.close())
@@ -154,8 +160,16 @@ class WorkerTable:
     def _seen(self, seat: Seat, info: worker_pb2.WorkerInfo) -> None:
         known = seat.worker
         if known is not None and known.info.epoch == info.epoch:
-            return known.observe(info)
-        seat.worker = Worker(seat.client, info)
+            return self._seen_again(known, info)
+        self._groups = None
+        seat.worker = Worker(
+            seat.client,
+            info,
+            clock=self._clock,
+            slow_start=self._slow_start,
+            typical=self._typical,
+            on_lost=functools.partial(self._lost, seat),
+        )
         log.info("%s worker %s at %s is %s", info.role, info.name, seat.client.address, info.state)
         if known is not None:
             # a restarted process remembers nothing: what was attached to the old one is lost
@@ -163,11 +177,23 @@ class WorkerTable:
             self._background.spawn(known.tokens.close())
         return None
 
+    def _seen_again(self, worker: Worker, info: worker_pb2.WorkerInfo) -> None:
+        before = worker.state
+        worker.observe(info)
+        if worker.state != before:
+            self._groups = None
+
     def _not_seen(self, seat: Seat, error: ServiceError) -> None:
         if seat.worker is not None and seat.worker.state != UNREACHABLE:
             log.warning("worker %s at %s: %s", seat.worker.info.name, seat.client.address, error.message)
-        if seat.worker is not None:
             seat.worker.state = UNREACHABLE
+            self._groups = None
+
+    def _lost(self, seat: Seat) -> None:
+        """A call has failed as calls to nobody fail: whether somebody is there is asked at once."""
+        seat.look_now.set()
+        self._groups = None
+        self._notify()
 
     def _notify(self) -> None:
         self._change.set()

@@ -106,6 +106,7 @@ class RouterMetrics(_RoleMetrics):
         self.generation_tokens = c("generation_tokens_total", "Generated tokens")
         self.visual_tokens = h("visual_tokens", "Visual tokens of a prompt", TOKEN_BUCKETS)
         self.worker_state = g("worker_state", "1 for the state a worker is in", "name", "state")
+        self.circuit_state = g("circuit_state", "1 for the state of a worker's worst circuit", "name", "state")
 
 
 class WorkerMetrics(_RoleMetrics):

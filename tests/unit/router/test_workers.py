@@ -98,7 +98,9 @@ def test_an_address_may_change_its_role() -> None:
             newcomer = FakePrefill("prefill-late")
             await newcomer.start(port)
             await b.becomes(lambda: any(w.info.name == "prefill-late" for w in b.router.table.workers()))
-            assert {pair.prefill.info.name for pair in b.router.table.pairs("toy")} == {"prefill-0", "prefill-late"}
+            [group] = b.router.table.groups("toy")
+            assert {worker.info.name for worker in group.prefill} == {"prefill-0", "prefill-late"}
+            assert [worker.info.name for worker in group.decode] == ["decode-0"]
             await newcomer.stop()
             await b.decode[1].start(port)
 

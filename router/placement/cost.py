@@ -1,0 +1,36 @@
+"""What a request costs on a worker, in seconds, so that workers of any size and both roles compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from router.placement.base import Demand
+from router.worker import Worker
+
+# A decode pool that is full to the last byte weighs as much as so long a queue before prefill.
+FULL_POOL_S = 1.0
+# What it is worth to hand a parcel over in memory instead of sending it: some 50 MB at 1.5 GB/s.
+IN_MEMORY_S = 0.03
+
+Cost = Callable[[Worker, Demand], float]
+
+
+def prefill_cost(worker: Worker, demand: Demand) -> float:
+    """Seconds until its prompt would be done: the tokens before it and its own, by the worker's measured speed."""
+    return (worker.load + demand.prompt_tokens) / worker.speed.tokens_per_s
+
+
+def decode_cost(worker: Worker, demand: Demand) -> float:
+    """The share of the pool that would be taken with it: memory binds a decode worker, and its steps read it."""
+    return FULL_POOL_S * (worker.load + demand.kv_tokens * worker.token_bytes) / (worker.capacity or 1)
+
+
+def ranked(workers: Iterable[Worker], cost: Cost, demand: Demand) -> list[tuple[float, Worker]]:
+    """The ready ones with their costs, cheapest first; equals take turns. Over its share a new one's cost is higher."""
+    priced = [(cost(worker, demand) / worker.share, worker.last_dispatch, worker) for worker in workers if worker.ready]
+    priced.sort(key=_by_cost_then_turn)
+    return [(price, worker) for price, _, worker in priced]
+
+
+def _by_cost_then_turn(entry: tuple[float, int, Worker]) -> tuple[float, int]:
+    return entry[:2]
