@@ -56,7 +56,7 @@ def figures(found: Figures) -> str:
     judged = judged_retention(rows)
     parts = [
         f"```\n{command(found)}\n```",
-        _machine(found["environment"], found["workload"]),
+        machine(found),
         COLUMNS,
         _overall(rows, judged),
         f"## By task at {100 * judged:g} %",
@@ -67,8 +67,8 @@ def figures(found: Figures) -> str:
     return "\n\n".join(parts)
 
 
-def with_figures(page: str, found: Figures) -> str:
-    """The page with this run's figures between its marks.
+def with_figures(page: str, written: str) -> str:
+    """The page with what is written between its marks.
 
     Raises:
         ValueError: It has no marks.
@@ -77,12 +77,12 @@ def with_figures(page: str, found: Figures) -> str:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"the page has no {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{figures(found)}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{written}\n\n{END}{after}"
 
 
 def blank_page(name: str) -> str:
-    """A page that has nothing but the picture and marks."""
-    return f"# Quality: {name}\n\n![exact match by policy, retention and task]({name}.svg)\n\n{BEGIN}\n{END}\n"
+    """A page that has nothing but marks."""
+    return f"# {name}\n\n{BEGIN}\n{END}\n"
 
 
 def command(found: Figures) -> str:
@@ -110,10 +110,13 @@ def _wrapped(line: str, width: int = 116) -> str:
     return " \\\n".join(each.rstrip() for each in lines)
 
 
-def _machine(where: Figures, workload: Figures) -> str:
+def machine(found: Figures) -> str:
+    """Where it was measured."""
+    where = found["environment"]
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "transformers"))
-    machine = f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB"
-    return f"Commit {where['commit']}; {machine};\nPython {where['python']}, {versions}; dtype {workload['dtype']}."
+    cpu = f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB"
+    dtype = found["workload"]["dtype"]
+    return f"Commit {where['commit']}; {cpu};\nPython {where['python']}, {versions}; dtype {dtype}."
 
 
 def _overall(rows: Sequence[Row], judged: float) -> str:
@@ -161,7 +164,7 @@ def main() -> None:
     try:
         found = json.loads(config.result.read_text(encoding="utf-8"))
         before = page.read_text(encoding="utf-8") if page.exists() else blank_page(page.stem)
-        page.write_text(with_figures(before, found), encoding="utf-8")
+        page.write_text(with_figures(before, figures(found)), encoding="utf-8")
     except (OSError, ValueError) as error:
         sys.exit(f"no page of {config.result}: {error}")
 
