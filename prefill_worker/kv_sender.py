@@ -13,7 +13,15 @@ import grpc
 from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc
 from vlcache.worker.v1 import prefill_pb2 as pb
 
-from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError, NotFoundError, ServiceError
+from shared.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidRequestError,
+    NotFoundError,
+    RequestCancelledError,
+    ServiceError,
+    UnavailableError,
+)
 from shared.kv.transport.base import Parcel, ParcelTransport, SendReport
 from shared.kv.transport.grpc_stream import GrpcTransport
 from shared.kv.transport.local import LocalReceiver, LocalTransport
@@ -121,7 +129,7 @@ class KVSender:
 
     async def _send(self, parcel: Parcel, ticket: Ticket) -> SendReport:
         try:
-            report = await self._transport(ticket).send(parcel, ticket.token)
+            report = await self._deliver(parcel, ticket)
         except ServiceError as error:
             self._metrics.labelled(self._metrics.transfer_failures, reason=error.reason).inc()
             raise
@@ -129,6 +137,13 @@ class KVSender:
         self._metrics.labelled(self._metrics.transfer_bytes, **labels).inc(report.sent_bytes)
         self._metrics.labelled(self._metrics.transfer_seconds, **labels).observe(report.seconds)
         return report
+
+    async def _deliver(self, parcel: Parcel, ticket: Ticket) -> SendReport:
+        try:
+            return await self._transport(ticket).send(parcel, ticket.token)
+        except RequestCancelledError as error:
+            # not by us, who would not hear of it here: its server is going down
+            raise UnavailableError("the decode worker broke the transfer off", reason="TRANSFER_BROKEN") from error
 
     async def _renew(self, ticket: Ticket) -> None:
         period_s = ticket.lease_s / RENEWALS_PER_LEASE

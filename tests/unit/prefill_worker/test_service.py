@@ -1,7 +1,5 @@
 """A whole prefill worker behind real gRPC, with a decode worker that only takes parcels."""
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,89 +7,21 @@ import grpc
 import pytest
 from prometheus_client import generate_latest
 from vlcache.v1 import inference_pb2 as public
-from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, kv_pb2_grpc, prefill_pb2_grpc, worker_pb2
 from vlcache.worker.v1 import prefill_pb2 as pb
+from vlcache.worker.v1 import worker_pb2
 
 from prefill_worker.compression.registry import CHOICES
 from prefill_worker.config import PrefillConfig
-from prefill_worker.worker import LoadedModel, PrefillWorker, load_model
-from shared.kv.manifest import Manifest
-from shared.kv.transport.frames import CHUNK_BYTES
-from shared.rpc.server import RpcServer
+from prefill_worker.worker import LoadedModel, load_model
 from tests.unit.decode_worker.tiny import CONTEXT, LAYERS, VISUAL_TOKENS
 from tests.unit.prefill_worker.pieces import until
 from tests.unit.prefill_worker.prompts import QUESTION, encoded, picture, user
-
-
-class Sink(kv_pb2_grpc.KVTransferServiceServicer, decode_pb2_grpc.DecodeServiceServicer):
-    """Takes every parcel."""
-
-    def __init__(self) -> None:
-        self.parcels: list[tuple[bytes, Manifest, bytes]] = []
-
-    async def PutKV(self, frames: AsyncIterator[kv_pb2.PutKVRequest], context: Any) -> kv_pb2.PutKVResponse:  # noqa: N802
-        received = [frame async for frame in frames]
-        header = received[0].header
-        assert all(len(frame.chunk.data) <= CHUNK_BYTES for frame in received[1:])
-        body = b"".join(frame.chunk.data for frame in received[1:])
-        self.parcels.append((header.token, Manifest.from_proto(header.manifest), body))
-        return kv_pb2.PutKVResponse(received_bytes=len(body))
-
-    async def Renew(self, request: Any, context: Any) -> decode_pb2.RenewResponse:  # noqa: N802
-        return decode_pb2.RenewResponse()
-
-    def register(self, server: grpc.aio.Server) -> None:
-        kv_pb2_grpc.add_KVTransferServiceServicer_to_server(self, server)
-        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)
-
-
-class Stack:
-    """The worker, a stub to talk to it, and the sink."""
-
-    def __init__(self, worker: PrefillWorker, stub: Any, sink: Sink, sink_address: str, info: Any) -> None:
-        self.worker, self.stub, self.sink, self.info = worker, stub, sink, info
-        self._sink_address = sink_address
-
-    def request(self, *parts: str | bytes, **changes: Any) -> pb.PrefillRequest:
-        sampling = public.SamplingParams(max_new_tokens=8, ignore_eos=True)
-        message = public.GenerateRequest(request_id="r", messages=[user(*parts)], sampling=sampling)
-        ticket = pb.Ticket(
-            decode_worker="d", decode_address=self._sink_address, token=b"t" * 16, transport="grpc", lease_s=30
-        )
-        return pb.PrefillRequest(
-            **({"request": message, "attempt": 1, "ticket": ticket, "epoch": self.info.epoch} | changes)
-        )
-
-    async def prefill(self, request: pb.PrefillRequest) -> list[pb.PrefillEvent]:
-        return [event async for event in self.stub.Prefill(request)]
+from tests.unit.prefill_worker.served import Stack, run
 
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> LoadedModel:
     return load_model(PrefillConfig(model=str(checkpoint), dtype="fp32"))
-
-
-def run(
-    loaded: LoadedModel, directory: Path, body: Callable[[Stack], Awaitable[None]], *, cascade: bool = False
-) -> None:
-    async def main() -> None:
-        sockets = directory / "arenas"
-        config = PrefillConfig(model="tiny", arena_mib=1, socket_dir=sockets, max_images=2, cascade=cascade)
-        worker, sink = PrefillWorker(config, loaded), Sink()
-        server = await RpcServer.start(name="p", host="127.0.0.1", port=0, register=worker.register, services=[])
-        sink_server = await RpcServer.start(name="d", host="127.0.0.1", port=0, register=sink.register, services=[])
-        try:
-            async with grpc.aio.insecure_channel(server.address) as channel:
-                stub = prefill_pb2_grpc.PrefillServiceStub(channel)
-                info = await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest())
-                await asyncio.wait_for(body(Stack(worker, stub, sink, sink_server.address, info)), 20)
-        finally:
-            await worker.drain(5)
-            await server.stop(0)
-            await worker.close()
-            await sink_server.stop(0)
-
-    asyncio.run(main())
 
 
 def test_a_request_becomes_a_token_a_report_and_a_parcel(loaded: LoadedModel, tmp_path: Path) -> None:
