@@ -14,7 +14,6 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from shared.errors import UnavailableError
 
@@ -95,11 +94,14 @@ async def bounded(work: Coroutine[Any, Any, Result]) -> Result:
     """The result of calls on a client.
 
     Raises:
-        UnavailableError: Redis is gone, refuses, or takes longer than `CALL_TIMEOUT_S`.
+        UnavailableError: Redis is gone, refuses, makes no sense, or takes longer than `CALL_TIMEOUT_S`.
     """
     try:
         return await asyncio.wait_for(work, CALL_TIMEOUT_S)
-    except (RedisError, OSError, asyncio.TimeoutError) as error:
+    except UnavailableError:
+        raise
+    except Exception as error:
+        # of any kind: what is no Redis makes redis-py stumble in many ways, and nobody may stumble with it
         said = str(error) or "no answer in time"
         raise UnavailableError(f"Redis: {type(error).__name__}: {said}", reason="REGISTRY") from error
 

@@ -188,6 +188,7 @@ def test_the_example_names_a_bundled_image_and_the_address() -> None:
         ["demo", "--decode-workers", "0"],
         ["demo", "--combined-workers", "-1"],
         ["serve", "--start-timeout-s", "0"],
+        ["serve", "--registry", "static://127.0.0.1:1"],
         ["dance"],
     ],
 )
