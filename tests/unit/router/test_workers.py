@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 import pytest
@@ -14,7 +15,9 @@ from vlcache.v1 import inference_pb2 as pb
 from router.background import Background
 from router.worker_client import WorkerClient
 from router.workers import WorkerTable
+from shared.errors import InternalError
 from tests.unit.router.fakes import Bench, FakeDecode, FakePrefill, bench, kinds, run
+from tests.unit.router.fleet import Clock
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -118,13 +121,14 @@ class ChangingRegistry:
 
 
 @contextlib.asynccontextmanager
-async def table_of(registry: ChangingRegistry):
+async def table_of(registry: ChangingRegistry, **settings: Any):
     background = Background()
     table = WorkerTable(
         registry,
         connect=lambda address: WorkerClient(address, poll_timeout_s=5, control_timeout_s=5),
         background=background,
         poll_interval_s=0.02,
+        **settings,
     )
     polling = asyncio.create_task(table.run())
     try:
@@ -186,5 +190,78 @@ def test_integrity_notices_load_that_nobody_carries_any_more() -> None:
             with pytest.raises(AssertionError, match="decode-0"):
                 b.router.check_integrity()
             charge.end()
+
+    run(main)
+
+
+def test_a_worker_that_answers_polls_and_fails_prompts_is_left_alone_and_shown() -> None:
+    async def main() -> None:
+        prefill = [FakePrefill("prefill-0"), FakePrefill("prefill-1")]
+        prefill[0].script = lambda _: [InternalError("the GPU has fallen off")]
+        async with bench(prefill, placement="round_robin") as b:
+            for _ in range(12):
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await b.answer()
+            assert len(prefill[0].requests) == 5
+            assert len(prefill[1].requests) == 7
+            await b.becomes(lambda: b.metric("circuit_state", name="prefill-0", state="open") == 1)
+            assert b.metric("circuit_state", name="prefill-0", state="closed") == 0
+            assert b.metric("circuit_state", name="prefill-1", state="closed") == 1
+            # its own word stays what it is: there is somebody
+            assert b.worker("prefill-0").state == "ready"
+
+    run(main)
+
+
+def test_a_stack_of_which_every_circuit_is_open_is_not_serving() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            b.prefill[0].script = lambda _: [InternalError("broken")]
+            for _ in range(5):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await b.answer()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await b.answer(model="toy")
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert len(b.prefill[0].requests) == 5
+            await health_becomes(b, NOT_SERVING)
+
+    run(main)
+
+
+def test_a_worker_that_comes_late_is_new_and_one_that_was_there_first_is_not() -> None:
+    async def main() -> None:
+        first, late = FakePrefill("first"), FakePrefill("late")
+        await first.start()
+        registry = ChangingRegistry(first.address)
+        clock = Clock()
+        async with table_of(registry, slow_start_s=10.0, clock=clock) as table:
+            await until(table, lambda: len(list(table.workers())) == 1)
+            [known] = table.workers()
+            assert known.share == 1.0
+            clock.now_s += 10
+            await late.start()
+            registry.listed = [first.address, late.address]
+            await until(table, lambda: len(list(table.workers())) == 2)
+            assert known.share == 1.0
+            assert sorted(worker.share for worker in table.workers()) == [0.1, 1.0]
+            clock.now_s += 5
+            assert sorted(worker.share for worker in table.workers()) == [0.5, 1.0]
+        await first.stop()
+        await late.stop()
+
+    run(main)
+
+
+def test_groups_are_listed_anew_only_when_somebody_comes_or_goes() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            before = b.router.table.groups("toy")
+            await b.decode[0].polls.reaches(len(b.decode[0].polls) + 3)
+            assert b.router.table.groups("toy") is before
+            b.decode[0].info.state = "draining"
+            await b.becomes(lambda: not b.router.table.groups("toy"))
+            b.decode[0].info.state = "ready"
+            await b.becomes(lambda: len(b.router.table.groups("toy")) == 1)
 
     run(main)
