@@ -175,9 +175,7 @@ def _retained_bytes(config: PrefillConfig) -> int:
 def _preprocess_pool(
     config: PrefillConfig, model: LoadedModel, limits: PromptLimits, metrics: PrefillMetrics
 ) -> PreprocessPool:
-    launch = partial(
-        PreprocessProcess.launch, model.path, limits, memory_bytes=config.preprocess_memory_mib * MIB
-    )
+    launch = partial(PreprocessProcess.launch, model.path, limits, memory_bytes=config.preprocess_memory_mib * MIB)
     return PreprocessPool(
         launch,
         model.spec,
@@ -189,7 +187,9 @@ def _preprocess_pool(
     )
 
 
-def _served_model(config: PrefillConfig, identity: ModelIdentity, processing: PromptProcessor) -> worker_pb2.ServedModel:
+def _served_model(
+    config: PrefillConfig, identity: ModelIdentity, processing: PromptProcessor
+) -> worker_pb2.ServedModel:
     served = identity.to_proto()
     served.max_images = config.max_images
     served.template_tokens = processing.template_tokens()

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from prefill_worker.preprocess.processing import PromptLimits, PromptProcessor
 from prefill_worker.preprocess.wire import (
     PREFIX,
@@ -58,7 +60,8 @@ def answer(processor: PromptProcessor, header: Mapping[str, Any], body: memoryvi
         return reply_frame(processor.process(messages, max_new_tokens=max_new_tokens))
     except ServiceError as error:
         return error_frame(error)
-    except MemoryError:
+    # protobuf has an error of its own for that, and the worker sends nothing that it could not read otherwise
+    except (MemoryError, DecodeError):
         return error_frame(
             InvalidRequestError("the images of this request take too much memory to read", reason="PREPROCESS_MEMORY")
         )
