@@ -46,7 +46,7 @@ class Answer:
 async def ask(served: Served, model: LoadedPrefill, transport: str, compression: public.CompressionParams) -> Answer:
     """One request through both workers."""
     with tempfile.TemporaryDirectory() as directory:
-        config = PrefillConfig(model="tiny", arena_mib=1, socket_dir=Path(directory) / "arenas")
+        config = PrefillConfig(model="tiny", arena_mib=1, socket_dir=Path(directory) / "arenas", preprocess_processes=1)
         worker = PrefillWorker(config, model)
         server = await RpcServer.start(name="p", host="127.0.0.1", port=0, register=worker.register, services=[])
         try:

@@ -147,7 +147,7 @@ def run(loaded: LoadedModel, directory: Path, body: Callable[[Stack], Awaitable[
     """Runs a test against a fresh worker named p."""
 
     async def main() -> None:
-        values = {"arena_mib": 1, "socket_dir": directory / "arenas", "max_images": 2}
+        values = {"arena_mib": 1, "socket_dir": directory / "arenas", "max_images": 2, "preprocess_processes": 1}
         worker = PrefillWorker(PrefillConfig(model="tiny", **(values | settings)), loaded)
         server = await RpcServer.start(name="p", host="127.0.0.1", port=0, register=worker.register, services=[])
         async with contextlib.AsyncExitStack() as servers:
