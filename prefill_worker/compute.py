@@ -236,7 +236,7 @@ class PrefillCompute:
             num_kept=num_kept,
             logical_length=num_tokens,
             next_position=prompt.next_position + fed,
-            policy=job.policy.name,
+            policy=job.policy.for_prompt(prompt.shape).name,
             requested_retention=float(asked_retention(prompt.shape, job.budget)),
             realised_retention=layout.realised_retention(num_kept, num_tokens),
             layer_attention_mass=tuple(selection.attention_mass for selection in selections),

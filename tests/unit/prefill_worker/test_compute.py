@@ -13,6 +13,7 @@ from vlcache.v1 import inference_pb2 as public
 
 from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.pipeline import select_tokens, statistics_for
+from prefill_worker.compression.policies.air_cache import AirCache
 from prefill_worker.compression.policies.snap_kv import SnapKV
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policy import Policy
@@ -32,6 +33,7 @@ from tests.unit.prefill_worker.pieces import job as plain_job
 from tests.unit.prefill_worker.prompts import QUESTION, encoded, picture, user
 
 POLICY = VLCache(min_tokens=4)
+PICTURED = user(encoded(picture(1)), QUESTION)
 
 
 class Computed:
@@ -49,7 +51,7 @@ class Computed:
 
 @pytest.fixture(scope="module")
 def prompt(builder: PromptBuilder) -> Prompt:
-    return builder.build([user(encoded(picture(1)), QUESTION)], max_new_tokens=1)
+    return builder.build([PICTURED], max_new_tokens=1)
 
 
 @pytest.fixture
@@ -206,6 +208,18 @@ def test_what_several_jobs_need_is_measured_once(
     jobs = several((POLICY, 0.3), (POLICY, 0.5), (VLCache(shared_heads=False), 0.3))
     prefilled = compute.prefill(jobs, prompt, threading.Event())
     assert len(sweeps) == len(prefilled.keys)
+
+
+@pytest.mark.parametrize(("message", "applied"), [(user(QUESTION * 3), "vl_cache"), (PICTURED, "air_cache")])
+def test_it_says_which_policy_ran(
+    compute: PrefillCompute, builder: PromptBuilder, message: public.Message, applied: str
+) -> None:
+    work = dataclasses.replace(job(), policy=AirCache())
+    done = run(compute, work, builder.build([message], max_new_tokens=1))
+    assert done.manifest is not None
+    assert done.manifest.policy == applied
+    (report,) = (event.message for event in done.events if isinstance(event, Compressed))
+    assert report.policy == applied
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "seed": 11}, {"temperature": 1.5, "seed": 12}])
