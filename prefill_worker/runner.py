@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compute import PrefillCompute
@@ -23,12 +23,14 @@ from prefill_worker.preprocess.pool import PreprocessPool
 from prefill_worker.prompt import Prompt
 from prefill_worker.retained_parcels import RetainedParcels
 from prefill_worker.scheduler import PrefillScheduler
-from shared.errors import DuplicateRequestError
+from shared.errors import DuplicateRequestError, UnavailableError
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest
 from shared.request.params import Budget
 from shared.telemetry.metrics import PrefillMetrics
 from shared.threads import run_to_end
+
+Result = TypeVar("Result")
 
 # Ends the event queue of a request.
 _END = None
@@ -61,7 +63,7 @@ class PrefillRunner:
         # waits for bytes and sums them up while the model thread computes the next prompt
         self._parcel_thread = ThreadPoolExecutor(1, thread_name_prefix="parcel")
         self._jobs: dict[tuple[str, int], tuple[PrefillJob, asyncio.Task[None]]] = {}
-        self._resends: set[asyncio.Task[Any]] = set()
+        self._resends: set[asyncio.Task[Transferred]] = set()
 
     async def stream(self, job: PrefillJob) -> AsyncIterator[Event]:
         """Runs a job and yields its events. Leaving early cancels the work; its memory follows when it is safe.
@@ -80,7 +82,7 @@ class PrefillRunner:
         try:
             while (event := await events.get()) is not _END:
                 yield event
-            await task
+            await _outcome(task)
         finally:
             if not task.done():
                 job.cancelled.set()
@@ -93,13 +95,14 @@ class PrefillRunner:
             NotFoundError: It is not retained any more.
             ServiceError: The transfer failed.
         """
-        task = asyncio.current_task()
-        assert task is not None
+        task = asyncio.create_task(self._shipper.resend(secret, attempt, ticket))
         self._resends.add(task)
+        task.add_done_callback(self._resends.remove)
+        task.add_done_callback(_look)
         try:
-            return await self._shipper.resend(secret, attempt, ticket)
+            return await _outcome(task)
         finally:
-            self._resends.remove(task)
+            task.cancel()
 
     def expire(self, now: float) -> None:
         """Gives up the retained parcels that nobody renewed."""
@@ -108,7 +111,7 @@ class PrefillRunner:
 
     async def drain(self, timeout_s: float) -> None:
         """Lets what is in flight finish for `timeout_s`, then cancels it; afterwards nothing is retained either."""
-        tasks = {*self._resends, *(task for _, task in self._jobs.values())}
+        tasks: set[asyncio.Task[Any]] = {*self._resends, *(task for _, task in self._jobs.values())}
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=timeout_s)
             for job, _ in self._jobs.values():
@@ -134,8 +137,7 @@ class PrefillRunner:
 
     def _forget(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
         del self._jobs[key]
-        if not task.cancelled():
-            task.exception()  # the caller may be gone; asyncio would complain that nobody looked
+        _look(task)
 
     async def _run(self, job: PrefillJob, emit: Callable[[Event | None], None]) -> None:
         try:
@@ -197,3 +199,21 @@ class PrefillRunner:
 def _rows_bound(job: PrefillJob, prompt: Prompt) -> int:
     visual = prompt.shape.num_visual
     return job.rows_bound(prompt.shape.num_tokens - visual, visual)
+
+
+async def _outcome(task: asyncio.Task[Result]) -> Result:
+    """What a task ends with.
+
+    Raises:
+        UnavailableError: A drain has cancelled it; the caller is not cancelled with it.
+    """
+    await asyncio.wait([task])
+    if task.cancelled():
+        raise UnavailableError("the worker is shutting down", reason="DRAINING")
+    return task.result()
+
+
+def _look(task: asyncio.Task[Any]) -> None:
+    """The caller may be gone; asyncio would complain that nobody looked."""
+    if not task.cancelled():
+        task.exception()

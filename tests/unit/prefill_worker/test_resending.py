@@ -12,7 +12,7 @@ import pytest
 from prefill_worker.job import Event, Retained, Transferred
 from shared.errors import DataLossError, InvalidRequestError, NotFoundError, ServiceError, UnavailableError
 from tests.unit.prefill_worker.manifests import manifest
-from tests.unit.prefill_worker.pieces import BOUND, Pieces, Stage, collect, idle, job, reached, run, ticket
+from tests.unit.prefill_worker.pieces import BOUND, Pieces, Stage, collect, idle, job, reached, run, ticket, until
 
 BODY = manifest().body_bytes
 
@@ -154,6 +154,7 @@ def test_a_cancelled_resend_leaves_the_parcel_and_nothing_else() -> None:
         resend.cancel()
         with pytest.raises(asyncio.CancelledError):
             await resend
+        await until(lambda: not pieces.runner._resends)
         assert pieces.kept_alive == 0
         assert pieces.retained.used_bytes == BODY
         pieces.retained.release(secret)
@@ -248,7 +249,7 @@ def test_a_drain_ends_a_resend_that_is_late() -> None:
         await reached(pieces.sending)
         await pieces.runner.drain(0.02)
         assert pieces.store.used_bytes == 0
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises(UnavailableError, match="shutting down"):
             await resend
 
     run(body)
