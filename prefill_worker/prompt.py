@@ -62,13 +62,13 @@ class PromptBuilder:
     """Turns messages into a `Prompt`, in the process that it is called in. Thread-safe."""
 
     def __init__(self, processor: Any, spec: VLMSpec, *, max_images: int) -> None:
-        self._image_token_id = spec.image_token_id
+        self._spec = spec
         self.processing = PromptProcessor(processor, prompt_limits(spec, max_images=max_images))
 
     def build(self, messages: Sequence[pb.Message], *, max_new_tokens: int, tenant: str = "") -> Prompt:
         """Checks and tokenises a conversation; raises as `PromptProcessor.process`."""
         processed = self.processing.process(messages, max_new_tokens=max_new_tokens)
-        return Prompt.of(processed, image_token_id=self._image_token_id, tenant=tenant)
+        return Prompt.of(processed, image_token_id=self._spec.image_token_id, tenant=tenant)
 
 
 def prompt_limits(spec: VLMSpec, *, max_images: int) -> PromptLimits:

@@ -42,7 +42,7 @@ class PreprocessProcess:
                 (sys.executable, "-m", "prefill_worker.preprocess.child", *arguments),
                 cwd=ROOT,
                 env={**os.environ, **ENVIRONMENT},
-                stdin=its_own,
+                stdin=its_own.fileno(),
                 stdout=subprocess.DEVNULL,
                 # ctrl-C is for the worker, which lets its requests finish
                 start_new_session=True,
@@ -102,7 +102,7 @@ class PreprocessProcess:
 
     async def _exactly(self, count: int) -> memoryview:
         # not cleared first: a page is touched when its bytes come
-        data = memoryview(np.empty(count, np.uint8))
+        data = np.empty(count, np.uint8).data
         view = data
         while view:
             got = await asyncio.get_running_loop().sock_recv_into(self._peer, view)

@@ -72,7 +72,7 @@ def read_request(header: Mapping[str, Any], body: memoryview) -> tuple[list[pb.M
     """The conversation and its max_new_tokens."""
     messages, start = [], 0
     for count in header["messages"]:
-        messages.append(pb.Message.FromString(body[start : start + count]))
+        messages.append(pb.Message.FromString(bytes(body[start : start + count])))
         start += count
     return messages, header["max_new_tokens"]
 
