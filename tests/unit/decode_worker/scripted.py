@@ -48,6 +48,7 @@ class ScriptedEngine:
         self.gate = Gate()
         self.answers: dict[int, list[int]] = {}
         self.batches: list[list[int]] = []
+        self.replays: list[int] = []
         self.error: Exception | None = None
 
     def step(self, batch: list[Sequence]) -> list[int]:
@@ -58,6 +59,11 @@ class ScriptedEngine:
         for each in batch:
             each.kv.appended += 1
         return [self._next(each) for each in batch]
+
+    def replay(self, each: Sequence, number: int) -> None:
+        self.gate.pass_through()
+        self.replays.append(number)
+        each.kv.appended += number
 
     def _next(self, each: Sequence) -> int:
         script = self.answers.get(each.sampling.seed, [])
