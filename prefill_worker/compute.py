@@ -105,6 +105,8 @@ class PrefillCompute:
             self._metrics.observe_stage(stage, seconds)
         full_bytes = self._identity.layout.full_bytes(prompt.shape.num_tokens)
         self._metrics.prefill_peak.observe(prefilled.peak_kv_bytes / full_bytes)
+        self._metrics.vision_cache_hits.inc(prefilled.known_images)
+        self._metrics.vision_cache_misses.inc(len(prompt.pixels) - prefilled.known_images)
         return prefilled
 
     def compress(

@@ -42,6 +42,8 @@ class PrefillConfig(WorkerConfig):
     some more work in each layer."""
     max_waiting: int = 256
     """Requests admitted and not yet computing; more are refused."""
+    vision_cache_mib: int = 256
+    """What the vision tower made of images that may come again, MiB of the device at most; 0 keeps none."""
     preprocess_processes: int = 2
     """Processes that decode images and tokenise."""
     preprocess_timeout_s: float = 20.0
@@ -60,6 +62,8 @@ class PrefillConfig(WorkerConfig):
         for name in ("arena_mib", "max_images", "max_new_tokens", "max_waiting", *PREPROCESS):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.vision_cache_mib < 0:
+            raise ValueError(f"vision_cache_mib must not be negative, not {self.vision_cache_mib}")
         if not self.preprocess_timeout_s > 0:
             raise ValueError(f"preprocess_timeout_s must be positive, not {self.preprocess_timeout_s}")
         if self.retained_mib is not None and self.retained_mib < 0:

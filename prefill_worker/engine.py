@@ -22,6 +22,8 @@ from prefill_worker.observer import CascadeObserver, PrefillObserver
 from prefill_worker.prompt import Prompt
 from prefill_worker.prompt_cache import PromptCache
 from prefill_worker.sparse_pass import SparseObserver, with_own_layers
+from prefill_worker.vision import VisionEncoder
+from prefill_worker.vision_cache import VisionCache
 from shared.errors import RequestCancelledError
 
 
@@ -43,6 +45,7 @@ class Prefilled:
         peaks: Per layer the largest of their weights, see `LookAhead`; as `ahead`.
         held: Per layer which tokens the rows of `keys` are, [num_kv_heads, num_tokens] bool; empty without a cascade.
         scored: The layers as the policy of the cascade saw and scored them; empty without one.
+        known_images: Images of the prompt that an earlier one has shown, so that the vision tower was spared.
     """
 
     logits: torch.Tensor
@@ -56,6 +59,7 @@ class Prefilled:
     peaks: Sequence[torch.Tensor] = ()
     held: Sequence[torch.Tensor] = ()
     scored: Sequence[ObservedLayer] = ()
+    known_images: int = 0
 
     def observed(self, prompt: PromptShape) -> list[ObservedLayer]:
         """The layers as a policy sees them: the prompt's tokens alone."""
@@ -76,10 +80,15 @@ class Prefilled:
 
 
 class PrefillEngine:
-    """Runs prompts one at a time: a CPU gains nothing from batching prefills, and nothing is padded."""
+    """Runs prompts one at a time: a CPU gains nothing from batching prefills, and nothing is padded.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        vision_cache_bytes: Features of images that may be kept for later prompts, on the model's device.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, vision_cache_bytes: int = 0) -> None:
         self._model = model
+        self._vision = VisionEncoder(model, vision_cache_bytes)
         # tells the rotary embedding in which precision and where to answer
         self._fp32 = torch.empty(0, device=model.device)
 
@@ -87,6 +96,11 @@ class PrefillEngine:
     def device(self) -> torch.device:
         """Where it computes."""
         return self._model.device
+
+    @property
+    def vision_cache(self) -> VisionCache:
+        """What is kept of images."""
+        return self._vision.cache
 
     @torch.inference_mode()
     def prefill(
@@ -102,7 +116,7 @@ class PrefillEngine:
         Args:
             prompt: One unpadded prompt.
             statistics: What is measured in each layer; none at retention 1.
-            cancelled: Checked at the start and before every layer.
+            cancelled: Checked at the start, before every image and before every layer.
             sparse: What a policy changes in the pass.
             cascade: Begins the selection of the one policy that the pass is for; a fresh one, and not with `sparse`.
 
@@ -110,7 +124,7 @@ class PrefillEngine:
             RequestCancelledError: `cancelled` was set.
         """
         if cancelled.is_set():
-            # while it waited in the queue; the vision tower would run before the first layer looks
+            # while it waited in the queue
             raise RequestCancelledError("cancelled before it began")
         started = time.monotonic()
         model, rotation = self._model, self._rotation(prompt)
@@ -123,8 +137,10 @@ class PrefillEngine:
         if sparse is not None:
             model = self._sparse_model
             observer = SparseObserver(prompt.shape, statistics, cancelled, rotation, sparse)
+        embeddings, known_images = self._vision.embed(prompt, cancelled)
         output = model(
-            **self._on_device(prompt),
+            inputs_embeds=embeddings,
+            position_ids=prompt.position_ids.to(self.device),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -140,6 +156,7 @@ class PrefillEngine:
             survivors=observer.survivors,
             held=cache.held,
             scored=cascade.layers if cascade else (),
+            known_images=known_images,
         )
 
     def look_ahead(self, prefilled: Prefilled, token: int, position: int, steps: int, draw: Draw) -> Prefilled:
@@ -169,13 +186,6 @@ class PrefillEngine:
     def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = self._model.get_decoder().rotary_emb(self._fp32, positions[None])
         return cos[0], sin[0]
-
-    def _on_device(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        device, dtype = self._model.device, self._model.dtype
-        moved = {name: tensor.to(device) for name, tensor in prompt.inputs.items()}
-        if "pixel_values" in moved:
-            moved["pixel_values"] = moved["pixel_values"].to(dtype)
-        return {**moved, "position_ids": prompt.position_ids.to(device)}
 
 
 def _stage_seconds(started: float, observer: PrefillObserver) -> dict[str, float]:

@@ -65,7 +65,7 @@ def load_model(config: PrefillConfig) -> LoadedModel:
     model = load_prefill_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device)
     return LoadedModel(
         path=checkpoint.path,
-        engine=PrefillEngine(model),
+        engine=PrefillEngine(model, vision_cache_bytes=config.vision_cache_mib * MIB),
         processor=load_processor(checkpoint.path),
         spec=checkpoint.spec,
         identity=checkpoint.identity,
@@ -135,6 +135,7 @@ class PrefillWorker:
         self.metrics.watch_resident("retained", lambda: retained.used_bytes)
         self.metrics.requests_running.set_function(lambda: scheduler.running)
         self.metrics.requests_waiting.set_function(lambda: scheduler.waiting)
+        self.metrics.vision_cache_bytes.set_function(lambda: model.engine.vision_cache.used_bytes)
         self._preprocess.wait_ready()
 
     def register(self, server: grpc.aio.Server) -> None:

@@ -13,6 +13,7 @@ from shared.model.loading import load_prefill_model, load_tokenizer
 from shared.model.packing import pack_linears
 from shared.model.processor import load_processor
 from shared.rpc.lifecycle import new_epoch
+from shared.rpc.options import MIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ def load_model(config: CombinedConfig) -> LoadedModel:
     return LoadedModel(
         prefill=prefill.LoadedModel(
             path=checkpoint.path,
-            engine=PrefillEngine(model),
+            engine=PrefillEngine(model, vision_cache_bytes=config.vision_cache_mib * MIB),
             processor=load_processor(checkpoint.path),
             spec=checkpoint.spec,
             identity=checkpoint.identity,

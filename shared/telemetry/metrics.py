@@ -147,6 +147,9 @@ class PrefillMetrics(WorkerMetrics):
         self.lease_expired = c("lease_expired_total", "Leases that ended unrenewed", "side")
         self.image_pixels = h("image_pixels", "Pixels of an image as sent", PIXEL_BUCKETS)
         self.preprocess_replaced = c("preprocess_replaced_total", "Preprocessing processes that were replaced", "reason")
+        self.vision_cache_hits = c("vision_cache_hits_total", "Images that the vision tower was spared")
+        self.vision_cache_misses = c("vision_cache_misses_total", "Images that the vision tower encoded")
+        self.vision_cache_bytes = self._gauge("vision_cache_bytes", "Kept features of images")
 
 
 class DecodeMetrics(WorkerMetrics):
