@@ -20,25 +20,38 @@ EOS = 99
 
 
 class Engine:
-    """Takes one permit per step; notes the batch; answers with what `answers` says, else 1."""
+    """Takes one permit per step or replay; notes what it was; answers with what `answers` says, else 1."""
 
     def __init__(self) -> None:
         self.batches: list[list[Sequence]] = []
+        self.replays: list[int] = []
         self.permits = threading.Semaphore(0)
         self.stepping = threading.Semaphore(0)
         self.answers: dict[Sequence, list[int]] = {}
         self.error: Exception | None = None
 
     def step(self, batch: list[Sequence]) -> list[int]:
-        self.stepping.release()
-        assert self.permits.acquire(timeout=WAIT_S)
+        self._permitted()
         self.batches.append(list(batch))
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
+        self._fail()
         for each in batch:
             each.kv.appended += 1
         return [self.answers[each].pop(0) if self.answers.get(each) else 1 for each in batch]
+
+    def replay(self, each: Sequence, number: int) -> None:
+        self._permitted()
+        self.replays.append(number)
+        self._fail()
+        each.kv.appended += number
+
+    def _permitted(self) -> None:
+        self.stepping.release()
+        assert self.permits.acquire(timeout=WAIT_S)
+
+    def _fail(self) -> None:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
 
 
 class Running:
