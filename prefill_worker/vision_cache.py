@@ -46,4 +46,4 @@ class VisionCache:
     def check_integrity(self) -> None:
         """Asserts that the count of bytes is that of the tensors, and within bounds."""
         assert self._used_bytes == sum(features.nbytes for features in self._features.values())
-        assert 0 <= self._used_bytes <= self._capacity_bytes or not self._features
+        assert self._used_bytes <= self._capacity_bytes

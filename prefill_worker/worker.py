@@ -135,7 +135,8 @@ class PrefillWorker:
         self.metrics.watch_resident("retained", lambda: retained.used_bytes)
         self.metrics.requests_running.set_function(lambda: scheduler.running)
         self.metrics.requests_waiting.set_function(lambda: scheduler.waiting)
-        self.metrics.vision_cache_bytes.set_function(lambda: model.engine.vision_cache.used_bytes)
+        self._vision_cache = model.engine.vision_cache
+        self.metrics.vision_cache_bytes.set_function(lambda: self._vision_cache.used_bytes)
         self._preprocess.wait_ready()
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -161,6 +162,8 @@ class PrefillWorker:
         await self._sender.close()
         await self._arena_server.stop()
         self.runner.check_integrity()
+        self._preprocess.check_integrity()
+        self._vision_cache.check_integrity()
         self._arena.close()
 
     async def _expire_leases(self) -> None:
