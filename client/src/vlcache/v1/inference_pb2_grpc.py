@@ -59,6 +59,9 @@ class InferenceServiceServicer(object):
     def Generate(self, request, context):
         """Answers one chat request as a stream of events: `started`, then `delta`s, with one `compression` and at
         most one `transfer` among them, then exactly one `finished`.
+
+        The metadata entry `vlcache-tenant`, 1 to 64 of [A-Za-z0-9._-], says whose request it is; "default" without it. It is
+        trusted. A tenant that asks for more than it may is refused with RESOURCE_EXHAUSTED, TENANT_CONCURRENCY or TENANT_RATE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
