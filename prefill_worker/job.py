@@ -84,8 +84,11 @@ class PrefillJob:
         """
         if not self.policy.look_ahead or not self.policy.keeps_look_ahead:
             return False
-        promised = self.ticket.promised_tokens
-        return promised is None or tokens <= promised or tokens >= self.sampling.max_new_tokens
+        promised, longest = self.ticket.promised_tokens, self.sampling.max_new_tokens - 1
+        if promised is None or promised >= longest or tokens > longest:
+            return True
+        # the promise counts delivered tokens on top: without them it is that of the lost attempt, which did the same
+        return tokens <= promised - len(self.delivered)
 
 
 def _delivered(message: pb.PrefillRequest, vocabulary: int, sampling: Sampling) -> tuple[int, ...]:

@@ -148,6 +148,18 @@ def test_a_parcel_brings_no_more_tokens_than_were_promised(
         assert (done.manifest, done.body) == (drafted.manifest, drafted.body)
 
 
+@pytest.mark.parametrize("promised", [1, STEPS])
+def test_a_second_attempt_drafts_what_the_first_one_did(compute: PrefillCompute, prompt: Prompt, promised: int) -> None:
+    """The room that decode workers promise grows with what was delivered."""
+    policy, sampling = LookAheadPolicy(tokens=STEPS), {**GREEDY, "max_new_tokens": 40}
+    first = Computed(compute, prompt, job(policy, sampling, promised=promised))
+    delivered = (*first.tokens, *FOREIGN, *FOREIGN)
+    work = job(policy, sampling, promised=promised + len(delivered), delivered=delivered)
+    again = Computed(compute, prompt, work)
+    assert (again.manifest, again.body) == (first.manifest, first.body)
+    assert again.events == first.events
+
+
 @pytest.mark.parametrize("promised", [1, 2])
 def test_an_answer_that_ends_here_needs_no_promise(compute: PrefillCompute, prompt: Prompt, promised: int) -> None:
     sampling = {**GREEDY, "max_new_tokens": 3}
