@@ -1,6 +1,7 @@
 """The client for asyncio, the twin of `_client`."""
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from vlcache._messages import ImageSource, Message, build_request
 from vlcache._readiness import POLL_INTERVAL_S, Readiness
 from vlcache._server_info import Model, ServerInfo, models_from_proto, server_info_from_proto
 from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout
+from vlcache._tenant import tenant_metadata
 from vlcache.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -26,9 +28,11 @@ class AsyncClient:
     address: "host:port" of the router.
     timeout: limits of every call.
     retry: when a failed call is sent again.
+    tenant: whose requests these are, 1 to 64 of [A-Za-z0-9._-]; the service's "default" when None. Its limits and its
+        caches are its own.
 
-    Every method raises the errors of `VlcacheError`; `generate` and `stream` also ValueError and OSError, see
-    `stream`.
+    Making one raises ValueError when `tenant` is no tenant's name. Every method raises the errors of `VlcacheError`;
+    `generate` and `stream` also ValueError and OSError, see `stream`.
     """
 
     def __init__(
@@ -37,11 +41,14 @@ class AsyncClient:
         *,
         timeout: Timeout | None = None,
         retry: RetryPolicy | None = None,
+        tenant: str | None = None,
     ) -> None:
+        metadata = tenant_metadata(tenant)
         self._timeout = timeout or Timeout()
         self._retry = retry or RetryPolicy()
         self._channel = grpc.aio.insecure_channel(address, options=channel_options(self._timeout))
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._ask = functools.partial(self._stub.Generate, metadata=metadata)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -67,6 +74,7 @@ class AsyncClient:
         model: str = "",
         sampling: Sampling | None = None,
         compression: Compression | None = None,
+        priority: int = 0,
         request_id: str | None = None,
     ) -> Completion:
         """Waits for the whole answer. Options and errors are those of `stream`."""
@@ -77,6 +85,7 @@ class AsyncClient:
             model=model,
             sampling=sampling,
             compression=compression,
+            priority=priority,
             request_id=request_id,
         ) as stream:
             return await stream.result()
@@ -90,6 +99,7 @@ class AsyncClient:
         model: str = "",
         sampling: Sampling | None = None,
         compression: Compression | None = None,
+        priority: int = 0,
         request_id: str | None = None,
     ) -> AsyncStream:
         """An iterator over the events of the answer; leaving its `async with` block early cancels the request.
@@ -98,11 +108,12 @@ class AsyncClient:
         messages: a whole chat instead of them.
         model: name of a served model; empty means the only one.
         sampling, compression: the service's defaults when None.
+        priority: -100 to 100, less goes first where requests wait; a step is worth 10 s of waiting.
         request_id: 1 to 128 of [A-Za-z0-9._:-]; made when None. Every attempt carries it.
 
-        Raises ValueError when options contradict one another, OSError when an image cannot be read, and
-        InvalidRequest when the request exceeds 64 MiB, all before anything is sent. Images are read and encoded here
-        and now, in the loop's thread.
+        Raises ValueError when options contradict one another or are out of their range, OSError when an image cannot be
+        read, and InvalidRequest when the request exceeds 64 MiB, all before anything is sent. Images are read and
+        encoded here and now, in the loop's thread.
         """
         request = build_request(
             prompt=prompt,
@@ -111,10 +122,11 @@ class AsyncClient:
             model=model,
             sampling=sampling,
             compression=compression,
+            priority=priority,
             request_id=request_id,
         )
         exchange = Exchange(request, timeout=self._timeout, policy=self._retry)
-        return AsyncStream(self._stub.Generate, exchange)
+        return AsyncStream(self._ask, exchange)
 
     async def models(self) -> tuple[Model, ...]:
         """The models that can be asked."""

@@ -17,6 +17,7 @@ from vlcache._settings import Compression, Sampling
 from vlcache.v1 import inference_pb2
 
 ROLES = ("system", "user", "assistant")
+MAX_PRIORITY = 100
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -94,12 +95,13 @@ def build_request(
     model: str,
     sampling: Sampling | None,
     compression: Compression | None,
+    priority: int,
     request_id: str | None,
 ) -> inference_pb2.GenerateRequest:
     """The request of one call. It always has an id, so that every attempt carries the same.
 
-    Raises ValueError when an option contradicts another, OSError when an image cannot be read, and
-    InvalidRequest when the request is larger than the service accepts.
+    Raises ValueError when an option contradicts another or is out of its range, OSError when an image cannot be read,
+    and InvalidRequest when the request is larger than the service accepts.
     """
     request = inference_pb2.GenerateRequest(
         request_id=_checked_id(uuid.uuid4().hex if request_id is None else request_id),
@@ -107,6 +109,7 @@ def build_request(
         messages=[message.to_proto() for message in _conversation(prompt, images, messages)],
         sampling=None if sampling is None else sampling.to_proto(),
         compression=None if compression is None else compression.to_proto(),
+        priority=_checked_priority(priority),
     )
     _check_size(request)
     return request
@@ -130,6 +133,12 @@ def _checked_id(request_id: str) -> str:
     if not _REQUEST_ID.fullmatch(request_id):
         raise ValueError(f"request_id must be 1 to 128 of [A-Za-z0-9._:-], got {request_id!r}")
     return request_id
+
+
+def _checked_priority(priority: int) -> int:
+    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise ValueError(f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {priority}")
+    return priority
 
 
 def _check_size(request: inference_pb2.GenerateRequest) -> None:

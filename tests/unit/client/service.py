@@ -102,6 +102,7 @@ class ScriptedService(inference_pb2_grpc.InferenceServiceServicer):
         self.requests: list[pb.GenerateRequest] = []
         self.remaining_s: list[float] = []
         self.arrived_at: list[float] = []
+        self.tenants: list[str | None] = []
         self.asked = threading.Event()
         self.cancelled = threading.Event()
         self.models: list[Sequence[pb.Model] | grpc.StatusCode] = []
@@ -115,6 +116,7 @@ class ScriptedService(inference_pb2_grpc.InferenceServiceServicer):
         self.requests.append(request)
         self.remaining_s.append(context.time_remaining())
         self.arrived_at.append(time.monotonic())
+        self.tenants.append(dict(context.invocation_metadata()).get("vlcache-tenant"))
         self.asked.set()
         steps = list(self.attempts.pop(0))
         # An RPC that ends with steps left was left by its caller (unless a step failed it).

@@ -42,6 +42,17 @@ def run(service):
     return run_in_loop
 
 
+def test_tenant_and_priority_travel(service):
+    service.attempts = [whole_answer()]
+
+    async def main():
+        async with AsyncClient(service.address, tenant="team-a") as client:
+            await client.generate("?", priority=-7)
+
+    asyncio.run(main())
+    assert (service.tenants, service.requests[0].priority) == (["team-a"], -7)
+
+
 def test_events_arrive_in_order(service, run):
     service.attempts = [whole_answer()]
 

@@ -90,7 +90,9 @@ def test_every_option_reaches_the_service(service, vlcache, tmp_path):
     scope = ("--budget-scope", "visual", "--min-retention", "0.05", "--max-dropped-attention", "0.02")
     wire = "--wire-bits 4 --key-channels 0.6 --wire-group 64 --wire-residual 0"
     sampling = "--max-new-tokens 7 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 11 --stop . --stop !"
-    assert vlcache("ask", *images, "Which?", *scope, *f"{settings} {wire} {sampling}".split(), "--timeout", "9")[0] == 0
+    who = "--tenant team-a --priority -3"
+    words = f"{settings} {wire} {sampling} {who}".split()
+    assert vlcache("ask", *images, "Which?", *scope, *words, "--timeout", "9")[0] == 0
 
     (request,) = service.requests
     parts = request.messages[0].parts
@@ -104,6 +106,7 @@ def test_every_option_reaches_the_service(service, vlcache, tmp_path):
     sent = request.sampling
     assert (sent.max_new_tokens, sent.temperature, sent.top_p, sent.top_k, sent.seed) == (7, 0.5, 0.9, 4, 11)
     assert list(sent.stop) == [".", "!"]
+    assert (service.tenants, request.priority) == (["team-a"], -3)
     assert 8 < service.remaining_s[0] < 9.2
 
 
@@ -115,6 +118,7 @@ def test_without_options_the_service_decides(service, vlcache):
     assert request.compression.max_kept_tokens == 64
     assert not request.compression.HasField("wire")
     assert request.compression.policy == ""
+    assert (service.tenants, request.priority) == ([None], 0)
 
 
 def test_ask_json_is_one_line(service, vlcache):
@@ -163,6 +167,8 @@ def test_an_unreadable_image_is_an_error(service, vlcache):
         (["--retention", "0.1", "--max-kept-tokens", "9"], "not allowed"),
         (["--budget-scope", "text"], "budget-scope"),
         (["--top-k", "many"], "top-k"),
+        (["--tenant", "team a"], "tenant"),
+        (["--priority", "101"], "priority"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(service, vlcache, capsys, options, hint):

@@ -6,10 +6,11 @@ import time
 
 import grpc
 import pytest
-from vlcache import Client, DeadlineExceeded, InternalError, KVBytes, Model, Totals, Unavailable, Worker
+from vlcache import AsyncClient, Client, DeadlineExceeded, InternalError, KVBytes, Model, Totals, Unavailable, Worker
 from vlcache.v1 import inference_pb2 as pb
 
-from tests.unit.client.service import ScriptedService, serve
+from tests.unit.client.conftest import FAST_RETRIES
+from tests.unit.client.service import ScriptedService, fail, serve, whole_answer
 
 MODEL = pb.Model(
     name="shapes-vlm",
@@ -122,6 +123,21 @@ def test_wait_ready_finds_a_service_that_starts_later():
     finally:
         starter.join()
         servers[0].stop(grace=None).wait()
+
+
+@pytest.mark.parametrize("made", [Client, AsyncClient])
+@pytest.mark.parametrize("tenant", ["", "a b", "x" * 65, "team/a", "a\n", "é"])
+def test_a_wrong_tenant_is_refused_before_anything_is_opened(made, tenant):
+    with pytest.raises(ValueError, match="tenant"):
+        made(tenant=tenant)
+
+
+def test_every_attempt_of_a_client_is_its_tenants(service):
+    service.attempts = [[fail(grpc.StatusCode.UNAVAILABLE)], whole_answer()]
+    with Client(service.address, tenant="Team-1._", retry=FAST_RETRIES) as client:
+        client.generate("?", priority=100)
+    assert service.tenants == ["Team-1._"] * 2
+    assert [request.priority for request in service.requests] == [100, 100]
 
 
 def test_importing_the_client_pulls_in_nothing_heavy():

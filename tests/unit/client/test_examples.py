@@ -30,7 +30,7 @@ def run_python(service, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("program", "says"), list(zip(README_PROGRAMS, ["a red dot", "stop", "shapes-vlm"], strict=True))
+    ("program", "says"), list(zip(README_PROGRAMS, ["a red dot", "stop", "a red dot", "shapes-vlm"], strict=True))
 )
 def test_readme(service, run_python, program, says):
     service.attempts = [whole_answer()]

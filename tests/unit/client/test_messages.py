@@ -16,6 +16,7 @@ def build(**options):
         "model": "",
         "sampling": None,
         "compression": None,
+        "priority": 0,
         "request_id": None,
     }
     return build_request(**(defaults | options))
@@ -77,6 +78,8 @@ def test_wrong_images_are_refused(tmp_path):
         {"prompt": "?", "request_id": "a b"},
         {"prompt": "?", "request_id": "a\n"},
         {"prompt": "?", "request_id": "x" * 129},
+        {"prompt": "?", "priority": -101},
+        {"prompt": "?", "priority": 101},
     ],
 )
 def test_contradictory_options_are_refused(options):

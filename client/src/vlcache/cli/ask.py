@@ -25,9 +25,14 @@ def run(args: argparse.Namespace) -> None:
     """Asks and prints. Raises VlcacheError, OSError for an unreadable image, ValueError for a bad option."""
     sampling, compression = sampling_of(args), compression_of(args)
     with (
-        Client(args.address, timeout=Timeout(total_s=args.timeout)) as client,
+        Client(args.address, timeout=Timeout(total_s=args.timeout), tenant=args.tenant) as client,
         client.stream(
-            args.question, images=args.image, model=args.model, sampling=sampling, compression=compression
+            args.question,
+            images=args.image,
+            model=args.model,
+            sampling=sampling,
+            compression=compression,
+            priority=args.priority,
         ) as stream,
     ):
         if not args.json:

@@ -29,13 +29,14 @@ def run(args: argparse.Namespace) -> None:
     """
     picture = _picture_module()
     images = [Path(path).read_bytes() for path in args.image]
-    with Client(args.address, timeout=Timeout(total_s=args.timeout)) as client:
+    with Client(args.address, timeout=Timeout(total_s=args.timeout), tenant=args.tenant) as client:
         completion = client.generate(
             args.question,
             images=images,
             model=args.model,
             sampling=sampling_of(args),
             compression=dataclasses.replace(compression_of(args), explain=True),
+            priority=args.priority,
         )
     print(completion.text, flush=True)
     picture.draw(args.question, completion, images).save(args.out, optimize=True)

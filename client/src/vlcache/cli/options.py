@@ -17,6 +17,10 @@ def add_question(parser: Any) -> None:
     parser.add_argument(
         "--timeout", type=float, default=Timeout().total_s, metavar="SECONDS", help="for the whole answer"
     )
+    parser.add_argument("--tenant", metavar="NAME", help="whose request this is (default: the service's)")
+    parser.add_argument(
+        "--priority", type=int, default=0, help="-100 to 100, less goes first where requests wait (default: 0)"
+    )
     _add_compression(parser.add_argument_group("compression"))
     _add_wire(parser.add_argument_group("wire", "fewer bytes for what is kept, on its way to the decode worker only"))
     _add_sampling(parser.add_argument_group("sampling"))
