@@ -20,7 +20,18 @@ from decode_worker.token_outbox import TokenOutbox
 from decode_worker.worker import DecodeWorker, LoadedModel
 from shared.errors import NotFoundError
 from shared.model.identity import ModelIdentity
-from tests.unit.decode_worker.marks import EOS, LAYOUT, Client, MarkingEngine, manifest_for, num_kept, parcel_body
+from tests.unit.decode_worker.marks import (
+    EOS,
+    FIRST_TOKEN,
+    LAYOUT,
+    Client,
+    MarkingEngine,
+    answer,
+    manifest_for,
+    num_kept,
+    parcel_body,
+    whole_answer,
+)
 from tests.unit.decode_worker.pools import Pool
 from tests.unit.decode_worker.serving import EPOCH, frames
 
@@ -98,21 +109,28 @@ class HandDriven:
 
         return self.loop.run_until_complete(main())
 
-    def reserve(self, max_new_tokens: int, stream: int = 0) -> Client:
-        """Raises what the servicer raises."""
+    def reserve(self, max_new_tokens: int, stream: int = 0, *, known: int = 0, announced: bool = True) -> Client:
+        """Raises what the servicer raises.
+
+        Args:
+            known: Tokens of the answer beside the first that its reader has, if there are more.
+            announced: Whether the reservation speaks of them.
+        """
         seed = len(self.clients)
+        known = min(known, len(whole_answer(seed, max_new_tokens)) - 1)
         request = pb.ReserveRequest(
             request_id=str(seed),
             attempt=1,
             compatibility="same",
             kept_tokens_bound=math.ceil(sum(num_kept(seed)) / 2),
             max_new_tokens=max_new_tokens,
+            delivered_tokens=known + 1 if known and announced else 0,
             prefill_epoch=EPOCH,
             epoch=self.worker.servicer._epoch,
         )
         response = self._run(self.worker.servicer.Reserve, request, None)
         held = self.reservations.find(response.token)
-        self.clients.append(Client(seed, max_new_tokens, response.token, stream, held))
+        self.clients.append(Client(seed, max_new_tokens, response.token, stream, held, known))
         return self.clients[-1]
 
     def put(self, client: Client) -> None:
@@ -131,7 +149,8 @@ class HandDriven:
 
     def attach(self, client: Client) -> None:
         client.attached = True
-        self._run(self.runner.attach, client.held, self.outboxes[client.stream], client.seed)
+        delivered = (FIRST_TOKEN, *answer(client.seed)[: client.known]) if client.known else ()
+        self._run(self.runner.attach, client.held, self.outboxes[client.stream], client.seed, delivered)
 
     def ready(self, max_new_tokens: int, stream: int = 0) -> Client:
         """Reserved, delivered and attached."""

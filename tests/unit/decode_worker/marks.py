@@ -30,9 +30,7 @@ class MarkingEngine:
         self.batches: list[list[int]] = []
 
     def step(self, batch: list[Sequence]) -> list[int]:
-        if self.fails:
-            self.fails = False
-            raise RuntimeError("a bug")
+        self._fail()
         self.batches.append([each.sampling.seed for each in batch])
         attention = self._pool.attention([each.kv for each in batch])
         new = torch.stack([marked(each.sampling.seed, each.generated - 1)[-1:] for each in batch])
@@ -42,6 +40,22 @@ class MarkingEngine:
             each.kv.appended += 1
             assert bytes(self._pool.export(each.kv).body) == parcel_body(each.sampling.seed, each.generated)
         return [answer(each.sampling.seed)[each.generated - 1] for each in batch]
+
+    def replay(self, each: Sequence, number: int) -> None:
+        self._fail()
+        steps, last = each.steps_ahead(number), each.generated - 1 + number
+        assert [step.last_token for step in steps[1:]] == answer(each.sampling.seed)[each.generated - 1 : last - 1]
+        attention = self._pool.replay([step.kv for step in steps])
+        new = marked(each.sampling.seed, last - 1)[-number:]
+        key = new[:, None, None].expand(-1, LAYOUT.num_kv_heads, -1, -1)
+        attention.attend(0, torch.zeros(number, 4, 1, LAYOUT.head_dim), key, -key, None, 1.0)
+        each.kv.appended += number
+        assert bytes(self._pool.export(each.kv).body) == parcel_body(each.sampling.seed, last)
+
+    def _fail(self) -> None:
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("a bug")
 
 
 def num_kept(seed: int) -> tuple[int, int]:
@@ -66,15 +80,22 @@ def answer(seed: int) -> list[int]:
     return [*tokens[: seed % 11 + 1], EOS] if seed % 4 == 3 else tokens
 
 
+def whole_answer(seed: int, max_new_tokens: int) -> list[int]:
+    """All that is said after the first token."""
+    said = answer(seed)[: max_new_tokens - 1]
+    return said[: said.index(EOS) + 1] if EOS in said else said
+
+
 @dataclass(eq=False)
 class Client:
-    """One request, its reader and what it heard."""
+    """One request, its reader and what it heard; of its answer it has `known` tokens beside the first already."""
 
     seed: int
     max_new_tokens: int
     token: bytes
     stream: int
     held: Reservation
+    known: int = 0
     put: asyncio.Task[Any] | None = None
     attached: bool = False
     left: bool = False
@@ -84,8 +105,7 @@ class Client:
 
     @property
     def expected(self) -> list[int]:
-        said = answer(self.seed)[: self.max_new_tokens - 1]
-        return said[: said.index(EOS) + 1] if EOS in said else said
+        return whole_answer(self.seed, self.max_new_tokens)[self.known :]
 
     @property
     def delivered(self) -> bool:

@@ -19,6 +19,8 @@ ENDS = ("cancel", "release", "stream break", "expiry")
 # the longest sequence takes half of it, and every promise a twelfth
 CAPACITY = 4096
 MAX_NEW_TOKENS = 24
+# of the answer, where another worker was lost
+known = st.sampled_from([0, 0, 1, 4, 11, 30])
 
 
 def pool_of(storage: str) -> Pool:
@@ -43,17 +45,17 @@ class Life(RuleBasedStateMachine):
     def alive(self) -> list[Client]:
         return [each for each in self.it.clients if not each.left and not each.finished]
 
-    @rule(max_new_tokens=st.integers(2, MAX_NEW_TOKENS), stream=st.integers(0, 1))
-    def reserve(self, max_new_tokens: int, stream: int) -> None:
+    @rule(max_new_tokens=st.integers(2, MAX_NEW_TOKENS), stream=st.integers(0, 1), known=known)
+    def reserve(self, max_new_tokens: int, stream: int, known: int) -> None:
         someone_waits = any(held.parked for held in self.it.reservations)
         with contextlib.suppress(ResourceExhaustedError):
-            self.it.reserve(max_new_tokens, stream)
+            self.it.reserve(max_new_tokens, stream, known=known)
             assert not someone_waits
 
-    @rule(max_new_tokens=st.integers(8, MAX_NEW_TOKENS))
-    def come_ready(self, max_new_tokens: int) -> None:
+    @rule(max_new_tokens=st.integers(8, MAX_NEW_TOKENS), known=known, announced=st.booleans())
+    def come_ready(self, max_new_tokens: int, known: int, announced: bool) -> None:
         try:
-            client = self.it.reserve(max_new_tokens)
+            client = self.it.reserve(max_new_tokens, known=known, announced=announced)
         except ResourceExhaustedError:
             return
         self.it.put(client)
@@ -154,7 +156,9 @@ def test_a_crowd_that_never_fits_is_served_to_the_last(storage: str, seed: int) 
                 it.copy()
             elif wanted:
                 try:
-                    client = it.reserve(wanted[-1])
+                    lost = chance.random() < 0.4
+                    known = chance.randint(1, MAX_NEW_TOKENS) if lost else 0
+                    client = it.reserve(wanted[-1], known=known, announced=chance.random() < 0.5)
                 except ResourceExhaustedError:
                     continue
                 wanted.pop()
@@ -167,6 +171,7 @@ def test_a_crowd_that_never_fits_is_served_to_the_last(storage: str, seed: int) 
         it.finish(rounds=1)
         assert it.preemptions("outgrown") > 20
         assert it.preemptions("evicted") > 0
+        assert it.worker.metrics.replayed_tokens._value.get() > 20
 
 
 def test_the_pool_s_capacity_is_what_the_text_says() -> None:
