@@ -46,8 +46,8 @@ class Circuit:
     @property
     def admits(self) -> bool:
         """Whether a request may be sent now."""
-        # asked of every worker for every request: nearly always the first answer
-        return self._half_open_at_s is None or (self.state == HALF_OPEN and self._probe is None)
+        state = self.state
+        return state == CLOSED or (state == HALF_OPEN and self._probe is None)
 
     def sent(self, request: object) -> None:
         """`request` goes to the worker; in a half-open circuit it is the probe."""

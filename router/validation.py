@@ -44,12 +44,10 @@ class AcceptedRequest:
 
     @cached_property
     def image_key(self) -> int | None:
-        """Hash of the images' content in their order; None without images."""
-        parts = [part for entry in self.message.messages for part in entry.parts if part.WhichOneof("part") == "image"]
-        content = xxhash.xxh3_64()
-        for part in parts:
-            content.update(part.image.data)
-        return content.intdigest() if parts else None
+        """Hash of the first image's content, with which everything that could be used again begins; None without."""
+        parts = (part for entry in self.message.messages for part in entry.parts)
+        image = next((part.image for part in parts if part.WhichOneof("part") == "image"), None)
+        return None if image is None else xxhash.xxh3_64_intdigest(image.data)
 
     @property
     def max_new_tokens(self) -> int:

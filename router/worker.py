@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from vlcache.worker.v1 import worker_pb2
 
-from router.circuit import CIRCUIT_STATES, Circuit, blames_worker
+from router.circuit import CIRCUIT_STATES, CLOSED, Circuit, blames_worker
 from router.slow_start import SlowStart
 from router.speed import Speed
 from router.token_stream import TokenStream
@@ -89,7 +89,8 @@ class Worker:
     last_dispatch: int = 0
     """Ordinal of the last request sent here; breaks ties in turn."""
     tokens: TokenStream = field(init=False)
-    _own_at_poll: int = 0
+    _in_doubt: bool = False
+    """Whether some circuit is not closed."""
 
     def __post_init__(self) -> None:
         self.tokens = TokenStream(self.client.open_token_stream)
@@ -109,7 +110,8 @@ class Worker:
     @property
     def ready(self) -> bool:
         """Whether it takes a request now."""
-        return self.state == READY and all(circuit.admits for circuit in self.circuits.values())
+        # asked of every worker for every request, and nearly always without a circuit that is not closed
+        return self.state == READY and (not self._in_doubt or all(each.admits for each in self.circuits.values()))
 
     @property
     def circuit_state(self) -> str:
@@ -119,7 +121,11 @@ class Worker:
     @property
     def share(self) -> float:
         """Of what it would get otherwise, in (0, 1]: less while it is new."""
-        return self.slow_start.share(self._ready_since_s)
+        if self._is_new:
+            share = self.slow_start.share(self._ready_since_s)
+            self._is_new = share < 1
+            return share
+        return 1.0
 
     @property
     def load(self) -> int:
@@ -128,7 +134,9 @@ class Worker:
         The worker's own report knows the requests of other routers but is up to a poll interval old; what we sent
         or saw end since then is added. Never less than what we know ourselves.
         """
-        return max(self.own_load, self._reported + self.own_load - self._own_at_poll)
+        own = self.own_load
+        known = own + self._reported_by_others
+        return known if known > own else own
 
     def charge(self, amount: int) -> Charge:
         """Counts a request from now on, before the worker has heard of it."""
@@ -150,7 +158,8 @@ class Worker:
         now_s = self.clock()
         if self.circuits[call].succeeded(charge):
             log.info("%s works again: %s", self.info.name, call)
-            self._ready_since_s = now_s
+            self._in_doubt = self.circuit_state != CLOSED
+            self._comes()
         if call == PROMPT:
             self.speed.observe(charge.ahead + charge.amount, now_s - charge.since_s)
 
@@ -160,6 +169,7 @@ class Worker:
             return
         if blames_worker(error):
             self.circuits[call].failed(charge)
+            self._in_doubt = self.circuit_state != CLOSED
         if isinstance(error, (UnavailableError, FailedPreconditionError)):
             # gone, or restarted since the last poll; a stream may also have broken by itself
             if call != TOKENS:
@@ -175,12 +185,15 @@ class Worker:
         if info.role not in (PREFILL, DECODE) or info.state not in (READY, DRAINING):
             raise FailedPreconditionError(f"a worker says role {info.role!r}, state {info.state!r}")
         if self.state != READY:
-            self._ready_since_s = self.clock()
+            self._comes()
         self.info = info
         self.state = info.state
         self.capacity = info.kv.capacity
-        self._reported = reported_load(info)
-        self._own_at_poll = self.own_load
+        # below zero when the report is from before our last requests
+        self._reported_by_others = reported_load(info) - self.own_load
+
+    def _comes(self) -> None:
+        self._ready_since_s, self._is_new = self.clock(), True
 
     def check_integrity(self) -> None:
         """Asserts that the load is the sum of its parts."""

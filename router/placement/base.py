@@ -68,7 +68,7 @@ class Demand:
     kv_tokens: int
     """Upper bound of the tokens whose KV decode will hold, those to come included."""
     image_key: Callable[[], int | None] = lambda: None
-    """Hash of its images' content, computed when asked for; None without images."""
+    """Hash of its first image's content, computed when asked for; None without images."""
 
 
 class Placement(Protocol):

@@ -27,10 +27,9 @@ def decode_cost(worker: Worker, demand: Demand) -> float:
 
 def ranked(workers: Iterable[Worker], cost: Cost, demand: Demand) -> list[tuple[float, Worker]]:
     """The ready ones with their costs, cheapest first; equals take turns. Over its share a new one's cost is higher."""
-    priced = [(cost(worker, demand) / worker.share, worker.last_dispatch, worker) for worker in workers if worker.ready]
-    priced.sort(key=_by_cost_then_turn)
-    return [(price, worker) for price, _, worker in priced]
-
-
-def _by_cost_then_turn(entry: tuple[float, int, Worker]) -> tuple[float, int]:
-    return entry[:2]
+    ready = [worker for worker in workers if worker.ready]
+    # the number settles what is left, so that workers themselves are never compared
+    priced = [
+        (cost(worker, demand) / worker.share, worker.last_dispatch, number) for number, worker in enumerate(ready)
+    ]
+    return [(price, ready[number]) for price, _, number in sorted(priced)]

@@ -11,16 +11,18 @@ from router.placement.cheapest import cheapest_pairs, pairs_of
 from router.placement.cost import prefill_cost, ranked
 from router.worker import Worker
 
-MAX_LOAD = 2.0
+MAX_DETOUR = 0.5
 
 
 class ImageAffinity:
-    """Rendezvous hashing over the prefill workers (Thaler and Ravishankar, 1998), with bounded loads.
+    """Rendezvous hashing over the prefill workers (Thaler and Ravishankar, 1998), with a limit to their load.
 
     Every worker has a hash with every image, and the highest wins: no table, every router says the same, and a worker
-    that leaves moves its own images only. A favourite that would take more than `MAX_LOAD` times the mean cost is
-    passed over for the next one (after Mirrokni, Thorup and Zadimoghaddam, 2018), so a popular image cannot bury its
-    worker. The decode worker is the cheapest one; requests without image go by cost alone.
+    that leaves moves its own images only. A favourite is passed over for the next one when the prompt would be done
+    there later than elsewhere by more than `MAX_DETOUR` of its own time, which is about what it can save; so a popular
+    image spreads over as many workers as it needs. (Bounds by the mean load, as Mirrokni et al. have them in 2018, let
+    unequal workers wait for more than there is to save.) The decode worker is the cheapest one; requests without image
+    go by cost alone.
     """
 
     def order(self, groups: Sequence[Group], demand: Demand) -> Iterator[Pair]:
@@ -34,11 +36,16 @@ class ImageAffinity:
 
 
 def _favourites_first(groups: Sequence[Group], demand: Demand, key: int) -> list[tuple[Worker, Group]]:
-    """Favourites in order, then those of them that are overloaded."""
+    """Favourites in order, then those that would keep the request waiting."""
     costs = [(cost, worker, group) for group in groups for cost, worker in ranked(group.prefill, prefill_cost, demand)]
-    most = MAX_LOAD * sum(cost for cost, _, _ in costs) / max(1, len(costs))
-    costs.sort(key=lambda entry: (entry[0] > most, -affinity(entry[1], key)))
+    least = min((cost for cost, _, _ in costs), default=0.0)
+    costs.sort(key=lambda entry: (entry[0] > least + detour(entry[1], demand), -affinity(entry[1], key)))
     return [(worker, group) for _, worker, group in costs]
+
+
+def detour(worker: Worker, demand: Demand) -> float:
+    """Seconds that a request may lose for going to `worker`."""
+    return MAX_DETOUR * demand.prompt_tokens / worker.speed.tokens_per_s
 
 
 def affinity(worker: Worker, key: int) -> int:
