@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.config import WorkerConfig
+from shared.rpc.options import MIB
 
 PREPROCESS = ("preprocess_processes", "preprocess_memory_mib", "preprocess_queue_mib")
 
@@ -72,3 +73,8 @@ class PrefillConfig(WorkerConfig):
             raise ValueError(f"parcel_lease_s must be positive, not {self.parcel_lease_s}")
         if not 1 <= self.default_max_new_tokens <= self.max_new_tokens:
             raise ValueError("default_max_new_tokens must lie between 1 and max_new_tokens")
+
+    @property
+    def retained_bytes(self) -> int:
+        """Bytes that parcels may take up after their transfer."""
+        return self.arena_mib * MIB // 2 if self.retained_mib is None else self.retained_mib * MIB

@@ -9,10 +9,10 @@ from shared.errors import ServiceError
 
 
 @contextlib.contextmanager
-def at_stage(stage: str, worker: str = "") -> Iterator[None]:
-    """Errors that pass name the stage, and the worker where it is another one, unless they say so themselves."""
+def at_stage(stage: str) -> Iterator[None]:
+    """Errors that pass name the stage, unless they do so themselves."""
     try:
         yield
     except ServiceError as error:
-        error.at(stage, worker)
+        error.at(stage, worker="")
         raise

@@ -12,6 +12,7 @@ from prefill_worker.job import Event, Retained, Transferred
 from prefill_worker.kv_sender import KVSender, Ticket
 from prefill_worker.parcel_room import ParcelRoom
 from prefill_worker.retained_parcels import RetainedParcels
+from shared.errors import ServiceError
 from shared.kv.manifest import Manifest
 from shared.kv.transport.base import Parcel
 from shared.telemetry.metrics import PrefillMetrics
@@ -64,7 +65,11 @@ class ParcelShipper:
                 return await self._send(again, ticket)
 
     async def _send(self, parcel: Parcel, ticket: Ticket) -> Transferred:
-        with at_stage("transfer", ticket.decode_worker):
+        try:
             report = await self._sender.send(parcel, ticket)
+        except ServiceError as error:
+            # whatever the decode worker calls it: by this the router knows whom it has lost
+            error.stage, error.worker = "transfer", ticket.decode_worker
+            raise
         self._metrics.observe_stage("transfer", report.seconds)
         return Transferred(transport=report.transport, sent_bytes=report.sent_bytes, seconds=report.seconds)

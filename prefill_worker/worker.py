@@ -102,7 +102,7 @@ class PrefillWorker:
             pin(self._arena.memory)
         self._arena_server = ArenaServer.start(config.socket_dir, f"{config.name}-{epoch}", self._arena, epoch)
         store = ParcelStore(self._arena)
-        retained = RetainedParcels(store, capacity=_retained_bytes(config), lease_s=config.parcel_lease_s)
+        retained = RetainedParcels(store, capacity=config.retained_bytes, lease_s=config.parcel_lease_s)
         self._sender = KVSender(epoch=epoch, metrics=self.metrics, local=local)
         scheduler = PrefillScheduler(max_waiting=config.max_waiting)
         tokenizer = model.processor.tokenizer
@@ -170,10 +170,6 @@ class PrefillWorker:
         while True:
             await asyncio.sleep(EXPIRY_PERIOD_S)
             self.runner.expire(time.monotonic())
-
-
-def _retained_bytes(config: PrefillConfig) -> int:
-    return config.arena_mib * MIB // 2 if config.retained_mib is None else config.retained_mib * MIB
 
 
 def _preprocess_pool(

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vlcache.worker.v1 import prefill_pb2 as pb
 from prefill_worker.config import PrefillConfig
 from prefill_worker.engine import PrefillEngine
 from prefill_worker.worker import LoadedModel, load_model
-from shared.errors import DataLossError, ServiceError
+from shared.errors import DataLossError, InternalError, ServiceError
 from tests.unit.prefill_worker.pieces import until
 from tests.unit.prefill_worker.prompts import QUESTION, encoded, picture
 from tests.unit.prefill_worker.served import Sink, Stack, failure, run
@@ -150,8 +151,7 @@ def test_a_decode_worker_that_is_lost_during_the_pass_does_not_end_it(
         error = await followed.error()
         assert followed.kinds == ["first_token", "compression", "retained"]
         assert error.stage == "transfer"
-        # the decode worker says its own name where it can
-        assert (error.code, error.worker) == (("UNAVAILABLE", "d7") if how == "killed" else ("NOT_FOUND", "d"))
+        assert (error.code, error.worker) == ("UNAVAILABLE" if how == "killed" else "NOT_FOUND", "d7")
         other = await stack.decode_worker()
         await stack.resend(followed.parcel, other)
         same_but_for_the_attempt(other, 2)
@@ -185,7 +185,7 @@ def test_a_lost_decode_worker_can_be_told_from_the_prefill_worker(loaded: Loaded
     async def body(stack: Stack) -> None:
         error = await failure(stack.prefill(stack.request("hi " * 600)))
         assert (error.stage, error.worker) == ("preprocess", "p")
-        stack.sink.refusals = [ServiceError("odd")]
+        stack.sink.refusals = [InternalError("odd", stage="install")]
         error = await failure(stack.prefill(stack.request("hi")))
         assert (error.stage, error.worker) == ("transfer", "d")
 
@@ -307,6 +307,30 @@ def test_a_parcel_lives_while_it_is_renewed(loaded: LoadedModel, tmp_path: Path,
         assert metrics.labelled(metrics.lease_expired, side="prefill")._value.get() == 1
 
     run(loaded, tmp_path, body, parcel_lease_s=0.4)
+
+
+def test_bytes_are_shown_by_state(loaded: LoadedModel, tmp_path: Path, gate: Gate) -> None:
+    async def body(stack: Stack) -> None:
+        def shown() -> dict[str, float]:
+            labels = {"role": "prefill", "worker": stack.worker.name, "model": loaded.identity.name}
+            read = partial(stack.worker.metrics.registry.get_sample_value, "vlcache_kv_resident_bytes")
+            return {state: read({**labels, "state": state}) or 0.0 for state in ("filling", "retained")}
+
+        call = asyncio.create_task(stack.prefill(stack.request(*PARTS)))
+        await until(gate.reached.is_set)
+        kv = await stack.kv()
+        assert kv.filling > 0
+        assert kv.retained == 0
+        assert shown() == {"filling": kv.filling, "retained": 0}
+        gate.open.set()
+        parcel = retained_in(await call)
+        kept = len(stack.sink.parcels[0][2])
+        assert 0 <= (await stack.kv()).retained - kept < 64
+        assert shown() == {"filling": 0, "retained": (await stack.kv()).retained}
+        await stack.release(parcel)
+        assert shown() == {"filling": 0, "retained": 0}
+
+    run(loaded, tmp_path, body)
 
 
 def test_a_worker_that_retains_nothing_says_nothing(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -1,0 +1,24 @@
+"""Settings of a prefill worker that nothing else tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prefill_worker.config import PrefillConfig
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"retained_mib": -1}, {"parcel_lease_s": 0.0}, {"parcel_lease_s": -1.0}, {"parcel_lease_s": float("nan")}]
+)
+def test_a_bad_setting_is_refused_by_its_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        PrefillConfig(model="m", **wrong)
+
+
+@pytest.mark.parametrize(("settings", "retained_mib"), [({}, 20), ({"retained_mib": 0}, 0), ({"retained_mib": 50}, 50)])
+def test_half_of_the_arena_is_for_retained_parcels_unless_told_otherwise(
+    settings: dict[str, int], retained_mib: int
+) -> None:
+    assert PrefillConfig(model="m", arena_mib=40, **settings).retained_bytes == retained_mib << 20
