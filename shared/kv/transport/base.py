@@ -29,10 +29,11 @@ class SendReport:
 
 
 class ParcelTransport(Protocol):
-    """Called by the prefill worker's sender, on its event loop, once per parcel.
+    """Called by the prefill worker's sender, on its event loop, for each reservation that is to have a parcel.
 
     When `send` returns, the decode worker has installed the whole parcel and does not need the slot any more. When
-    it raises (or is cancelled), nothing of the parcel was installed.
+    it raises (or is cancelled), nothing of the parcel was installed. It only reads the body: others may send the same
+    parcel meanwhile, and it can be sent again.
     """
 
     name: str

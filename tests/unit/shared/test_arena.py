@@ -77,6 +77,20 @@ def test_a_view_does_not_reach_beyond_its_slot(arena: Arena) -> None:
         arena.view(slot, slot.extent.nbytes + 1)
 
 
+def test_a_slot_that_shrinks_keeps_its_beginning_and_gives_back_its_end(arena: Arena) -> None:
+    slot = taken(arena.allocate(3 * PAGE))
+    arena.view(slot, 3 * PAGE)[:] = b"k" * (3 * PAGE)
+    smaller = arena.shrink(slot, PAGE)
+    assert (smaller.generation, smaller.extent.offset) == (slot.generation, slot.extent.offset)
+    assert arena.used_bytes == PAGE
+    other = taken(arena.allocate(3 * PAGE))
+    arena.view(other, 3 * PAGE)[:] = b"x" * (3 * PAGE)
+    assert bytes(arena.view(smaller, PAGE)) == b"k" * PAGE
+    arena.free(smaller)
+    with pytest.raises(AssertionError):
+        arena.shrink(smaller, 1)
+
+
 def test_an_arena_is_sealed_and_has_no_name(arena: Arena) -> None:
     assert fcntl.fcntl(arena.fd, fcntl.F_GET_SEALS) == SEALS
     assert os.fstat(arena.fd).st_nlink == 0
