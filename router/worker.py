@@ -89,6 +89,9 @@ class Worker:
     last_dispatch: int = 0
     """Ordinal of the last request sent here; breaks ties in turn."""
     tokens: TokenStream = field(init=False)
+    _ready_since_s: float = 0.0
+    _is_new: bool = True
+    """Whether its share may be less than all."""
     _in_doubt: bool = False
     """Whether some circuit is not closed."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from router.placement.base import Demand, Group, Pair
@@ -51,15 +51,17 @@ def _grids(group: Group, demand: Demand) -> Iterator[_Grid]:
     decode = ranked(group.decode, decode_cost, demand)
     if prefill and decode:
         yield _Grid(prefill, decode, in_memory=False)
-    rows, columns = _by_neighbourhood(prefill), _by_neighbourhood(decode)
-    for name in rows.keys() & columns.keys():
-        yield _Grid(rows[name], columns[name], in_memory=True)
+    shared = {worker.neighbourhood for _, worker in prefill} & {worker.neighbourhood for _, worker in decode}
+    rows, columns = _by_neighbourhood(prefill, shared), _by_neighbourhood(decode, shared)
+    for name, row in rows.items():
+        yield _Grid(row, columns[name], in_memory=True)
 
 
-def _by_neighbourhood(workers: Ranked) -> dict[str, list[tuple[float, Worker]]]:
+def _by_neighbourhood(workers: Ranked, wanted: Collection[str]) -> dict[str, list[tuple[float, Worker]]]:
     found = defaultdict(list)
     for entry in workers:
-        found[entry[1].neighbourhood].append(entry)
+        if entry[1].neighbourhood in wanted:
+            found[entry[1].neighbourhood].append(entry)
     return found
 
 
