@@ -82,20 +82,20 @@ async def _ask(served: Served, stub: Any, transport: str, compression: public.Co
             lease_s=30,
         ),
     )
-    first, compressed, transfer = [event async for event in stub.Prefill(request)]
+    events = {event.WhichOneof("event"): event async for event in stub.Prefill(request)}
     held = served.held_bytes()["active"]
     with pytest.MonkeyPatch.context() as patch:
         steps = record_logits(patch)
         stream = served.stream()
         await stream.attach(1, promise.token)
-        tokens = [first.first_token.token_id, *await stream.tokens(1)]
+        tokens = [events["first_token"].first_token.token_id, *await stream.tokens(1)]
     await served.nothing_is_held()
     return Answer(
         tokens=tokens,
         logits=torch.cat(steps),
-        kept_bytes=compressed.compression.kept_bytes,
-        transport=transfer.transfer.transport,
-        sent_bytes=transfer.transfer.sent_bytes,
+        kept_bytes=events["compression"].compression.kept_bytes,
+        transport=events["transfer"].transfer.transport,
+        sent_bytes=events["transfer"].transfer.sent_bytes,
         pool_bytes=held,
     )
 

@@ -133,6 +133,8 @@ def test_a_drain_waits_for_who_is_parked_or_tells_them(
         await ask(served, shipment, stream, 1)
         await until(lambda: any(held.parked for held in served.held))
         served.worker.runner.end(served.held.find(ballast))
+        # a command that is still on its way would find nothing
+        await until(lambda: all(held.subscription for held in served.held))
         await served.worker.drain(timeout_s)
         for number in (0, 1):
             updates = await stream.finished(number)
