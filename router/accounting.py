@@ -15,7 +15,7 @@ from router.worker import STATES, Worker
 from shared.errors import DeadlineExceededError, InternalError, RequestCancelledError, ServiceError
 from shared.telemetry.metrics import RouterMetrics
 
-FINISHED, CANCELLED, FAILED, REFUSED = "finished", "cancelled", "failed", "refused"
+FINISHED, CANCELLED, FAILED, REFUSED, REPEATED = "finished", "cancelled", "failed", "refused", "repeated"
 
 
 @dataclass
@@ -46,6 +46,10 @@ class Accounting:
     def refused(self, error: ServiceError) -> None:
         """A request that was turned away before anything was done for it."""
         self.ended(REFUSED, error.code)
+
+    def repeated(self) -> None:
+        """A request was answered with what its first try was answered."""
+        self.ended(REPEATED, "OK")
 
     def reservation_rejected(self, error: ServiceError) -> None:
         """A decode worker did not promise memory."""
@@ -106,6 +110,7 @@ class RequestAccount:
         self._metrics = accounting.metrics
         self._received_s = accounting.clock()
         self._first_s = self._last_s = self._received_s
+        self._interrupted_s: float | None = None
         self._open = True
         self.generated_tokens = 0
         self._metrics.requests_running.inc()
@@ -115,9 +120,21 @@ class RequestAccount:
         self._metrics.prompt_tokens.inc(prompt_tokens)
         self._metrics.visual_tokens.observe(visual_tokens)
 
+    def interrupted(self) -> None:
+        """A worker was lost, or is left: until the next token nothing comes for this request."""
+        if self._interrupted_s is None:
+            self._interrupted_s = self._accounting.clock()
+
+    def goes_on(self, way: str, reason: str) -> None:
+        """It goes on elsewhere, by one of the ways of `router.recovery`."""
+        self._metrics.labelled(self._metrics.failovers, kind=way, reason=reason).inc()
+
     def tokens(self, count: int) -> None:
         """`count` tokens arrived together; the gap before them is shared out evenly."""
         now_s = self._accounting.clock()
+        if count and self._interrupted_s is not None:
+            self._metrics.failover_seconds.observe(now_s - self._interrupted_s)
+            self._interrupted_s = None
         gap_s = (now_s - self._last_s) / max(1, count)
         for _ in range(count):
             self.generated_tokens += 1

@@ -43,8 +43,7 @@ class Lease:
     memory_freed: Callable[[], None]
 
     def end(self) -> None:
-        """Takes the load off both workers. Idempotent."""
-        self.prefill_charge.end()
+        """Takes the load off the decode worker; that of the prefill worker ends with its call. Idempotent."""
         self.decode_charge.end()
         self.memory_freed()
 

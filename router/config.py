@@ -8,6 +8,8 @@ from router.placement.catalogue import POLICIES, PlacementName
 from shared.config import Listen
 from shared.registry.location import open_registry
 
+STAGE_TIMEOUTS = ("prefill_timeout_s", "transfer_timeout_s", "token_timeout_s")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
@@ -31,6 +33,14 @@ class RouterConfig:
     """Seconds after which a worker that does not say who it is counts as unreachable."""
     control_timeout_s: float = 5.0
     """Seconds that a reservation, a release or the end of a finished prompt's transfer report may take."""
+    prefill_timeout_s: float = 120.0
+    """Seconds from the dispatch of a prompt to its compression, after which its prefill worker counts as lost to it."""
+    transfer_timeout_s: float = 30.0
+    """Seconds that a parcel's transfer, or a repeated one, may take before one end of it counts as lost."""
+    token_timeout_s: float = 10.0
+    """Seconds without a token after which a decode worker that also fails its polls counts as lost."""
+    max_failovers: int = 4
+    """Failures of workers that a request survives by going on at others; 0: the first one ends it."""
     queue_timeout_s: float = 30.0
     """Seconds that a request waits for decode memory before it is refused."""
     max_waiting: int = 256
@@ -47,11 +57,10 @@ class RouterConfig:
     """DEBUG, INFO, WARNING or ERROR."""
 
     def __post_init__(self) -> None:
-        positive = ("poll_interval_s", "poll_timeout_s", "control_timeout_s", "queue_timeout_s")
-        for name in positive:
+        for name in (*STAGE_TIMEOUTS, "poll_interval_s", "poll_timeout_s", "control_timeout_s", "queue_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
-        for name in ("drain_s", "slow_start_s", "max_waiting"):
+        for name in ("max_failovers", "drain_s", "slow_start_s", "max_waiting"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 < self.min_retention <= 1:

@@ -3,70 +3,61 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 
 from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import decode_pb2, prefill_pb2
 
 from router.accounting import RequestAccount
-from router.admission import Admission
-from router.attempt import Attempt, Inbox, PrefillEnded
-from router.background import Background
+from router.course import Course
 from router.deadline import Deadline
+from router.delivery import Delivery, Responses
+from router.inbox import PrefillEnded, Said
+from router.means import Means
+from router.recovery import MIGRATION, REPREFILL, Loss, LostError, Recovery, is_of_receiver, way_after
+from router.stages import DECODE, PREFILL
 from router.validation import AcceptedRequest
-from router.worker import TOKENS, Worker
-from router.workers import WorkerTable
-from shared.errors import FailedPreconditionError, InternalError, UnavailableError
-
-MAX_ATTEMPTS = 2
-QUEUE, PREFILL, DECODE = "queue", "prefill", "decode"
+from shared.errors import InternalError, ServiceError, UnavailableError
 
 
 class Generation:
-    """Turns what two workers say into the events of one answer.
+    """Turns what workers say into the events of one answer.
 
         queue ── reserve ─▶ prefill ── first token ─▶ decode ── last token, prefill call ended ─▶ finished
-          ▲                    │ worker lost
-          └────────────────────┘ (once)
+          ▲                    │ worker lost            │ worker lost
+          ├── compute again ◀──┴────── parcel gone ─────┤
+          └── resend the parcel ◀───────────────────────┘
 
-    Messages of the public contract pass through as they are: a router that forwards them has no other form for them.
-    `close` may be called at any moment and by anyone; it leaves nothing behind on either worker.
+    The client hears of a loss only when no way is left: the next worker goes on behind what the client has of its
+    answer (`Delivery`). `close` may be called at any moment and by anyone; it leaves nothing behind on any worker.
     """
 
     def __init__(
         self,
         request: AcceptedRequest,
+        means: Means,
         *,
-        table: WorkerTable,
-        admission: Admission,
-        background: Background,
         account: RequestAccount,
         deadline: Deadline,
-        patience_s: float,
         on_close: Callable[[], None],
     ) -> None:
         """Prepares the request; nothing happens before `events` is iterated.
 
         Args:
-            patience_s: How long a prefill worker may take to end its call after the answer is complete.
             on_close: Called once, when nothing of this request can happen any more.
         """
         self.request = request
-        self._table = table
-        self._admission = admission
-        self._background = background
+        self._means = means
         self._account = account
         self._deadline = deadline
-        self._patience_s = patience_s
         self._on_close = on_close
-        self._inbox: Inbox = asyncio.Queue()
-        self._timers: list[asyncio.TimerHandle] = []
-        self._lost: set[Worker] = set()
-        self._attempts = 0
-        self._attempt: Attempt | None = None
-        self._stage = QUEUE
-        self._reason = pb.FINISH_REASON_UNSPECIFIED
-        self._usage = pb.Usage()
+        self._delivery = Delivery(account, request.asked)
+        self._course = Course(request, means, delivery=self._delivery, deadline=deadline)
+        self._recovery = Recovery(means.limits.max_failovers)
+        self._pending: Loss | None = None
+        """The decode worker was lost while the prefill worker still makes the parcel."""
+        self._alarm: asyncio.TimerHandle | None = None
         self._open = True
 
     async def events(self) -> AsyncGenerator[pb.GenerateResponse, None]:
@@ -77,15 +68,14 @@ class Generation:
         """
         try:
             self._watch_deadline()
-            await self._begin_attempt()
+            await self._course.compute_prompt(avoid=())
             # not before memory is promised: until its first event a client may safely ask again
             yield self._started()
             while not self._complete:
                 for response in await self._step():
                     yield response
             finished = self._finished()
-            self._account.finished()
-            # whoever has seen the last event may use the id again
+            # whoever has seen the last event finds the id free
             self.close()
             yield finished
         except Exception as error:
@@ -99,129 +89,163 @@ class Generation:
         if not self._open:
             return
         self._open = False
-        self._account.left(self._stage, self._deadline.error(self._stage) if self._deadline.passed else None)
-        for timer in self._timers:
-            timer.cancel()
-        if self._attempt is not None:
-            self._attempt.close()
+        stage = self._course.stage
+        self._account.left(stage, self._deadline.error(stage) if self._deadline.passed else None)
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._course.close()
         self._on_close()
 
     @property
-    def _current(self) -> Attempt:
-        assert self._attempt is not None
-        return self._attempt
+    def can_leave(self) -> bool:
+        """Whether its decode worker is leaving and the answer could go on at another one."""
+        return self._open and not self._delivery.reason and self._course.can_leave
+
+    async def leave(self) -> bool:
+        """Goes on at another decode worker if one has room at once. Called while `can_leave`.
+
+        Raises:
+            ServiceError: There is no other decode worker.
+        """
+        transfer = await self._course.leave()
+        if transfer is None:
+            return False
+        self._account.interrupted()
+        self._account.goes_on(MIGRATION, "DRAINING")
+        self._delivery.on_transfer(transfer)
+        return True
 
     @property
     def _complete(self) -> bool:
         # the transfer report may come after the last token
-        return bool(self._reason) and self._current.prefill_ended
+        return bool(self._delivery.reason) and self._course.call.ended
 
-    async def _begin_attempt(self) -> None:
-        self._attempts += 1
-        self._stage = QUEUE
-        lease = await self._admission.reserve(self.request, avoid=self._lost, deadline=self._deadline)
-        self._attempt = Attempt(lease, self._inbox, self._background)
-        self._stage = PREFILL
-        self._attempt.start_prefill(self.request.message, self._deadline)
+    async def _step(self) -> Responses:
+        source, said = await self._course.inbox.get()
+        try:
+            responses = self._hear(source, said)
+        except LostError as lost:
+            return await self._recover(lost.loss)
+        if self._delivery.reason and self._course.attempt.is_open:
+            # only the prefill call may still have something to say
+            self._course.attempt.close()
+            self._course.call.end_after(self._means.limits.patience_s)
+        return responses
 
-    async def _step(self) -> Sequence[pb.GenerateResponse]:
-        item = await self._inbox.get()
-        if isinstance(item, decode_pb2.SequenceUpdate):
-            return self._on_update(item)
-        if isinstance(item, prefill_pb2.PrefillEvent):
-            return self._on_prefill_event(item)
-        if isinstance(item, PrefillEnded):
-            await self._on_prefill_ended(item)
-            return ()
-        self._current.lease.decode_charge.failed(TOKENS, item)
-        raise item
-
-    def _on_prefill_event(self, event: prefill_pb2.PrefillEvent) -> Sequence[pb.GenerateResponse]:
-        kind = event.WhichOneof("event")
-        if kind == "first_token":
-            return self._on_first_token(event.first_token)
-        if kind == "next_token":
-            return self._on_next_token(event.next_token)
-        if kind == "compression":
-            return self._on_compression(event.compression)
-        if kind == "transfer":
-            self._account.transfer(event.transfer)
-            return (pb.GenerateResponse(transfer=event.transfer),)
+    def _hear(self, source: object, said: Said) -> Responses:
+        """What a worker says; whatever is left of one that was given up is passed over."""
+        if source is self:
+            assert isinstance(said, ServiceError)
+            raise said
+        if source is self._course.call and not self._course.call.ended:
+            return self._on_prefill(said)
+        if source is self._course.attempt:
+            return self._on_decode(said)
         return ()
 
-    def _on_first_token(self, token: prefill_pb2.FirstToken) -> Sequence[pb.GenerateResponse]:
-        self._stage = DECODE
-        self._usage = pb.Usage(prompt_tokens=token.prompt_tokens, visual_tokens=token.visual_tokens)
-        self._account.prompt(token.prompt_tokens, token.visual_tokens)
-        self._account.tokens(1)
-        return self._on_token(token)
+    def _on_prefill(self, said: Said) -> Responses:
+        if isinstance(said, PrefillEnded):
+            return self._on_prefill_ended(said.error)
+        assert isinstance(said, prefill_pb2.PrefillEvent)
+        kind = said.WhichOneof("event")
+        if kind == "first_token":
+            self._course.stage = DECODE
+            return self._delivery.on_first_token(said.first_token)
+        if kind == "next_token":
+            return self._delivery.on_token(said.next_token)
+        if kind == "compression":
+            return self._on_compression(said.compression)
+        if kind == "transfer":
+            self._course.call.commit()
+            return self._delivery.on_transfer(said.transfer)
+        if kind == "retained" and self._pending is not None:
+            raise LostError(self._pending)
+        return ()
 
-    def _on_next_token(self, token: prefill_pb2.NextToken) -> Sequence[pb.GenerateResponse]:
-        self._account.tokens(1)
-        return self._on_token(token)
-
-    def _on_token(self, token: prefill_pb2.FirstToken | prefill_pb2.NextToken) -> Sequence[pb.GenerateResponse]:
-        if token.finish_reason:
-            self._answered(token.finish_reason)
-        return (pb.GenerateResponse(delta=pb.Delta(token_ids=[token.token_id], text=token.text)),)
-
-    def _on_compression(self, message: pb.Compression) -> Sequence[pb.GenerateResponse]:
+    def _on_compression(self, message: pb.Compression) -> Responses:
         """The prefill worker has said its last token: what follows comes from the decode worker."""
-        text, visual = message.prompt_tokens - message.visual_tokens, message.visual_tokens
-        message.asked_retention = float(self.request.asked.retention_of(text, visual))
-        self._account.compression(message)
-        if not self._reason:
-            self._current.attach()
-        return (pb.GenerateResponse(compression=message),)
+        if not self._delivery.reason:
+            self._course.attempt.attach(self._delivery.token_ids)
+        return self._delivery.on_compression(message)
 
-    def _on_update(self, update: decode_pb2.SequenceUpdate) -> Sequence[pb.GenerateResponse]:
-        self._account.tokens(len(update.token_ids))
-        if update.finish_reason:
-            self._current.sequence_ended()
-            self._answered(update.finish_reason)
-        if not (update.token_ids or update.text):
+    def _on_decode(self, said: Said) -> Responses:
+        if isinstance(said, ServiceError):
+            return self._on_decode_lost(said)
+        assert isinstance(said, decode_pb2.SequenceUpdate)
+        self._course.call.commit()
+        return self._delivery.on_update(said)
+
+    def _on_decode_lost(self, error: ServiceError) -> Responses:
+        loss = Loss(error, self._course.attempt.worker, parcel_gone=False)
+        self._course.attempt.close()
+        self._note(loss)
+        if self._course.call.parcel is None and not self._course.call.ended:
+            self._pending = loss
             return ()
-        return (pb.GenerateResponse(delta=pb.Delta(token_ids=update.token_ids, text=update.text)),)
+        raise LostError(loss)
 
-    def _answered(self, reason: pb.FinishReason) -> None:
-        """The answer is complete; only the prefill call may still have something to say."""
-        self._reason = reason
-        self._current.release()
-        self._after(self._patience_s, PrefillEnded())
-
-    async def _on_prefill_ended(self, ended: PrefillEnded) -> None:
-        self._current.prefill_ended = True
-        error = ended.error
-        lost = isinstance(error, (UnavailableError, FailedPreconditionError))
-        if self._reason:
-            # nothing that happens to the prefill worker now can take the answer back
-            return
-        if self._stage == PREFILL and lost and self._attempts < MAX_ATTEMPTS:
-            await self._start_over()
-            return
-        if self._stage == PREFILL and error is None:
-            error = InternalError("the prefill worker ended without a token", reason="NO_FIRST_TOKEN")
-        if error is None and not self._current.attached:
-            error = InternalError("the prefill worker ended before it handed over", reason="NO_HAND_OVER")
+    def _on_prefill_ended(self, error: ServiceError | None) -> Responses:
+        call = self._course.call
+        call.ended = True
+        if self._delivery.reason or call.committed:
+            # nothing that happens to the prefill worker now can take back what it has handed over
+            return ()
         if error is not None:
-            raise error
+            loss = self._loss_in_prefill(error)
+            self._note(loss)
+            raise LostError(loss)
+        if self._pending is not None:
+            raise LostError(self._pending)
+        if self._course.stage == PREFILL:
+            raise InternalError("the prefill worker ended without a token", reason="NO_FIRST_TOKEN")
+        if not self._course.attempt.attached:
+            raise InternalError("the prefill worker ended before it handed over", reason="NO_HAND_OVER")
+        return ()
 
-    async def _start_over(self) -> None:
-        """Tries another prefill worker; the seed and hence the answer stay the same."""
-        self._lost.add(self._current.lease.pair.prefill)
-        self._current.close()
-        await self._begin_attempt()
+    def _loss_in_prefill(self, error: ServiceError) -> Loss:
+        pair = self._course.attempt.lease.pair
+        if is_of_receiver(error, pair.decode):
+            return Loss(error, pair.decode, parcel_gone=False)
+        return Loss(error, pair.prefill, parcel_gone=True)
+
+    def _note(self, loss: Loss) -> None:
+        self._account.interrupted()
+        self._recovery.note(loss)
+
+    async def _recover(self, loss: Loss) -> Responses:
+        """Goes on elsewhere, by the cheapest way that is left.
+
+        Raises:
+            ServiceError: There is no way; what the first worker was lost by, where nobody is left.
+        """
+        self._pending = None
+        while True:
+            way = way_after(loss, self._course.call.parcel)
+            self._account.goes_on(way, loss.error.reason)
+            try:
+                return await self._go(way)
+            except LostError as lost:
+                loss = lost.loss
+                self._note(loss)
+            except UnavailableError as nobody:
+                if way == REPREFILL:
+                    raise loss.error from nobody
+                # nobody can take the parcel, but another pair may take the prompt
+                loss = replace(loss, parcel_gone=True)
+
+    async def _go(self, way: str) -> Responses:
+        if way == REPREFILL:
+            await self._course.compute_prompt(self._recovery.avoid)
+            return ()
+        return self._delivery.on_transfer(await self._course.resend_parcel(self._recovery.avoid))
 
     def _watch_deadline(self) -> None:
         remaining_s = self._deadline.remaining_s()
         if remaining_s is not None:
-            self._timers.append(asyncio.get_running_loop().call_later(remaining_s, self._deadline_passed))
+            self._alarm = asyncio.get_running_loop().call_later(remaining_s, self._deadline_passed)
 
     def _deadline_passed(self) -> None:
-        self._inbox.put_nowait(self._deadline.error(self._stage))
-
-    def _after(self, delay_s: float, item: PrefillEnded) -> None:
-        self._timers.append(asyncio.get_running_loop().call_later(delay_s, self._inbox.put_nowait, item))
+        self._course.inbox.put_nowait((self, self._deadline.error(self._course.stage)))
 
     def _started(self) -> pb.GenerateResponse:
         return pb.GenerateResponse(
@@ -229,13 +253,6 @@ class Generation:
         )
 
     def _finished(self) -> pb.GenerateResponse:
-        pair = self._current.lease.pair
-        self._usage.generated_tokens = self._account.generated_tokens
-        return pb.GenerateResponse(
-            finished=pb.Finished(
-                reason=self._reason,
-                usage=self._usage,
-                seed=self.request.message.sampling.seed,
-                placement=pb.Placement(prefill_worker=pair.prefill.info.name, decode_worker=pair.decode.info.name),
-            )
-        )
+        pair = self._course.attempt.lease.pair
+        placement = pb.Placement(prefill_worker=pair.prefill.info.name, decode_worker=pair.decode.info.name)
+        return self._delivery.finished(placement, self.request.message.sampling.seed)

@@ -8,10 +8,9 @@ from vlcache.v1 import inference_pb2 as pb
 
 from router import validation
 from router.accounting import Accounting
-from router.admission import Admission
-from router.background import Background
 from router.deadline import Deadline
 from router.generation import Generation
+from router.means import Means
 from router.validation import AcceptedRequest
 from router.workers import WorkerTable
 from shared.errors import DuplicateRequestError, InvalidRequestError, NotFoundError, ServiceError, UnavailableError
@@ -23,18 +22,14 @@ class Generations:
     def __init__(
         self,
         table: WorkerTable,
-        admission: Admission,
+        means: Means,
         *,
-        background: Background,
         accounting: Accounting,
-        patience_s: float,
         min_retention: float,
     ) -> None:
         self._table = table
-        self._admission = admission
-        self._background = background
+        self._means = means
         self._accounting = accounting
-        self._patience_s = patience_s
         self._min_retention = min_retention
         self._running: dict[str, Generation] = {}
         self._draining = False
@@ -61,6 +56,10 @@ class Generations:
     def busy(self) -> bool:
         """Whether a request is in flight."""
         return bool(self._running)
+
+    def running(self) -> list[Generation]:
+        """The requests in flight."""
+        return list(self._running.values())
 
     async def idle(self) -> None:
         """Waits until no request is in flight."""
@@ -100,17 +99,14 @@ class Generations:
         """A model that is unknown for want of workers is not an unknown model."""
         if served and asked not in self._table.known_models():
             return NotFoundError(f"unknown model {asked!r}; served: {', '.join(served)}", reason="UNKNOWN_MODEL")
-        return self._admission.no_pair(asked)
+        return self._means.admission.no_pair(asked)
 
     def _register(self, request: AcceptedRequest, deadline: Deadline) -> Generation:
         generation = Generation(
             request,
-            table=self._table,
-            admission=self._admission,
-            background=self._background,
+            self._means,
             account=self._accounting.open(),
             deadline=deadline,
-            patience_s=self._patience_s,
             on_close=lambda: self._forget(request.request_id),
         )
         self._running[request.request_id] = generation

@@ -11,11 +11,16 @@ from router.accounting import Accounting
 from router.admission import Admission
 from router.background import Background
 from router.config import RouterConfig
+from router.finished import FinishedAnswers
 from router.generations import Generations
 from router.health import follow_workers
+from router.means import Limits, Means
+from router.migration import Migration
+from router.parcels import Parcels
 from router.placement.catalogue import POLICIES
 from router.service import SERVICE_NAME, InferenceServicer
 from router.shadow import Shadow
+from router.silence import break_silence
 from router.waiting import Rooms
 from router.worker_client import WorkerClient
 from router.workers import WorkerTable
@@ -51,12 +56,20 @@ class Router:
             slow_start_s=config.slow_start_s,
         )
         rooms = Rooms(config.max_waiting)
+        parcels = Parcels(self._background)
+        limits = Limits(
+            prefill_timeout_s=config.prefill_timeout_s,
+            transfer_timeout_s=config.transfer_timeout_s,
+            patience_s=config.control_timeout_s,
+            max_failovers=config.max_failovers,
+        )
         self.shadow = Shadow(
             config.shadow_share,
             table=self.table,
             rooms=rooms,
             accounting=self.accounting,
-            patience_s=config.control_timeout_s,
+            parcels=parcels,
+            limits=limits,
         )
         admission = Admission(
             self.table,
@@ -69,12 +82,13 @@ class Router:
         )
         self.generations = Generations(
             self.table,
-            admission,
-            background=self._background,
+            Means(admission=admission, parcels=parcels, background=self._background, limits=limits),
             accounting=self.accounting,
-            patience_s=config.control_timeout_s,
             min_retention=config.min_retention,
         )
+        self._migration = Migration(self.generations.running, self._background)
+        self._parcels = parcels
+        self._finished = FinishedAnswers()
         self._running = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
@@ -84,7 +98,7 @@ class Router:
             OSError: A port cannot be bound.
         """
         listen = self._config.listen
-        servicer = InferenceServicer(self.generations, self.shadow, self.table, self.accounting)
+        servicer = InferenceServicer(self.generations, self._finished, self.shadow, self.table, self.accounting)
         async with contextlib.AsyncExitStack() as stack:
             exporter = MetricsExporter(self.metrics.registry, host=listen.host, port=listen.metrics_port)
             stack.enter_context(exporter)
@@ -101,6 +115,8 @@ class Router:
             stack.push_async_callback(self._background.settle, SETTLE_S)
             stack.push_async_callback(self._server.stop, 0)
             await stack.enter_async_context(_running(self.table.run()))
+            await stack.enter_async_context(_running(break_silence(self.table, self._config.token_timeout_s)))
+            await stack.enter_async_context(_running(self._migration.run()))
             await stack.enter_async_context(watch_event_loop(self.metrics.event_loop_delay))
             self._health = asyncio.create_task(follow_workers(self.table, self.accounting, self._server.set_ready))
             self.address, self.metrics_address = self._server.address, exporter.address
@@ -126,8 +142,12 @@ class Router:
 
     def check_integrity(self) -> None:
         """Asserts that idle means idle."""
+        idle = not self.generations.busy and not self.shadow.busy
         self.generations.check_integrity()
-        self.table.check_integrity(idle=not self.generations.busy and not self.shadow.busy)
+        self.table.check_integrity(idle=idle)
+        # releases are on their way a moment longer than requests
+        self._parcels.check_integrity(idle=idle and not len(self._background))
+        self._finished.check_integrity()
 
     def _connect(self, address: str) -> WorkerClient:
         config = self._config

@@ -9,10 +9,12 @@ from vlcache.v1 import inference_pb2 as pb
 from vlcache.v1 import inference_pb2_grpc
 
 from router.accounting import Accounting
+from router.finished import FinishedAnswers, Key
 from router.generations import Generations
 from router.shadow import Shadow
 from router.worker import UNREACHABLE, Worker
 from router.workers import WorkerTable
+from shared.errors import ServiceError
 from shared.version import VERSION
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -21,8 +23,16 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """What clients call."""
 
-    def __init__(self, generations: Generations, shadow: Shadow, table: WorkerTable, accounting: Accounting) -> None:
+    def __init__(
+        self,
+        generations: Generations,
+        finished: FinishedAnswers,
+        shadow: Shadow,
+        table: WorkerTable,
+        accounting: Accounting,
+    ) -> None:
         self._generations = generations
+        self._finished = finished
         self._shadow = shadow
         self._table = table
         self._accounting = accounting
@@ -35,10 +45,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Answers a chat request."""
+        # before defaults are filled in: a repetition has none either
+        key = Key.of(request)
+        if answer := self._find(key):
+            return answer
         generation = self._generations.open(request, context.time_remaining())
         # a handler that is cancelled while it writes never resumes its generator
         context.add_done_callback(lambda _: generation.close())
-        return self._shadow.follow(generation)
+        return self._finished.record(key, self._shadow.follow(generation))
 
     async def ListModels(  # noqa: N802
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
@@ -56,6 +70,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             workers=[*(_worker(worker) for worker in self._table.workers()), *unseen],
             totals=_totals(self._accounting),
         )
+
+    def _find(self, key: Key | None) -> AsyncIterator[pb.GenerateResponse] | None:
+        try:
+            answer = self._finished.find(key)
+        except ServiceError as error:
+            self._accounting.refused(error)
+            raise
+        if answer is not None:
+            self._accounting.repeated()
+        return answer
 
 
 def _model(worker: Worker) -> pb.Model:

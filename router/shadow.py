@@ -8,7 +8,7 @@ import hashlib
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vlcache.v1 import inference_pb2 as pb
 
@@ -18,6 +18,8 @@ from router.admission import Admission
 from router.background import Background
 from router.deadline import Deadline
 from router.generation import Generation
+from router.means import Limits, Means
+from router.parcels import Parcels
 from router.placement.least_loaded import LeastLoaded
 from router.validation import AcceptedRequest
 from router.waiting import Rooms
@@ -41,7 +43,14 @@ class Shadow:
     """
 
     def __init__(
-        self, share: float, *, table: WorkerTable, rooms: Rooms, accounting: Accounting, patience_s: float
+        self,
+        share: float,
+        *,
+        table: WorkerTable,
+        rooms: Rooms,
+        accounting: Accounting,
+        parcels: Parcels,
+        limits: Limits,
     ) -> None:
         """Prepares; nothing runs before a request of the sample has finished.
 
@@ -49,21 +58,27 @@ class Shadow:
             share: Of the requests that are sampled, by a hash of their ids.
             rooms: Where clients wait for memory.
             accounting: Is told how replays ended.
-            patience_s: How long a worker may take to take memory back.
+            parcels: Who keeps and gives up what their prefill workers retain.
+            limits: Of a client's request. A replay is not worth a second worker.
         """
         self._share = share
-        self._table = table
         self._accounting = accounting
-        self._patience_s = patience_s
+        self._patience_s = limits.patience_s
         self._background = Background()
         self._own_accounting = Accounting(RouterMetrics(worker="shadow"))
-        self._admission = Admission(
+        admission = Admission(
             table,
             LeastLoaded(),
             background=self._background,
             accounting=self._own_accounting,
             rooms=rooms,
             queue_timeout_s=0.0,
+        )
+        self._means = Means(
+            admission=admission,
+            parcels=parcels,
+            background=self._background,
+            limits=replace(limits, max_failovers=0),
         )
         self._replay: asyncio.Task[float] | None = None
         self._prompt_computed = False
@@ -125,12 +140,9 @@ class Shadow:
         """The agreement of an answer with that of the full cache."""
         generation = Generation(
             validation.accept(_at_retention_one(answer.request.message), answer.request.model),
-            table=self._table,
-            admission=self._admission,
-            background=self._background,
+            self._means,
             account=self._own_accounting.open(),
             deadline=Deadline.after(REPLAY_LIMIT_S),
-            patience_s=self._patience_s,
             on_close=lambda: None,
         )
         full: list[int] = []

@@ -95,6 +95,16 @@ class RouterMetrics(_RoleMetrics):
             "Share of an answer's tokens but the first that retention 1 draws too",
             RATIO_BUCKETS,
         )
+        self.failovers = c(
+            "failovers_total",
+            "Times that an answer went on elsewhere: by its parcel sent again (resend), its prompt computed again"
+            " (reprefill), or ahead of a drain (migration)",
+            "kind",
+            "reason",
+        )
+        self.failover_seconds = h(
+            "failover_seconds", "Loss of a worker noticed, or a leaving one left, to next token", LATENCY_BUCKETS
+        )
         self.requests_running = g("num_requests_running", "Requests in flight")
         self.requests_waiting = g("num_requests_waiting", "Requests waiting for decode memory")
         self.kv_full_bytes = c("kv_bytes_full_total", "KV bytes of all prompts before compression")

@@ -15,8 +15,9 @@ from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_
 
 from router.config import RouterConfig
 from router.router import Router
-from shared.errors import FailedPreconditionError, ServiceError
+from shared.errors import FailedPreconditionError, NotFoundError, ServiceError
 from shared.rpc.server import RpcServer
+from shared.rpc.status import code_number
 
 TIMEOUT_S = 20.0
 FULL_BYTES, KEPT_BYTES, SENT_BYTES = 1000, 100, 120
@@ -85,6 +86,7 @@ class FakeWorker:
             name=name, role=self.role, epoch=f"{name}-1", state="ready", model=model or served_model(), version="0"
         )
         self.polls = Log()
+        self.answers_polls = True
 
     async def start(self, port: int = 0) -> None:
         self.server = await RpcServer.start(
@@ -106,6 +108,8 @@ class FakeWorker:
 
     async def GetWorkerInfo(self, request: Any, context: Any) -> worker_pb2.WorkerInfo:  # noqa: N802
         self.polls.append(self.info.state)
+        if not self.answers_polls:
+            await forever()
         return self.info
 
     def check_epoch(self, epoch: str) -> None:
@@ -135,22 +139,36 @@ def transfer() -> prefill_pb2.PrefillEvent:
     return prefill_pb2.PrefillEvent(transfer=pb.Transfer(transport="memory", sent_bytes=SENT_BYTES, seconds=0.01))
 
 
+def retained() -> prefill_pb2.PrefillEvent:
+    """The parcel stays; the worker fills in its secret."""
+    return prefill_pb2.PrefillEvent(retained=prefill_pb2.Retained())
+
+
+def prompt_done() -> list[Any]:
+    """What a prefill worker says when all goes well."""
+    return [first_token(), compression(), retained(), transfer()]
+
+
 class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer):
-    """Says what its script says; a script is a list of events, errors to raise, and awaitables to wait for."""
+    """Says what its script says; a script is a list of events, errors to raise, and awaitables to wait for.
+
+    Parcels that its events retain can be resent until they are released, or their call is cancelled.
+    """
 
     role = "prefill"
 
     def __init__(self, name: str = "prefill-0", **options: Any) -> None:
         super().__init__(name, **options)
         self.info.arena_socket = f"/run/{name}.sock"
-        self.script: Callable[[prefill_pb2.PrefillRequest], list[Any]] = lambda _: [
-            first_token(),
-            compression(),
-            transfer(),
-        ]
-        self.requests = Log()
+        self.script: Callable[[prefill_pb2.PrefillRequest], list[Any]] = lambda _: prompt_done()
+        self.on_resend: Callable[[prefill_pb2.ResendRequest], Awaitable[None] | None] = lambda _: None
+        self.requests, self.resends = Log(), Log()
+        self.renewals, self.parcel_releases = Log(), Log()
         self.cancelled = Log()
         self.time_left_s = 0.0
+        self.parcels: set[bytes] = set()
+        self.parcel_lease_s = 30.0
+        self._secrets = (f"{name}-parcel-{number}".encode() for number in itertools.count(1))
 
     def register(self, server: grpc.aio.Server) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)
@@ -159,17 +177,44 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer):
         self.check_epoch(request.epoch)
         self.requests.append(request)
         self.time_left_s = context.time_remaining()
+        secret = next(self._secrets)
         try:
             for step in self.script(request):
                 if isinstance(step, ServiceError):
                     raise step
                 if isinstance(step, prefill_pb2.PrefillEvent):
-                    yield step
+                    yield self._retaining(step, secret)
                 else:
                     await step
         except (asyncio.CancelledError, GeneratorExit):
+            self.parcels.discard(secret)
             self.cancelled.append(request.request.request_id)
             raise
+
+    def _retaining(self, event: prefill_pb2.PrefillEvent, secret: bytes) -> prefill_pb2.PrefillEvent:
+        if event.HasField("retained"):
+            self.parcels.add(secret)
+            event.retained.parcel, event.retained.lease_s = secret, self.parcel_lease_s
+        return event
+
+    async def Resend(self, request: Any, context: Any) -> prefill_pb2.ResendResponse:  # noqa: N802
+        self.resends.append(request)
+        if request.parcel not in self.parcels:
+            raise NotFoundError("the parcel is gone", reason="NO_PARCEL", stage="transfer")
+        waiting = self.on_resend(request)
+        if waiting is not None:
+            await waiting
+        return prefill_pb2.ResendResponse(transfer=transfer().transfer)
+
+    async def RenewParcels(self, request: Any, context: Any) -> prefill_pb2.RenewParcelsResponse:  # noqa: N802
+        self.renewals.append(list(request.parcels))
+        gone = [parcel for parcel in request.parcels if parcel not in self.parcels]
+        return prefill_pb2.RenewParcelsResponse(gone=gone)
+
+    async def ReleaseParcels(self, request: Any, context: Any) -> prefill_pb2.ReleaseParcelsResponse:  # noqa: N802
+        self.parcels.difference_update(request.parcels)
+        self.parcel_releases.append(list(request.parcels))
+        return prefill_pb2.ReleaseParcelsResponse()
 
 
 class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
@@ -184,6 +229,8 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         self.script: Callable[[Stream, int, bytes], Awaitable[None]] = say("B", "C")
         self.reserves, self.releases, self.streams = Log(), Log(), Log()
         self.attached, self.cancels = Log(), Log()
+        self.delivered = Log()
+        """What each attachment brought."""
         self.live: set[bytes] = set()
         self._tokens = (f"token-{number}".encode() for number in itertools.count(1))
 
@@ -226,6 +273,7 @@ class Stream:
     def __init__(self, worker: FakeDecode) -> None:
         self.worker = worker
         self.outbox: asyncio.Queue[decode_pb2.TokenStreamResponse | None] = asyncio.Queue()
+        self.delivered: dict[int, list[int]] = {}
         self.sequences: dict[int, asyncio.Task[None]] = {}
 
     async def read(self, requests: AsyncIterator[decode_pb2.TokenStreamRequest]) -> None:
@@ -233,6 +281,8 @@ class Stream:
             async for request in requests:
                 if request.HasField("attach"):
                     handle, token = request.attach.handle, request.attach.token
+                    self.delivered[handle] = list(request.attach.delivered)
+                    self.worker.delivered.append(self.delivered[handle])
                     self.sequences[handle] = asyncio.create_task(self._answer(handle, token))
                     self.worker.attached.append(handle)
                 else:
@@ -249,6 +299,15 @@ class Stream:
     def send(self, *updates: decode_pb2.SequenceUpdate) -> None:
         self.outbox.put_nowait(decode_pb2.TokenStreamResponse(updates=updates))
 
+    def say_draining(self) -> None:
+        """As a worker that leaves does."""
+        self.outbox.put_nowait(decode_pb2.TokenStreamResponse(draining=True))
+
+    def fail(self, handle: int, error: ServiceError) -> None:
+        """Ends one sequence by an error."""
+        message = decode_pb2.SequenceError(code=code_number(error), reason=error.reason, message=error.message)
+        self.send(decode_pb2.SequenceUpdate(handle=handle, error=message))
+
     def end(self) -> None:
         """Ends the stream as a worker that stops does."""
         self.outbox.put_nowait(None)
@@ -261,6 +320,30 @@ def say(*texts: str) -> Callable[[Stream, int, bytes], Awaitable[None]]:
         for number, text in enumerate(texts, start=2):
             reason = pb.FINISH_REASON_LENGTH if number == len(texts) + 1 else 0
             stream.send(decode_pb2.SequenceUpdate(handle=handle, token_ids=[number], text=text, finish_reason=reason))
+
+    return script
+
+
+ANSWER = "ABCDEFGH"
+
+
+def go_on(
+    *, until: int = len(ANSWER), then: Callable[[Stream, int], Awaitable[None]] | None = None
+) -> Callable[[Stream, int, bytes], Awaitable[None]]:
+    """A script: a token for each letter of `ANSWER`, whose ids count from 1, behind what was delivered.
+
+    Args:
+        until: Tokens that the client has when the script is over.
+        then: What happens then, unless the answer is complete.
+    """
+
+    async def script(stream: Stream, handle: int, token: bytes) -> None:
+        for number in range(len(stream.delivered[handle]) + 1, until + 1):
+            reason = pb.FINISH_REASON_LENGTH if number == len(ANSWER) else 0
+            text = ANSWER[number - 1]
+            stream.send(decode_pb2.SequenceUpdate(handle=handle, token_ids=[number], text=text, finish_reason=reason))
+        if then is not None:
+            await then(stream, handle)
 
     return script
 
@@ -343,6 +426,7 @@ async def bench(
         yield started
         await started.idle()
         assert not any(worker.live for worker in decode), "decode memory is still held"
+        assert not any(worker.parcels for worker in prefill), "parcels are still retained"
 
 
 def config_for(workers: list[FakeWorker], **settings: Any) -> RouterConfig:
@@ -356,6 +440,23 @@ def ask(text: str = "what is it?", *, images: int = 0, role: str = "user", **fie
     parts = [pb.Part(image=pb.Image(data=b"png")) for _ in range(images)]
     message = pb.Message(role=role, parts=[*parts, pb.Part(text=text)])
     return pb.GenerateRequest(**({"messages": [message]} | fields))
+
+
+async def first_to_log(logs: list[Log]) -> None:
+    """Waits until one of the logs has something."""
+    waits = [asyncio.ensure_future(each.reaches(1)) for each in logs]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    await asyncio.gather(*waits, return_exceptions=True)
+
+
+async def rest(call: Any) -> list[pb.GenerateResponse]:
+    """What is still to come of a call that was read from."""
+    events = []
+    while (event := await call.read()) is not grpc.aio.EOF:
+        events.append(event)
+    return events
 
 
 def kinds(events: list[pb.GenerateResponse]) -> list[str]:

@@ -17,6 +17,7 @@ from tests.unit.router.fakes import (
     FakePrefill,
     bench,
     compression,
+    first_to_log,
     first_token,
     forever,
     hang,
@@ -198,13 +199,14 @@ def test_a_restarted_decode_worker_is_recognised_by_its_epoch() -> None:
 
 def test_a_restart_seen_by_the_poll_breaks_what_was_attached() -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(max_failovers=0) as b:
             b.decode[0].script = hang
             asked = asyncio.create_task(error_of(b))
             await b.decode[0].attached.reaches(1)
             b.decode[0].info.epoch = "another life"
             error = await asked
             assert (error.code, error.reason) == ("UNAVAILABLE", "DECODE_WORKER_LOST")
+            assert (error.stage, error.worker) == ("decode", "decode-0")
             assert b.worker("decode-0").load == 0
 
     run(main)
@@ -255,7 +257,8 @@ def test_a_prefill_worker_that_is_killed_before_the_first_token_is_replaced() ->
             for worker in prefill:
                 worker.script = lambda _: [forever()]
             asked = asyncio.create_task(b.answer())
-            victim = (await first_to_log(prefill))[0]
+            await first_to_log([worker.requests for worker in prefill])
+            (victim,) = (worker for worker in prefill if worker.requests)
             other = next(worker for worker in prefill if worker is not victim)
             other.script = lambda _: [first_token(), compression(), transfer()]
             await victim.stop()
@@ -274,7 +277,8 @@ def test_a_lost_prefill_worker_that_is_back_meanwhile_does_not_get_the_request_a
                 worker.script = lambda _: [errors.UnavailableError("going down")]
             b.decode[0].admit = lambda request: full(request) if request.attempt > 1 else None
             asked = asyncio.create_task(b.answer())
-            lost = (await first_to_log(prefill))[0]
+            await first_to_log([worker.requests for worker in prefill])
+            (lost,) = (worker for worker in prefill if worker.requests)
             for worker in prefill:
                 worker.script = lambda _: [first_token(), compression(), transfer()]
             # the second try waits for memory until the lost worker looks fine again, and better than the other one
@@ -290,17 +294,20 @@ def test_a_lost_prefill_worker_that_is_back_meanwhile_does_not_get_the_request_a
     run(main)
 
 
-def test_two_lost_prefill_workers_are_enough() -> None:
+@pytest.mark.parametrize("max_failovers", [0, 1, 2])
+def test_only_so_many_lost_workers_are_replaced(max_failovers: int) -> None:
     async def main() -> None:
-        prefill = [FakePrefill(f"prefill-{number}") for number in range(3)]
+        prefill = [FakePrefill(f"prefill-{number}") for number in range(4)]
         for worker in prefill:
             worker.script = lambda _: [errors.UnavailableError("going down", reason="DRAINING")]
-        async with bench(prefill) as b:
+        async with bench(prefill, max_failovers=max_failovers) as b:
             error = await error_of(b)
             assert (error.code, error.reason) == ("UNAVAILABLE", "DRAINING")
-            assert sum(len(worker.requests) for worker in prefill) == 2
+            assert error.stage == "prefill"
+            assert sum(len(worker.requests) for worker in prefill) == max_failovers + 1
+            assert {len(worker.requests) for worker in prefill} <= {0, 1}
             await b.idle()
-            assert len(b.decode[0].releases) == 2
+            assert len(b.decode[0].releases) == max_failovers + 1
 
     run(main)
 
@@ -340,7 +347,7 @@ def test_a_worker_that_cancels_does_not_make_the_client_cancelled() -> None:
 
 def test_prefill_that_fails_after_the_first_token_ends_the_request_on_decode_too() -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(max_failovers=0) as b:
             b.decode[0].script = hang
             b.prefill[0].script = lambda _: [first_token(), compression(), errors.DataLossError("digest mismatch")]
             error = await error_of(b)
@@ -391,7 +398,7 @@ def test_prefill_that_ends_without_a_token_is_a_bug_of_the_worker() -> None:
 
 def test_a_sequence_error_reaches_its_request_only() -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(max_failovers=0) as b:
 
             async def script(stream, handle, token) -> None:
                 if handle == 1:
@@ -413,7 +420,7 @@ def test_a_sequence_error_reaches_its_request_only() -> None:
 @pytest.mark.parametrize("how", ["ends", "breaks"])
 def test_a_broken_token_stream_ends_every_request_on_it_and_is_reopened(how: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(max_failovers=0) as b:
             b.decode[0].script = hang
             asked = [asyncio.create_task(error_of(b)) for _ in range(3)]
             await b.decode[0].attached.reaches(3)
@@ -443,13 +450,3 @@ def test_a_duplicate_id_is_refused_and_leaves_the_first_alone() -> None:
             assert kinds(await first)[-1] == "finished"
 
     run(main)
-
-
-async def first_to_log(workers: list[FakePrefill]) -> list[FakePrefill]:
-    """The workers that have a request, once there is one."""
-    waits = [asyncio.ensure_future(worker.requests.reaches(1)) for worker in workers]
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
-    await asyncio.gather(*waits, return_exceptions=True)
-    return [worker for worker in workers if worker.requests]

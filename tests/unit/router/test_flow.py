@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import grpc
 from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import decode_pb2
 
@@ -16,6 +15,7 @@ from tests.unit.router.fakes import (
     first_token,
     kinds,
     next_token,
+    rest,
     run,
     say,
     text_of,
@@ -108,9 +108,9 @@ def test_transfer_is_delivered_before_finished_even_when_decode_is_faster() -> N
             seen = [await call.read() for _ in range(5)]
             assert kinds(seen) == ["started", "delta", "compression", "delta", "delta"]
             late.set()
-            rest = [event async for event in _rest(call)]
-            assert kinds(rest) == ["transfer", "finished"]
-            assert rest[0].transfer.sent_bytes == SENT_BYTES
+            last = await rest(call)
+            assert kinds(last) == ["transfer", "finished"]
+            assert last[0].transfer.sent_bytes == SENT_BYTES
 
     run(main)
 
@@ -253,8 +253,3 @@ def test_models_and_server_info() -> None:
             assert info.totals == pb.Totals(requests=1, kv_full_bytes=1000, kv_kept_bytes=100, kv_sent_bytes=SENT_BYTES)
 
     run(main)
-
-
-async def _rest(call):
-    while (event := await call.read()) is not grpc.aio.EOF:
-        yield event
