@@ -105,8 +105,7 @@ class PrefillCompute:
             self._metrics.observe_stage(stage, seconds)
         full_bytes = self._identity.layout.full_bytes(prompt.shape.num_tokens)
         self._metrics.prefill_peak.observe(prefilled.peak_kv_bytes / full_bytes)
-        self._metrics.vision_cache_hits.inc(prefilled.known_images)
-        self._metrics.vision_cache_misses.inc(len(prompt.pixels) - prefilled.known_images)
+        self._count_known(prompt, prefilled)
         return prefilled
 
     def compress(
@@ -165,6 +164,14 @@ class PrefillCompute:
         self._metrics.observe_stage("select", time.monotonic() - started)
         emit(Compressed(message=self._report(draft, prompt, choice.outcome)))
         return partial(_complete, draft, written)
+
+    def _count_known(self, prompt: Prompt, prefilled: Prefilled) -> None:
+        self._metrics.vision_cache_hits.inc(prefilled.known_images)
+        self._metrics.vision_cache_misses.inc(len(prompt.pixels) - prefilled.known_images)
+        if prefilled.known_tokens:
+            self._metrics.prefix_cache_hits.inc()
+        elif prompt.pixels:
+            self._metrics.prefix_cache_misses.inc()
 
     def _sparse(self, jobs: Sequence[PrefillJob], prompt: Prompt) -> SparsePrefill | None:
         if not any(job.policy.needs_own_pass and not _keeps_all(job, prompt) for job in jobs):

@@ -9,7 +9,17 @@ from pathlib import Path
 from shared.config import WorkerConfig
 from shared.rpc.options import MIB
 
-PREPROCESS = ("preprocess_processes", "preprocess_memory_mib", "preprocess_queue_mib")
+AT_LEAST_ONE = (
+    "arena_mib",
+    "max_images",
+    "max_new_tokens",
+    "max_waiting",
+    "preprocess_processes",
+    "preprocess_memory_mib",
+    "preprocess_queue_mib",
+)
+NOT_NEGATIVE = ("vision_cache_mib", "prefix_cache_mib", "retained_mib")
+POSITIVE = ("preprocess_timeout_s", "parcel_lease_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +55,9 @@ class PrefillConfig(WorkerConfig):
     """Requests admitted and not yet computing; more are refused."""
     vision_cache_mib: int = 256
     """What the vision tower made of images that may come again, MiB of the device at most; 0 keeps none."""
+    prefix_cache_mib: int = 0
+    """Full KV of prompts up to their last image, for more questions about the same images: MiB of the device at most;
+    0 keeps none. An image takes as much as its tokens' KV before compression."""
     preprocess_processes: int = 2
     """Processes that decode images and tokenise."""
     preprocess_timeout_s: float = 20.0
@@ -60,17 +73,15 @@ class PrefillConfig(WorkerConfig):
             raise ValueError(f"default_retention must lie in (0, 1], not {self.default_retention}")
         if not 0 <= self.max_dropped_attention <= 1:
             raise ValueError(f"max_dropped_attention must lie in [0, 1], not {self.max_dropped_attention}")
-        for name in ("arena_mib", "max_images", "max_new_tokens", "max_waiting", *PREPROCESS):
+        for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.vision_cache_mib < 0:
-            raise ValueError(f"vision_cache_mib must not be negative, not {self.vision_cache_mib}")
-        if not self.preprocess_timeout_s > 0:
-            raise ValueError(f"preprocess_timeout_s must be positive, not {self.preprocess_timeout_s}")
-        if self.retained_mib is not None and self.retained_mib < 0:
-            raise ValueError(f"retained_mib must not be negative, not {self.retained_mib}")
-        if not self.parcel_lease_s > 0:
-            raise ValueError(f"parcel_lease_s must be positive, not {self.parcel_lease_s}")
+        for name in NOT_NEGATIVE:
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if not 1 <= self.default_max_new_tokens <= self.max_new_tokens:
             raise ValueError("default_max_new_tokens must lie between 1 and max_new_tokens")
 

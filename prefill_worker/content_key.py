@@ -1,10 +1,10 @@
-"""Names of images by what they show, as far as one tenant and one run of the worker go."""
+"""Names of contents, as far as one tenant and one run of the worker go."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -12,17 +12,32 @@ KEY_BYTES = 32
 
 
 class ContentKeys:
-    """Keyed hashes: nobody can make another image of the same key, nor meet those of another tenant."""
+    """Keyed hashes: nobody can make another content of the same key, nor meet those of another tenant."""
 
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(hashlib.blake2b.MAX_KEY_SIZE)
 
-    def of(self, tenant: str, image: Mapping[str, torch.Tensor]) -> bytes:
+    def of_image(self, tenant: str, image: Mapping[str, torch.Tensor]) -> bytes:
         """The key of one image as the image processor made it, on the CPU."""
-        salt = hashlib.blake2b(tenant.encode(), key=self._secret).digest()
-        content = hashlib.blake2b(key=salt, digest_size=KEY_BYTES)
+        content = self._begin(tenant, b"image")
         for name in sorted(image):
-            tensor = image[name].contiguous()
-            content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            content.update(tensor.view(torch.uint8).numpy().data)
+            content.update(f"{name} {image[name].dtype} {tuple(image[name].shape)}".encode())
+            content.update(_bytes_of(image[name]))
         return content.digest()
+
+    def of_prefix(self, tenant: str, tokens: torch.Tensor, images: Iterable[bytes]) -> bytes:
+        """The key of a prompt's beginning: its tokens, on the CPU, and the keys of the images that some stand for."""
+        content = self._begin(tenant, b"prefix")
+        content.update(f"{tokens.dtype} {tuple(tokens.shape)}".encode())
+        content.update(_bytes_of(tokens))
+        for image in images:
+            content.update(image)
+        return content.digest()
+
+    def _begin(self, tenant: str, kind: bytes) -> hashlib.blake2b:
+        salt = hashlib.blake2b(tenant.encode(), key=self._secret).digest()
+        return hashlib.blake2b(key=salt, digest_size=KEY_BYTES, person=kind)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(torch.uint8).numpy().data

@@ -17,13 +17,15 @@ from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rotation import Rotation
 from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.compression.statistics import ObservedLayer, Statistic
+from prefill_worker.content_cache import ContentCache
+from prefill_worker.content_key import ContentKeys
 from prefill_worker.look_ahead import Draw, LookAhead
 from prefill_worker.observer import CascadeObserver, PrefillObserver
+from prefill_worker.prefix import Prefix, prefix_tokens, suffices
 from prefill_worker.prompt import Prompt
 from prefill_worker.prompt_cache import PromptCache
 from prefill_worker.sparse_pass import SparseObserver, with_own_layers
 from prefill_worker.vision import VisionEncoder
-from prefill_worker.vision_cache import VisionCache
 from shared.errors import RequestCancelledError
 
 
@@ -46,6 +48,7 @@ class Prefilled:
         held: Per layer which tokens the rows of `keys` are, [num_kv_heads, num_tokens] bool; empty without a cascade.
         scored: The layers as the policy of the cascade saw and scored them; empty without one.
         known_images: Images of the prompt that an earlier one has shown, so that the vision tower was spared.
+        known_tokens: Tokens of the prompt that an earlier one began with, so that the whole model was spared.
     """
 
     logits: torch.Tensor
@@ -60,6 +63,7 @@ class Prefilled:
     held: Sequence[torch.Tensor] = ()
     scored: Sequence[ObservedLayer] = ()
     known_images: int = 0
+    known_tokens: int = 0
 
     def observed(self, prompt: PromptShape) -> list[ObservedLayer]:
         """The layers as a policy sees them: the prompt's tokens alone."""
@@ -84,10 +88,16 @@ class PrefillEngine:
 
     Args:
         vision_cache_bytes: Features of images that may be kept for later prompts, on the model's device.
+        prefix_cache_bytes: KV of prompts up to their last image that may be kept there, too.
+
+    Attributes:
+        prefixes: The latter.
     """
 
-    def __init__(self, model: PreTrainedModel, *, vision_cache_bytes: int = 0) -> None:
+    def __init__(self, model: PreTrainedModel, *, vision_cache_bytes: int = 0, prefix_cache_bytes: int = 0) -> None:
         self._model = model
+        self._content = ContentKeys()
+        self.prefixes: ContentCache[Prefix] = ContentCache(prefix_cache_bytes)
         self._vision = VisionEncoder(model, vision_cache_bytes)
         # tells the rotary embedding in which precision and where to answer
         self._fp32 = torch.empty(0, device=model.device)
@@ -98,8 +108,8 @@ class PrefillEngine:
         return self._model.device
 
     @property
-    def vision_cache(self) -> VisionCache:
-        """What is kept of images."""
+    def features(self) -> ContentCache[torch.Tensor]:
+        """Features of images that are kept."""
         return self._vision.cache
 
     @torch.inference_mode()
@@ -128,8 +138,13 @@ class PrefillEngine:
             raise RequestCancelledError("cancelled before it began")
         started = time.monotonic()
         model, rotation = self._model, self._rotation(prompt)
+        image_keys = self._image_keys(prompt)
+        name = self._prefix_key(prompt, image_keys) if sparse is None else None
+        known = self.prefixes.get(name) if name is not None else None
+        prefix = known if suffices(statistics, prompt.shape) else None
+        keeps = prefix_tokens(prompt.shape) if name is not None and known is None else 0
         # sliding layers, too, keep every token until the selection
-        cache = PromptCache(cascade)
+        cache = PromptCache(cascade, prefix, kept_tokens=keeps)
         observer = PrefillObserver(prompt.shape, statistics, cancelled, rotation)
         if cascade is not None:
             assert sparse is None, "a layer of a sparse pass has not all tokens"
@@ -137,15 +152,18 @@ class PrefillEngine:
         if sparse is not None:
             model = self._sparse_model
             observer = SparseObserver(prompt.shape, statistics, cancelled, rotation, sparse)
-        embeddings, known_images = self._vision.embed(prompt, cancelled)
+        first = cache.get_seq_length()
+        embeddings, known_images = self._embed(prompt, first, image_keys, cancelled)
         output = model(
             inputs_embeds=embeddings,
-            position_ids=prompt.position_ids.to(self.device),
+            position_ids=prompt.position_ids[:, first:].to(self.device),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
             vlc=observer,
         )
+        if name is not None and keeps:
+            self.prefixes.put(name, cache.begins)
         return Prefilled(
             logits=output.logits[0, -1].float(),
             keys=cache.keys,
@@ -157,6 +175,7 @@ class PrefillEngine:
             held=cache.held,
             scored=cascade.layers if cascade else (),
             known_images=known_images,
+            known_tokens=first,
         )
 
     def look_ahead(self, prefilled: Prefilled, token: int, position: int, steps: int, draw: Draw) -> Prefilled:
@@ -174,6 +193,27 @@ class PrefillEngine:
         ahead = LookAhead(self._model, prefilled.keys, prefilled.values, steps)
         ahead.run(token, position, steps, draw)
         return replace(prefilled, keys=ahead.keys(), values=ahead.values(), ahead=ahead.attention, peaks=ahead.peaks)
+
+    def _image_keys(self, prompt: Prompt) -> list[bytes]:
+        """Names of the prompt's images; none where nothing is kept."""
+        if not (self.features.on or self.prefixes.on):
+            return []
+        return [self._content.of_image(prompt.tenant, image) for image in prompt.images]
+
+    def _prefix_key(self, prompt: Prompt, image_keys: Sequence[bytes]) -> bytes | None:
+        """The name of the prompt's beginning; None where it is not worth keeping, or nothing is kept."""
+        tokens = prefix_tokens(prompt.shape)
+        if not (self.prefixes.on and tokens and image_keys):
+            return None
+        return self._content.of_prefix(prompt.tenant, prompt.inputs["input_ids"][0, :tokens], image_keys)
+
+    def _embed(
+        self, prompt: Prompt, first: int, image_keys: Sequence[bytes], cancelled: threading.Event
+    ) -> tuple[torch.Tensor, int]:
+        """The embeddings of the tokens from `first` on, and how many images the vision tower was spared."""
+        if first:
+            return self._vision.embed_text(prompt.inputs["input_ids"][:, first:]), len(image_keys)
+        return self._vision.embed(prompt, image_keys, cancelled)
 
     @cached_property
     def _sparse_model(self) -> PreTrainedModel:

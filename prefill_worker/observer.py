@@ -75,6 +75,10 @@ class PrefillObserver:
             self.first_layer_at = time.monotonic()
 
     def _layer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> LayerAttention:
+        missing = key.shape[1] - query.shape[1]
+        if missing:
+            # those of a known prefix never passed: whoever looked at them would get no number at all
+            query = torch.nn.functional.pad(query, (0, 0, missing, 0), value=torch.nan)
         return LayerAttention(
             prompt=self._prompt, query=query, key=key, value=value, scaling=scaling, rotation=self._rotation
         )

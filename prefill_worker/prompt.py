@@ -15,6 +15,9 @@ from prefill_worker.preprocess.processed import ProcessedPrompt
 from prefill_worker.preprocess.processing import PromptLimits, PromptProcessor
 from shared.model.spec import VLMSpec
 
+ProcessedImage = dict[str, torch.Tensor]
+"""What the image processor made of one image; every first dimension is 1."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -56,6 +59,15 @@ class Prompt:
             grids=processed.grids,
             tenant=tenant,
         )
+
+    @property
+    def images(self) -> list[ProcessedImage]:
+        """Image by image what `inputs` has of them together."""
+        if "pixel_values" not in self.inputs:
+            return []
+        made = {name: tensor for name, tensor in self.inputs.items() if name != "input_ids"}
+        count = len(made["pixel_values"])
+        return [{name: tensor[at : at + 1] for name, tensor in made.items()} for at in range(count)]
 
 
 class PromptBuilder:

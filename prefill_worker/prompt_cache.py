@@ -8,6 +8,7 @@ import torch
 
 from prefill_worker.compression.cascade import Cascade
 from prefill_worker.compression.statistics import ObservedLayer
+from prefill_worker.prefix import Prefix
 
 # A layer is cut down again where at most this share of what it holds stays: fewer cuts for a little more memory.
 WORTHWHILE = 0.9
@@ -18,22 +19,28 @@ class PromptCache:
 
     Args:
         cascade: Says which tokens of the layers that have attended may go; None keeps all of them.
+        prefix: What the prompt begins with and need not pass; it stays as it is.
+        kept_tokens: So many of the first tokens are copied for later prompts.
 
     Attributes:
         keys: Per layer [num_kv_heads, num_tokens, head_dim]; after a cascade [rows, head_dim], head after head.
         values: As `keys`.
         held: After a cascade, per layer which tokens the rows are, [num_kv_heads, num_tokens] bool; else empty.
         peak_bytes: Most KV that was there at once.
+        begins: The copy of the first tokens; without layers where none are kept.
     """
 
-    def __init__(self, cascade: Cascade | None = None) -> None:
+    def __init__(self, cascade: Cascade | None = None, prefix: Prefix | None = None, *, kept_tokens: int = 0) -> None:
         self._cascade = cascade
+        self._prefix = prefix
+        self._kept_tokens = kept_tokens
         self._bounds: list[int] = []
         self._held_bytes = 0
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.held: list[torch.Tensor] = []
         self.peak_bytes = 0
+        self.begins = Prefix(keys=[], values=[])
 
     def passed(self, layer: ObservedLayer) -> None:
         """The last layer has attended: it and those before lose what cannot be kept any more."""
@@ -67,17 +74,24 @@ class PromptCache:
         self._held_bytes += rows.nbytes
         self.peak_bytes = max(self.peak_bytes, self._held_bytes)
 
-    # What transformers asks of a cache. Nothing comes before a prompt.
+    # What transformers asks of a cache.
 
     is_compileable = False
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the KV of a layer, [1, num_kv_heads, num_tokens, head_dim], and returns it."""
+        """Stores the KV of a layer's tokens that pass, [1, num_kv_heads, num_tokens, head_dim]; returns all of it."""
         assert layer_idx == len(self.keys), "layers pass in their order"
-        # a view would keep what it was cut from
-        key, value = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (key, value))
+        if self._prefix is None:
+            # a view would keep what it was cut from
+            key, value = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (key, value))
+        else:
+            key = torch.cat((self._prefix.keys[layer_idx][None], key), dim=2)
+            value = torch.cat((self._prefix.values[layer_idx][None], value), dim=2)
+        if self._kept_tokens:
+            self.begins.keys.append(key[0, :, : self._kept_tokens].clone())
+            self.begins.values.append(value[0, :, : self._kept_tokens].clone())
         for tensors, tensor in ((self.keys, key), (self.values, value)):
             tensors.append(tensor[0])
             self._add(tensor)
@@ -85,12 +99,12 @@ class PromptCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before those that pass."""
-        return 0
+        return self._prefix.num_tokens if self._prefix else 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """As `get_seq_length`."""
-        return 0
+        return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Keys, and the first of them."""
-        return query_length, 0
+        return self.get_seq_length(layer_idx) + query_length, 0

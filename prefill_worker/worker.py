@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from transformers import PreTrainedModel
 from vlcache.worker.v1 import prefill_pb2_grpc, worker_pb2
 
 from prefill_worker.compression.registry import CHOICES, DEFAULT_POLICY
@@ -65,10 +66,17 @@ def load_model(config: PrefillConfig) -> LoadedModel:
     model = load_prefill_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device)
     return LoadedModel(
         path=checkpoint.path,
-        engine=PrefillEngine(model, vision_cache_bytes=config.vision_cache_mib * MIB),
+        engine=build_engine(model, config),
         processor=load_processor(checkpoint.path),
         spec=checkpoint.spec,
         identity=checkpoint.identity,
+    )
+
+
+def build_engine(model: PreTrainedModel, config: PrefillConfig) -> PrefillEngine:
+    """The engine over a model, with the caches that were asked for."""
+    return PrefillEngine(
+        model, vision_cache_bytes=config.vision_cache_mib * MIB, prefix_cache_bytes=config.prefix_cache_mib * MIB
     )
 
 
@@ -135,8 +143,9 @@ class PrefillWorker:
         self.metrics.watch_resident("retained", lambda: retained.used_bytes)
         self.metrics.requests_running.set_function(lambda: scheduler.running)
         self.metrics.requests_waiting.set_function(lambda: scheduler.waiting)
-        self._vision_cache = model.engine.vision_cache
-        self.metrics.vision_cache_bytes.set_function(lambda: self._vision_cache.used_bytes)
+        self._features, self._prefixes = model.engine.features, model.engine.prefixes
+        self.metrics.vision_cache_bytes.set_function(lambda: self._features.used_bytes)
+        self.metrics.prefix_cache_bytes.set_function(lambda: self._prefixes.used_bytes)
         self._preprocess.wait_ready()
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -163,7 +172,8 @@ class PrefillWorker:
         await self._arena_server.stop()
         self.runner.check_integrity()
         self._preprocess.check_integrity()
-        self._vision_cache.check_integrity()
+        self._features.check_integrity()
+        self._prefixes.check_integrity()
         self._arena.close()
 
     async def _expire_leases(self) -> None:

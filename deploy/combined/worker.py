@@ -7,13 +7,11 @@ from dataclasses import dataclass
 import decode_worker.worker as decode
 import prefill_worker.worker as prefill
 from deploy.combined.config import CombinedConfig
-from prefill_worker.engine import PrefillEngine
 from shared.model.checkpoint import open_checkpoint
 from shared.model.loading import load_prefill_model, load_tokenizer
 from shared.model.packing import pack_linears
 from shared.model.processor import load_processor
 from shared.rpc.lifecycle import new_epoch
-from shared.rpc.options import MIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +39,7 @@ def load_model(config: CombinedConfig) -> LoadedModel:
     return LoadedModel(
         prefill=prefill.LoadedModel(
             path=checkpoint.path,
-            engine=PrefillEngine(model, vision_cache_bytes=config.vision_cache_mib * MIB),
+            engine=prefill.build_engine(model, config),
             processor=load_processor(checkpoint.path),
             spec=checkpoint.spec,
             identity=checkpoint.identity,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from prefill_worker.compression.attention import LayerAttention
+from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.selection import best_tokens
 from prefill_worker.compression.statistics import Statistic
 from prefill_worker.engine import Prefilled
@@ -33,6 +34,10 @@ class QuerySquares(Statistic[torch.Tensor]):
         """See the class. The last queries of the layer, in a sparse pass, too, where others may have left."""
         squares = layer.query[:, -self.window :].float().square().mean(dim=1)
         return squares.unflatten(0, (len(layer.key), layer.group)).mean(dim=1)
+
+    def first_row(self, prompt: PromptShape) -> int:
+        """The last queries are there as long as there is so much text."""
+        return max(0, prompt.num_tokens - self.window)
 
 
 QUERIES = QuerySquares(LAST_QUERIES)

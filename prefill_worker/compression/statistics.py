@@ -28,6 +28,10 @@ class Statistic(ABC, Generic[T_co]):
     def measure(self, layer: LayerAttention) -> T_co:
         """Called once per layer in the model thread, right before the layer attends."""
 
+    def first_row(self, prompt: PromptShape) -> int:
+        """The first query that it looks at: those before may be missing, as keys and values never are."""
+        return 0
+
 
 @dataclass(frozen=True)
 class ColumnSums(Statistic[torch.Tensor]):
@@ -38,6 +42,10 @@ class ColumnSums(Statistic[torch.Tensor]):
     def measure(self, layer: LayerAttention) -> torch.Tensor:
         """See the class."""
         return layer.column_sums(self.rows)
+
+    def first_row(self, prompt: PromptShape) -> int:
+        """Of the rows."""
+        return min(self.rows, default=prompt.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,10 @@ class Sweep(Statistic[PostVisionStatistics]):
     def measure(self, layer: LayerAttention) -> PostVisionStatistics:
         """See the class."""
         return layer.sweep(self.rows, self.threshold)
+
+    def first_row(self, prompt: PromptShape) -> int:
+        """Of the rows."""
+        return self.rows.start
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,10 +156,13 @@ class PrefillMetrics(WorkerMetrics):
         self.resends = c("kv_resend_total", "Parcels sent once more", "reason")
         self.lease_expired = c("lease_expired_total", "Leases that ended unrenewed", "side")
         self.image_pixels = h("image_pixels", "Pixels of an image as sent", PIXEL_BUCKETS)
-        self.preprocess_replaced = c("preprocess_replaced_total", "Preprocessing processes that were replaced", "reason")
+        self.preprocess_replaced = c("preprocess_replaced_total", "Replaced preprocessing processes", "reason")
         self.vision_cache_hits = c("vision_cache_hits_total", "Images that the vision tower was spared")
         self.vision_cache_misses = c("vision_cache_misses_total", "Images that the vision tower encoded")
         self.vision_cache_bytes = self._gauge("vision_cache_bytes", "Kept features of images")
+        self.prefix_cache_hits = c("prefix_cache_hits_total", "Prompts of which only the text after the images passed")
+        self.prefix_cache_misses = c("prefix_cache_misses_total", "Prompts with images that passed whole")
+        self.prefix_cache_bytes = self._gauge("prefix_cache_bytes", "Kept KV of prompts up to their last image")
 
 
 class DecodeMetrics(WorkerMetrics):

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefill_worker.content_cache import ContentCache
 from prefill_worker.content_key import ContentKeys
 from prefill_worker.engine import Prefilled, PrefillEngine
 from prefill_worker.prompt import Prompt, PromptBuilder
-from prefill_worker.vision_cache import VisionCache
 from shared.errors import RequestCancelledError
 from shared.model.loading import load_prefill_model
 from tests.unit.decode_worker.tiny import VISUAL_TOKENS
@@ -48,7 +48,7 @@ def asked(builder: PromptBuilder, *images: int, tenant: str = "", question: str 
 
 def run(engine: PrefillEngine, prompt: Prompt) -> Prefilled:
     done = engine.prefill(prompt, (), threading.Event())
-    engine.vision_cache.check_integrity()
+    engine.features.check_integrity()
     return done
 
 
@@ -66,8 +66,8 @@ def test_a_known_image_gives_the_same_pass_bit_for_bit(
     assert same(plain, again)
     assert [plain.known_images, first.known_images, again.known_images] == [0, 0, 1]
     assert len(towers) == 2
-    assert keeps.vision_cache.used_bytes == FEATURE_BYTES
-    assert engine.vision_cache.used_bytes == 0
+    assert keeps.features.used_bytes == FEATURE_BYTES
+    assert engine.features.used_bytes == 0
 
 
 def test_another_question_about_a_known_image_is_another_pass(
@@ -106,7 +106,7 @@ def test_tenants_share_nothing(engine: PrefillEngine, builder: PromptBuilder, to
     for tenant in ("", "a", "b", "a", "aa"):
         run(keeps, asked(builder, 1, tenant=tenant))
     assert len(towers) == 4
-    assert keeps.vision_cache.used_bytes == 4 * FEATURE_BYTES
+    assert keeps.features.used_bytes == 4 * FEATURE_BYTES
 
 
 def test_the_longest_unused_image_leaves_first(
@@ -116,7 +116,7 @@ def test_the_longest_unused_image_leaves_first(
     known = [run(keeps, asked(builder, image)).known_images for image in (1, 2, 1, 3, 1, 2, 3)]
     #                                                                      2 leaves, then 3
     assert known == [0, 0, 1, 0, 1, 0, 0]
-    assert keeps.vision_cache.used_bytes == 2 * FEATURE_BYTES
+    assert keeps.features.used_bytes == 2 * FEATURE_BYTES
 
 
 def test_what_does_not_fit_is_not_kept(
@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_not_kept(
 ) -> None:
     keeps = caching(engine, images=0.9)
     assert [run(keeps, asked(builder, 1)).known_images for _ in range(2)] == [0, 0]
-    assert keeps.vision_cache.used_bytes == 0
+    assert keeps.features.used_bytes == 0
 
 
 def test_a_cancelled_prompt_encodes_no_further_image(
@@ -142,7 +142,7 @@ def test_a_cancelled_prompt_encodes_no_further_image(
     with pytest.raises(RequestCancelledError, match="before an image"):
         keeps.prefill(asked(builder, 1, 2), (), cancelled)
     assert len(seen) == 1
-    keeps.vision_cache.check_integrity()
+    keeps.features.check_integrity()
 
 
 def test_features_and_places_must_agree(engine: PrefillEngine, builder: PromptBuilder) -> None:
@@ -157,26 +157,26 @@ def test_half_precision_features_are_kept_as_they_are(checkpoint: Path, builder:
     model = load_prefill_model(checkpoint, dtype=torch.bfloat16, device=torch.device("cpu"))
     keeps, prompt = PrefillEngine(model, vision_cache_bytes=1 << 20), asked(builder, 1)
     assert same(run(keeps, prompt), run(keeps, prompt))
-    assert keeps.vision_cache.used_bytes == FEATURE_BYTES // 2
+    assert keeps.features.used_bytes == FEATURE_BYTES // 2
 
 
 def test_a_key_covers_tenant_run_values_shape_and_kind() -> None:
     keys = ContentKeys()
     image = torch.arange(24, dtype=torch.float32).view(1, 2, 3, 4)
-    base = keys.of("t", {"pixel_values": image})
-    assert base == keys.of("t", {"pixel_values": image.clone()})
-    assert base == keys.of("t", {"pixel_values": image.mT.contiguous().mT}), "however it lies in memory"
+    base = keys.of_image("t", {"pixel_values": image})
+    assert base == keys.of_image("t", {"pixel_values": image.clone()})
+    assert base == keys.of_image("t", {"pixel_values": image.mT.contiguous().mT}), "however it lies in memory"
     changed = image.clone()
     changed[0, 1, 2, 3] += 1e-6 * 23
     others = [
-        keys.of("u", {"pixel_values": image}),
-        keys.of("", {"pixel_values": image}),
-        ContentKeys().of("t", {"pixel_values": image}),
-        keys.of("t", {"pixel_values": changed}),
-        keys.of("t", {"pixel_values": image.view(1, 2, 4, 3)}),
-        keys.of("t", {"pixel_values": image.view(torch.int32)}),
-        keys.of("t", {"pixel_values": image, "image_sizes": torch.tensor([[3, 4]])}),
-        keys.of("t", {"other": image}),
+        keys.of_image("u", {"pixel_values": image}),
+        keys.of_image("", {"pixel_values": image}),
+        ContentKeys().of_image("t", {"pixel_values": image}),
+        keys.of_image("t", {"pixel_values": changed}),
+        keys.of_image("t", {"pixel_values": image.view(1, 2, 4, 3)}),
+        keys.of_image("t", {"pixel_values": image.view(torch.int32)}),
+        keys.of_image("t", {"pixel_values": image, "image_sizes": torch.tensor([[3, 4]])}),
+        keys.of_image("t", {"other": image}),
     ]
     assert len({base, *others}) == len(others) + 1
 
@@ -187,7 +187,7 @@ OPERATIONS = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 6)), max_size=
 @given(capacity=st.integers(0, 12), operations=OPERATIONS)
 def test_the_cache_is_a_bounded_least_recently_used_one(capacity: int, operations: list[tuple[int, int]]) -> None:
     """Against a naive one, in units of four bytes."""
-    cache, naive = VisionCache(4 * capacity), OrderedDict[int, torch.Tensor]()
+    cache, naive = ContentCache[torch.Tensor](4 * capacity), OrderedDict[int, torch.Tensor]()
     for name, size in operations:
         key, found = bytes([name]), cache.get(bytes([name]))
         if name in naive:
