@@ -14,11 +14,12 @@ from vlcache.worker.v1 import decode_pb2, prefill_pb2
 from router.accounting import Accounting
 from router.background import Background
 from router.deadline import Deadline
+from router.lanes import Rank
 from router.placement.base import Demand, Group, Pair, Placement
 from router.placement.cheapest import pairs_of
 from router.retention import Offer
 from router.validation import AcceptedRequest
-from router.waiting import RETRY_AFTER_S, Rooms
+from router.waiting import Rooms
 from router.worker import DECODE, PREFILL, RESERVE, Charge, Worker
 from router.worker_client import WorkerClient
 from router.workers import WorkerTable
@@ -26,6 +27,8 @@ from shared.errors import FailedPreconditionError, ResourceExhaustedError, Servi
 
 log = logging.getLogger(__name__)
 
+# Nobody knows when a worker comes; a client that asks again is told at once.
+RETRY_AFTER_S = 1.0
 # attempt numbers are 32 bits wide
 ATTEMPTS = 1 << 32
 
@@ -106,22 +109,26 @@ class Admission:
 
         Raises:
             UnavailableError: No ready pair is left.
-            ResourceExhaustedError: No memory within the queue timeout, or too many requests wait for it.
+            ResourceExhaustedError: No memory within the queue timeout, or too much waits for it.
             DeadlineExceededError: The client's deadline came first.
         """
         room = self._rooms[request.model.name]
         ask = _Ask(request, avoid, deadline, begun)
-        # whoever comes later must not overtake those who wait
-        if not room.ahead_of(begun=begun is not None) and (lease := await self._try(ask)):
+        # whoever comes later must not overtake those who go first
+        rank = Rank(tenant=request.tenant, priority=request.priority, begun=begun is not None)
+        if room.would_be_first(rank) and (lease := await self._try(ask)):
             return lease
-        with room.place(begun=begun is not None) as place, self._accounting.waiting():
+        with room.place(rank, request.num_bytes) as place, self._accounting.waiting():
             give_up_at_s = asyncio.get_running_loop().time() + deadline.at_most(self._queue_timeout_s)
             while await place.turn(give_up_at_s):
                 if lease := await self._try(ask):
+                    place.served = True
                     return lease
         if deadline.passed:
             raise deadline.error("queue")
-        raise ResourceExhaustedError("no decode memory became free in time", retry_after_s=RETRY_AFTER_S)
+        raise ResourceExhaustedError(
+            "no decode memory became free in time", retry_after_s=room.come_back_in_s(), stage="queue"
+        )
 
     async def reserve_now(
         self, request: AcceptedRequest, *, deadline: Deadline, avoid: Collection[Worker], begun: BegunAnswer

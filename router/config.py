@@ -45,6 +45,8 @@ class RouterConfig:
     """Seconds that a request waits for decode memory before it is refused."""
     max_waiting: int = 256
     """Requests per model that may wait for decode memory; further ones are refused at once."""
+    max_waiting_mib: int = 512
+    """MiB of requests, images included, that may wait per model; further ones are refused at once."""
     min_retention: float = 1.0
     """How far the retention of a request that names no floor of its own may be lowered while decode memory is short, in
     (0, 1]; 1 lowers none. Requests that keep everything are spared."""
@@ -60,7 +62,7 @@ class RouterConfig:
         for name in (*STAGE_TIMEOUTS, "poll_interval_s", "poll_timeout_s", "control_timeout_s", "queue_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
-        for name in ("max_failovers", "drain_s", "slow_start_s", "max_waiting"):
+        for name in ("max_failovers", "drain_s", "slow_start_s", "max_waiting", "max_waiting_mib"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 < self.min_retention <= 1:

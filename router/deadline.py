@@ -46,4 +46,4 @@ class Deadline:
     @staticmethod
     def error(stage: str) -> DeadlineExceededError:
         """What the client is told when the deadline passes in `stage`."""
-        return DeadlineExceededError(f"the deadline passed in stage {stage!r}")
+        return DeadlineExceededError(f"the deadline passed in stage {stage!r}", stage=stage)

@@ -21,11 +21,11 @@ from router.placement.catalogue import POLICIES
 from router.service import SERVICE_NAME, InferenceServicer
 from router.shadow import Shadow
 from router.silence import break_silence
-from router.waiting import Rooms
+from router.waiting import RoomLimits, Rooms
 from router.worker_client import WorkerClient
 from router.workers import WorkerTable
 from shared.registry.location import open_registry
-from shared.rpc.options import MAX_REQUEST_BYTES
+from shared.rpc.options import MAX_REQUEST_BYTES, MIB
 from shared.rpc.server import RpcServer
 from shared.telemetry.exporter import MetricsExporter, watch_event_loop
 from shared.telemetry.metrics import RouterMetrics
@@ -55,7 +55,7 @@ class Router:
             poll_interval_s=config.poll_interval_s,
             slow_start_s=config.slow_start_s,
         )
-        rooms = Rooms(config.max_waiting)
+        self._rooms = Rooms(RoomLimits(requests=config.max_waiting, num_bytes=config.max_waiting_mib * MIB))
         parcels = Parcels(self._background)
         limits = Limits(
             prefill_timeout_s=config.prefill_timeout_s,
@@ -66,7 +66,7 @@ class Router:
         self.shadow = Shadow(
             config.shadow_share,
             table=self.table,
-            rooms=rooms,
+            rooms=self._rooms,
             accounting=self.accounting,
             parcels=parcels,
             limits=limits,
@@ -76,7 +76,7 @@ class Router:
             POLICIES[config.placement](),
             background=self._background,
             accounting=self.accounting,
-            rooms=rooms,
+            rooms=self._rooms,
             queue_timeout_s=config.queue_timeout_s,
             make_room=self.shadow.give_way,
         )
@@ -144,6 +144,7 @@ class Router:
         """Asserts that idle means idle."""
         idle = not self.generations.busy and not self.shadow.busy
         self.generations.check_integrity()
+        self._rooms.check_integrity(idle=not self.generations.busy)
         self.table.check_integrity(idle=idle)
         # releases are on their way a moment longer than requests
         self._parcels.check_integrity(idle=idle and not len(self._background))

@@ -139,7 +139,9 @@ class Shadow:
     async def _repeat(self, answer: _Answer) -> float:
         """The agreement of an answer with that of the full cache."""
         generation = Generation(
-            validation.accept(_at_retention_one(answer.request.message), answer.request.model),
+            validation.accept(
+                _at_retention_one(answer.request.message), answer.request.model, tenant=answer.request.tenant
+            ),
             self._means,
             account=self._own_accounting.open(),
             deadline=Deadline.after(REPLAY_LIMIT_S),

@@ -14,10 +14,12 @@ from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import worker_pb2
 
 from router.retention import Offer, offers_of
+from router.tenants import DEFAULT_TENANT
 from shared.errors import InvalidRequestError
 from shared.request.params import Budget, Guard, Sampling, Wire
 from shared.rpc.options import MAX_REQUEST_BYTES
 
+MAX_PRIORITY = 100
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 ROLES = ("system", "user", "assistant")
 
@@ -28,7 +30,10 @@ class AcceptedRequest:
 
     message: pb.GenerateRequest
     model: worker_pb2.ServedModel
+    tenant: str
     prompt_tokens_bound: int
+    num_bytes: int
+    """Of the message, images included."""
     offers: tuple[Offer, ...]
     """Budgets that it puts up with, what it asked for first."""
 
@@ -44,10 +49,20 @@ class AcceptedRequest:
 
     @cached_property
     def image_key(self) -> int | None:
-        """Hash of the first image's content, with which everything that could be used again begins; None without."""
+        """Hash of tenant and first image, with which everything that could be used again begins; None without image."""
         parts = (part for entry in self.message.messages for part in entry.parts)
         image = next((part.image for part in parts if part.WhichOneof("part") == "image"), None)
-        return None if image is None else xxhash.xxh3_64_intdigest(image.data)
+        if image is None:
+            return None
+        # what is kept of an image is its tenant's alone
+        content = xxhash.xxh3_64(self.tenant.encode())
+        content.update(image.data)
+        return content.intdigest()
+
+    @property
+    def priority(self) -> int:
+        """Less is earlier."""
+        return self.message.priority
 
     @property
     def max_new_tokens(self) -> int:
@@ -68,18 +83,24 @@ def request_id_of(message: pb.GenerateRequest) -> str:
 
 
 def accept(
-    message: pb.GenerateRequest, model: worker_pb2.ServedModel, *, min_retention: float = 1.0
+    message: pb.GenerateRequest,
+    model: worker_pb2.ServedModel,
+    *,
+    min_retention: float = 1.0,
+    tenant: str = DEFAULT_TENANT,
 ) -> AcceptedRequest:
     """Checks `message` against `model` and fills in what the workers need to agree on. Changes `message`.
 
     Args:
         min_retention: How far the budget of a request that does not say it may be lowered.
+        tenant: Whose request it is.
 
     Raises:
         InvalidRequestError: A value is out of its range, or the request asks for nothing.
     """
     _require(message.ByteSize() <= MAX_REQUEST_BYTES, f"a request has at most {MAX_REQUEST_BYTES >> 20} MiB")
     _check_messages(message)
+    _check_priority(message.priority)
     _require(_num_images(message) <= model.max_images, f"the model takes at most {model.max_images} images")
     _fill_sampling(message, model)
     budget = _fill_compression(message, model)
@@ -94,7 +115,9 @@ def accept(
     return AcceptedRequest(
         message=message,
         model=model,
+        tenant=tenant,
         prompt_tokens_bound=text + visual,
+        num_bytes=message.ByteSize(),
         offers=offers_of(budget, _floor(message.compression, default), text, visual),
     )
 
@@ -108,6 +131,11 @@ def _check_messages(message: pb.GenerateRequest) -> None:
             _require(kind != "image" or bool(part.image.data), "an image has no data")
     texts = (part.text for entry in message.messages for part in entry.parts)
     _require(any(text.strip() for text in texts), "some message must have a text")
+
+
+def _check_priority(priority: int) -> None:
+    limit = MAX_PRIORITY
+    _require(-limit <= priority <= limit, f"priority must lie in [-{limit}, {limit}], not {priority}")
 
 
 def _fill_sampling(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> None:

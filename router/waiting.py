@@ -4,78 +4,125 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import defaultdict, deque
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+from router.lanes import Lanes, Rank
+from router.vacancies import Vacancies
 from shared.errors import ResourceExhaustedError
 
-RETRY_AFTER_S = 1.0
 FIRST_BACKOFF_S = 0.02
 LAST_BACKOFF_S = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoomLimits:
+    """How much may wait for one model."""
+
+    requests: int
+    num_bytes: int
+    """Of all messages that wait, images included."""
 
 
 class Rooms(defaultdict[str, "WaitingRoom"]):
     """The waiting rooms of all models; one is there as soon as somebody looks."""
 
-    def __init__(self, max_waiting: int) -> None:
-        super().__init__(lambda: WaitingRoom(max_waiting))
+    def __init__(self, limits: RoomLimits) -> None:
+        super().__init__(lambda: WaitingRoom(limits))
+
+    def check_integrity(self, *, idle: bool = False) -> None:
+        """Asserts the invariants of all; `idle` says that no request is in flight."""
+        for room in self.values():
+            room.check_integrity(idle=idle)
 
 
 class WaitingRoom:
-    """First come, first served: only the head asks for memory, when some was freed here or its backoff has passed.
+    """One at a time: only the head asks for memory, when some was freed here or its backoff has passed.
 
-    Answers that have begun and lost their worker stand before requests that have not. The backoff covers memory that
-    others free (other routers, expired leases).
+    Who is the head is a matter of `Lanes`. The backoff covers memory that others free (other routers, expired leases).
+    Invariant (`check_integrity`): what is counted is what is there.
     """
 
-    def __init__(self, max_waiting: int) -> None:
-        self._max_waiting = max_waiting
-        self._queue: deque[Place] = deque()
+    def __init__(self, limits: RoomLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits = limits
+        self._lanes: Lanes[Place] = Lanes(clock)
+        self._vacancies = Vacancies(clock)
+        self._num_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._queue)
+        return len(self._lanes)
 
-    def ahead_of(self, *, begun: bool) -> int:
-        """How many stand before whoever comes now."""
-        return sum(place.begun for place in self._queue) if begun else len(self._queue)
+    def would_be_first(self, rank: Rank) -> bool:
+        """Whether whoever comes now passes nobody by asking at once."""
+        return self._lanes.would_be_first(rank)
 
     @contextlib.contextmanager
-    def place(self, *, begun: bool = False) -> Iterator[Place]:
-        """Stands in line while open.
+    def place(self, rank: Rank, num_bytes: int) -> Iterator[Place]:
+        """Stands in line while open. An answer that has begun is never refused.
 
         Args:
-            begun: The answer has begun: it is never refused, and only others like it go first.
+            num_bytes: Of the request's message.
 
         Raises:
-            ResourceExhaustedError: The line is full.
+            ResourceExhaustedError: Too many requests or bytes wait already.
         """
-        if len(self._queue) >= self._max_waiting and not begun:
-            raise ResourceExhaustedError(
-                "too many requests wait for decode memory", reason="QUEUE_FULL", retry_after_s=RETRY_AFTER_S
-            )
-        place = Place(self, begun=begun)
-        self._queue.insert(self.ahead_of(begun=begun), place)
+        if not rank.begun:
+            self._check_limits(num_bytes)
+        if not self._lanes:
+            self._vacancies.opened()
+        place = Place(self)
+        self._lanes.add(rank, place)
+        self._num_bytes += num_bytes
         try:
             yield place
         finally:
-            self._queue.remove(place)
+            self._lanes.remove(rank, place, served=place.served)
+            self._num_bytes -= num_bytes
+            self._vacancies.vacated()
             self.memory_freed()
 
     def memory_freed(self) -> None:
         """Lets the head try at once."""
-        if self._queue:
-            self._queue[0].wake()
+        if (head := self._lanes.first) is not None:
+            head.wake()
 
     def is_head(self, place: Place) -> bool:
         """Whether it is the turn of `place`."""
-        return self._queue[0] is place
+        return self._lanes.first is place
+
+    def come_back_in_s(self) -> float:
+        """When whoever is sent away now may find a place, as far as the last departures tell."""
+        return self._vacancies.come_back_in_s()
+
+    def check_integrity(self, *, idle: bool = False) -> None:
+        """Asserts the invariant; `idle` says that nobody waits."""
+        self._lanes.check_integrity()
+        assert self._lanes or not self._num_bytes, "bytes of nobody are counted"
+        assert not (idle and self._lanes), "somebody waits for ever"
+
+    def _check_limits(self, num_bytes: int) -> None:
+        if len(self._lanes) >= self._limits.requests:
+            what = "requests"
+        elif self._num_bytes + num_bytes > self._limits.num_bytes:
+            what = "bytes of requests"
+        else:
+            return
+        raise ResourceExhaustedError(
+            f"too many {what} wait for decode memory",
+            reason="QUEUE_FULL",
+            retry_after_s=self.come_back_in_s(),
+            stage="queue",
+        )
 
 
 class Place:
     """One request's place in the line."""
 
-    def __init__(self, room: WaitingRoom, *, begun: bool) -> None:
-        self.begun = begun
+    def __init__(self, room: WaitingRoom) -> None:
+        self.served = False
+        """Whether it got what it waited for; who waits sets it, before he leaves."""
         self._room = room
         self._woken = asyncio.get_running_loop().create_future()
         self._backoff_s = FIRST_BACKOFF_S

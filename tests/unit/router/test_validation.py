@@ -37,6 +37,8 @@ INVALID = {
         "no data",
     ),
     "too many images": (ask(images=3), "at most 2 images"),
+    "priority below the range": (ask(priority=-101), "priority must lie"),
+    "priority above the range": (ask(priority=101), "priority must lie"),
     "too many new tokens": (ask(sampling=pb.SamplingParams(max_new_tokens=65)), "at most 64"),
     "no new tokens": (ask(sampling=pb.SamplingParams(max_new_tokens=0)), "max_new_tokens"),
     "negative temperature": (ask(sampling=pb.SamplingParams(temperature=-1)), "temperature"),
