@@ -147,6 +147,6 @@ def test_a_prompt_too_long_to_explain_takes_no_memory(monkeypatch: pytest.Monkey
         with pytest.raises(InvalidRequestError, match="explain"):
             await collect(pieces, dataclasses.replace(plain_job(), explain=True))
         assert not pieces.computing.reached.is_set()
-        assert len(await collect(pieces, plain_job("another"))) == 3
+        assert len(await collect(pieces, plain_job("another"))) == 4
 
     run(body)
