@@ -1,9 +1,9 @@
-"""A circuit breaker: a worker that keeps failing a call is left alone for a while, then tried with a single request."""
+"""Circuit breakers: a worker that keeps failing a call is left alone for a while, then tried with a single request."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from shared.errors import InternalError, ServiceError, UnavailableError
 
@@ -94,6 +94,55 @@ class Circuit:
         self._recent_failures += failed
         while self._recent[0][0] <= now_s - WINDOW_S:
             self._recent_failures -= self._recent.popleft()[1]
+
+
+class Circuits:
+    """Those of one worker, one per kind of call; what it is sent goes through all of them."""
+
+    def __init__(self, calls: Iterable[str], clock: Callable[[], float]) -> None:
+        """All closed."""
+        self._by_call = {call: Circuit(clock) for call in calls}
+        self._in_doubt = False
+
+    def __getitem__(self, call: str) -> Circuit:
+        return self._by_call[call]
+
+    @property
+    def admits(self) -> bool:
+        """Whether a request may be sent now."""
+        # asked of every worker for every request, and nearly always all are closed
+        return not self._in_doubt or all(circuit.admits for circuit in self._by_call.values())
+
+    @property
+    def state(self) -> str:
+        """The worst."""
+        if not self._in_doubt:
+            return CLOSED
+        return max((circuit.state for circuit in self._by_call.values()), key=CIRCUIT_STATES.index)
+
+    def sent(self, request: object) -> None:
+        """`request` goes to the worker."""
+        for circuit in self._by_call.values():
+            circuit.sent(request)
+
+    def over(self, request: object) -> None:
+        """`request` has ended, however. Idempotent."""
+        for circuit in self._by_call.values():
+            circuit.over(request)
+
+    def succeeded(self, call: str, request: object) -> bool:
+        """True when that closed a circuit."""
+        closed = self._by_call[call].succeeded(request)
+        self._look()
+        return closed
+
+    def failed(self, call: str, request: object) -> None:
+        """The worker is to blame."""
+        self._by_call[call].failed(request)
+        self._look()
+
+    def _look(self) -> None:
+        self._in_doubt = any(circuit.state != CLOSED for circuit in self._by_call.values())
 
 
 def blames_worker(error: ServiceError) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from vlcache.worker.v1 import worker_pb2
 
-from router.circuit import CIRCUIT_STATES, CLOSED, Circuit, blames_worker
+from router.circuit import Circuits, blames_worker
 from router.slow_start import SlowStart
 from router.speed import Speed
 from router.token_stream import TokenStream
@@ -61,7 +61,7 @@ class Charge:
         if self in self.worker.charges:
             self.worker.charges.remove(self)
             self.worker.own_load -= self.amount
-            self.worker.let_go(self)
+            self.worker.circuits.over(self)
 
 
 @dataclass(eq=False)
@@ -92,8 +92,6 @@ class Worker:
     _ready_since_s: float = 0.0
     _is_new: bool = True
     """Whether its share may be less than all."""
-    _in_doubt: bool = False
-    """Whether some circuit is not closed."""
 
     def __post_init__(self) -> None:
         self.tokens = TokenStream(self.client.open_token_stream)
@@ -103,7 +101,7 @@ class Worker:
         self.neighbourhood = self.client.address.rpartition(":")[0]
         """Workers with equal values are thought to hand parcels over in memory (`Pair.learn`)."""
         self.observe(self.info)
-        self.circuits = {call: Circuit(self.clock) for call in CALLS[self.info.role]}
+        self.circuits = Circuits(CALLS[self.info.role], self.clock)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -113,13 +111,7 @@ class Worker:
     @property
     def ready(self) -> bool:
         """Whether it takes a request now."""
-        # asked of every worker for every request, and nearly always without a circuit that is not closed
-        return self.state == READY and (not self._in_doubt or all(each.admits for each in self.circuits.values()))
-
-    @property
-    def circuit_state(self) -> str:
-        """The worst of its circuits."""
-        return max((circuit.state for circuit in self.circuits.values()), key=CIRCUIT_STATES.index)
+        return self.state == READY and self.circuits.admits
 
     @property
     def share(self) -> float:
@@ -147,21 +139,14 @@ class Worker:
         self.charges.add(charge)
         self.own_load += amount
         self.last_dispatch = next(_dispatches)
-        for circuit in self.circuits.values():
-            circuit.sent(charge)
+        self.circuits.sent(charge)
         return charge
-
-    def let_go(self, charge: Charge) -> None:
-        """`charge` has ended."""
-        for circuit in self.circuits.values():
-            circuit.over(charge)
 
     def served(self, call: str, charge: Charge) -> None:
         """`charge` got what it was sent for."""
         now_s = self.clock()
-        if self.circuits[call].succeeded(charge):
+        if self.circuits.succeeded(call, charge):
             log.info("%s works again: %s", self.info.name, call)
-            self._in_doubt = self.circuit_state != CLOSED
             self._comes()
         if call == PROMPT:
             self.speed.observe(charge.ahead + charge.amount, now_s - charge.since_s)
@@ -171,8 +156,7 @@ class Worker:
         if error.worker not in ("", self.info.name):
             return
         if blames_worker(error):
-            self.circuits[call].failed(charge)
-            self._in_doubt = self.circuit_state != CLOSED
+            self.circuits.failed(call, charge)
         if isinstance(error, (UnavailableError, FailedPreconditionError)):
             # gone, or restarted since the last poll; a stream may also have broken by itself
             if call != TOKENS:

@@ -93,9 +93,7 @@ class WorkerTable:
 
     def groups(self, model: str) -> Sequence[Group]:
         """Workers that serve `model`, by who can exchange KV; listed anew only when somebody has come or gone."""
-        if self._groups is None:
-            self._groups = groups_by_model(self.workers())
-        return self._groups.get(model, ())
+        return self._all_groups().get(model, ())
 
     def partners(self, prefill: Worker) -> Sequence[Worker]:
         """Decode workers that take what `prefill` sends, whether it is ready itself or not."""
@@ -111,7 +109,7 @@ class WorkerTable:
 
     def served_models(self) -> dict[str, Worker]:
         """Models that at least one ready pair serves, each with a prefill worker that describes it."""
-        ready = {name: [group for group in self.groups(name) if group.ready] for name in sorted(self.known_models())}
+        ready = {name: [each for each in groups if each.ready] for name, groups in sorted(self._all_groups().items())}
         return {name: groups[0].prefill[0] for name, groups in ready.items() if groups}
 
     def check_integrity(self, *, idle: bool = False) -> None:
@@ -121,6 +119,11 @@ class WorkerTable:
             if idle:
                 assert not worker.charges, f"{worker.info.name} still carries load"
                 assert not worker.tokens.attached, f"{worker.info.name} still has sequences attached"
+
+    def _all_groups(self) -> Mapping[str, Sequence[Group]]:
+        if self._groups is None:
+            self._groups = groups_by_model(self.workers())
+        return self._groups
 
     def _follow(self, addresses: Sequence[str]) -> None:
         for address in addresses:

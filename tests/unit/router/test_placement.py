@@ -23,7 +23,7 @@ from router.placement.least_loaded import LeastLoaded
 from router.placement.power_of_two import MAX_DRAWS, PowerOfTwo
 from router.placement.round_robin import RoundRobin
 from router.slow_start import SlowStart
-from router.worker import READY, UNREACHABLE, Worker
+from router.worker import CALLS, READY, UNREACHABLE, Worker
 from shared.errors import InternalError, ResourceExhaustedError, ServiceError, TooLargeError
 from tests.unit.router.fakes import FakeDecode, FakePrefill, bench, first_token, run, served_model
 from tests.unit.router.fleet import Clock, decode, demand, group_of, names, prefill, worker
@@ -47,7 +47,7 @@ def cost_of(pair: Pair, asked: Demand) -> float:
 
 
 def break_circuit(one: Worker) -> None:
-    for call in one.circuits:
+    for call in CALLS[one.info.role]:
         for _ in range(5):
             one.charge(0).failed(call, InternalError("broken"))
 

@@ -116,9 +116,9 @@ def test_a_circuit_leaves_its_worker_out_and_a_single_probe_brings_it_back() -> 
         charge = one.charge(10)
         charge.failed(PROMPT, InternalError("broken"))
         charge.end()
-    assert (one.ready, one.state, one.circuit_state) == (False, READY, OPEN)
+    assert (one.ready, one.state, one.circuits.state) == (False, READY, OPEN)
     clock.now_s += OPEN_S
-    assert (one.ready, one.circuit_state) == (True, HALF_OPEN)
+    assert (one.ready, one.circuits.state) == (True, HALF_OPEN)
     probe = one.charge(10)
     assert not one.ready
     # a client that leaves says nothing: the next request may try
@@ -126,7 +126,7 @@ def test_a_circuit_leaves_its_worker_out_and_a_single_probe_brings_it_back() -> 
     assert one.ready
     probe = one.charge(10)
     probe.succeeded(PROMPT)
-    assert (one.ready, one.circuit_state) == (True, CLOSED)
+    assert (one.ready, one.circuits.state) == (True, CLOSED)
 
 
 def test_promises_that_are_kept_do_not_cover_streams_that_break() -> None:
@@ -138,7 +138,7 @@ def test_promises_that_are_kept_do_not_cover_streams_that_break() -> None:
         charge.end()
     assert not one.ready
     assert (one.circuits[RESERVE].state, one.circuits[TOKENS].state) == (CLOSED, OPEN)
-    assert one.circuit_state == OPEN
+    assert one.circuits.state == OPEN
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_failures_that_say_nothing_about_the_worker_do_not_count(error: ServiceE
     one = worker("prefill", "p")
     for _ in range(20):
         one.charge(1).failed(PROMPT, error)
-    assert one.circuit_state == CLOSED
+    assert one.circuits.state == CLOSED
 
 
 @pytest.mark.parametrize("error", [UnavailableError("no answer"), FailedPreconditionError("another epoch")])
