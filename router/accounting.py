@@ -11,17 +11,9 @@ from fractions import Fraction
 from vlcache.v1 import inference_pb2 as pb
 
 from router.circuit import CIRCUIT_STATES
-from router.tenant_labels import TenantLabels
-from router.tenants import DEFAULT_TENANT
 from router.worker import STATES, Worker
-from shared.errors import (
-    DeadlineExceededError,
-    InternalError,
-    RequestCancelledError,
-    ResourceExhaustedError,
-    ServiceError,
-)
-from shared.telemetry.metrics import Metric, RouterMetrics
+from shared.errors import DeadlineExceededError, InternalError, RequestCancelledError, ServiceError
+from shared.telemetry.metrics import RouterMetrics
 
 FINISHED, CANCELLED, FAILED, REFUSED, REPEATED = "finished", "cancelled", "failed", "refused", "repeated"
 
@@ -43,29 +35,17 @@ class Accounting:
         self.metrics = metrics
         self.clock = clock
         self.totals = Totals()
-        self._tenant_labels = TenantLabels()
         self._state_gauges = ((metrics.worker_state, STATES), (metrics.circuit_state, CIRCUIT_STATES))
         self._workers_shown: dict[str, tuple[str, str]] = {}
 
-    def open(self, tenant: str = DEFAULT_TENANT) -> RequestAccount:
-        """The account of a request of `tenant` that was just received and accepted."""
+    def open(self) -> RequestAccount:
+        """The account of a request that was just received and accepted."""
         self.totals.requests += 1
-        return RequestAccount(self, tenant)
+        return RequestAccount(self)
 
-    def refused(self, error: ServiceError, tenant: str = DEFAULT_TENANT) -> None:
+    def refused(self, error: ServiceError) -> None:
         """A request that was turned away before anything was done for it."""
-        self.found_no_room(error, tenant)
         self.ended(REFUSED, error.code)
-
-    def found_no_room(self, error: ServiceError, tenant: str) -> None:
-        """A request of `tenant` ends in `error`; counted where that is for want of room or beyond its limits."""
-        if isinstance(error, ResourceExhaustedError):
-            label = self._tenant_labels.of(tenant)
-            self.metrics.labelled(self.metrics.tenant_refused, tenant=label, reason=error.reason).inc()
-
-    def of_tenant(self, metric: Metric, tenant: str) -> Metric:
-        """The child of a metric that stands for `tenant`, perhaps together with others."""
-        return self.metrics.labelled(metric, tenant=self._tenant_labels.of(tenant))
 
     def repeated(self) -> None:
         """A request was answered with what its first try was answered."""
@@ -90,17 +70,14 @@ class Accounting:
         self.metrics.shadow_agreement.observe(share)
 
     @contextlib.contextmanager
-    def waiting(self, tenant: str = DEFAULT_TENANT) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
         """Counts a request as waiting for decode memory while open."""
         since_s = self.clock()
-        gauges = (self.metrics.requests_waiting, self.of_tenant(self.metrics.tenant_waiting, tenant))
-        for gauge in gauges:
-            gauge.inc()
+        self.metrics.requests_waiting.inc()
         try:
             yield
         finally:
-            for gauge in gauges:
-                gauge.dec()
+            self.metrics.requests_waiting.dec()
             self.metrics.reservation_wait.observe(self.clock() - since_s)
 
     def show_workers(self, workers: Iterable[Worker]) -> None:
