@@ -98,7 +98,7 @@ class Worker:
         self.layout = KVLayout.from_proto(self.info.model.layout)
         self.token_bytes = self.layout.token_bytes
         self.speed = Speed(self.typical)
-        self.neighbourhood = self.client.address.rpartition(":")[0]
+        self.neighbourhood = _neighbourhood(self.client.address, self.info)
         """Workers with equal values are thought to hand parcels over in memory (`Pair.learn`)."""
         self.observe(self.info)
         self.circuits = Circuits(CALLS[self.info.role], self.clock)
@@ -186,6 +186,11 @@ class Worker:
         """Asserts that the load is the sum of its parts."""
         parts = sum(charge.amount for charge in self.charges)
         assert self.own_load == parts, f"load {self.own_load} of {self.info.name} is not the sum {parts} of its charges"
+
+
+def _neighbourhood(address: str, info: worker_pb2.WorkerInfo) -> str:
+    """The host, for those who could share memory there: to begin with, addresses are all that is known."""
+    return address.rpartition(":")[0] if info.role == DECODE or info.arena_socket else address
 
 
 def reported_load(info: worker_pb2.WorkerInfo) -> int:

@@ -49,7 +49,7 @@ def _group(count: int, chance: Random) -> Group:
 
 
 def _worker(role: str, number: int) -> Worker:
-    info = worker_pb2.WorkerInfo(role=role, state=READY, model=MODEL)
+    info = worker_pb2.WorkerInfo(role=role, state=READY, model=MODEL, arena_socket="/run/arena")
     info.kv.capacity = 1 << 36
     client: Any = SimpleNamespace(open_token_stream=None, address=f"host-{number}:{50051 + (role == DECODE)}")
     return Worker(client, info)

@@ -27,7 +27,11 @@ class Clock:
 def worker(role: str, name: str, *, host: str = "", settings: dict[str, Any] | None = None, **info: Any) -> Worker:
     """A ready worker at an address of its own; `info` is what it says of itself."""
     client: Any = SimpleNamespace(open_token_stream=None, address=f"{host or name}:1")
-    said = worker_pb2.WorkerInfo(name=name, role=role, epoch="1", state="ready", model=served_model(), **info)
+    said = worker_pb2.WorkerInfo(
+        **{"name": name, "role": role, "epoch": "1", "state": "ready", "model": served_model()}
+        | {"arena_socket": "/run/arena"}
+        | info
+    )
     if role == "decode":
         said.kv.capacity = said.kv.capacity or CAPACITY
     return Worker(client, said, **settings or {})

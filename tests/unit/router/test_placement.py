@@ -6,12 +6,15 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vlcache.v1 import inference_pb2 as pb
 
+from router.config import RouterConfig
 from router.placement import cheapest, cost
 from router.placement.base import Demand, Group, Pair, Placement
 from router.placement.catalogue import POLICIES
@@ -23,7 +26,9 @@ from router.placement.least_loaded import LeastLoaded
 from router.placement.power_of_two import MAX_DRAWS, PowerOfTwo
 from router.placement.round_robin import RoundRobin
 from router.slow_start import SlowStart
+from router.validation import accept
 from router.worker import CALLS, READY, UNREACHABLE, Worker
+from shared.config import parse_config
 from shared.errors import InternalError, ResourceExhaustedError, ServiceError, TooLargeError
 from tests.unit.router.fakes import FakeDecode, FakePrefill, bench, first_token, run, served_model
 from tests.unit.router.fleet import Clock, decode, demand, group_of, names, prefill, worker
@@ -188,6 +193,7 @@ def test_what_reservations_are_answered_corrects_what_addresses_suggest() -> Non
     here, there = worker("prefill", "p", host="one"), worker("prefill", "q", host="two")
     near, far = worker("decode", "d", host="one"), worker("decode", "e", host="three")
     assert Pair(here, near).in_memory
+    assert not Pair(worker("prefill", "without", host="one", arena_socket=""), near).in_memory
     assert not Pair(there, far).in_memory
     # one host, but no common socket directory
     Pair(here, near).learn("grpc")
@@ -423,3 +429,27 @@ def test_decode_workers_that_refuse_are_asked_once_not_once_per_pair(refusal: Se
             assert [len(one.reserves) for one in decoders] == [1, 1]
 
     run(main)
+
+
+def key_of(*images: bytes, text: str = "what is it?", tenant: str = "one") -> int | None:
+    parts = [pb.Part(image=pb.Image(data=data)) for data in images]
+    asked = pb.GenerateRequest(messages=[pb.Message(role="user", parts=[*parts, pb.Part(text=text)])])
+    return accept(asked, served_model(), tenant=tenant).image_key
+
+
+def test_requests_about_one_image_have_one_key_whatever_they_ask() -> None:
+    assert key_of(b"cat") == key_of(b"cat", text="and what else?") == key_of(b"cat", b"dog")
+    assert len({key_of(b"cat"), key_of(b"dog"), key_of(b"dog", b"cat"), key_of(b"cat", tenant="two")}) == 3
+    assert key_of() is None
+
+
+@pytest.mark.parametrize("wrong", [{"placement": "fortune"}, {"slow_start_s": -1.0}])
+def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        RouterConfig(registry="static://localhost:1", **wrong)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_policy_is_named_on_the_command_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["router", "--registry", "static://localhost:1", "--placement", name])
+    assert parse_config(RouterConfig, "").placement == name
