@@ -155,11 +155,12 @@ class Generation:
             return self._delivery.on_token(said.next_token)
         if kind == "compression":
             return self._on_compression(said.compression)
+        if self._pending is not None and kind in ("retained", "transfer"):
+            # the parcel is there, or will never be
+            raise LostError(self._pending)
         if kind == "transfer":
             self._course.call.commit()
             return self._delivery.on_transfer(said.transfer)
-        if kind == "retained" and self._pending is not None:
-            raise LostError(self._pending)
         return ()
 
     def _on_compression(self, message: pb.Compression) -> Responses:
@@ -190,12 +191,13 @@ class Generation:
         if self._delivery.reason or call.committed:
             # nothing that happens to the prefill worker now can take back what it has handed over
             return ()
+        if self._pending is not None:
+            # its transfer could only fail
+            raise LostError(self._pending)
         if error is not None:
             loss = self._loss_in_prefill(error)
             self._note(loss)
             raise LostError(loss)
-        if self._pending is not None:
-            raise LostError(self._pending)
         if self._course.stage == PREFILL:
             raise InternalError("the prefill worker ended without a token", reason="NO_FIRST_TOKEN")
         if not self._course.attempt.attached:

@@ -288,6 +288,38 @@ def test_a_decode_worker_lost_while_the_parcel_is_made_is_replaced_as_soon_as_it
     run(main)
 
 
+@pytest.mark.parametrize("ending", ["transfer", "refused", "nothing"])
+def test_a_decode_worker_lost_while_no_parcel_is_kept_costs_one_failover(ending: str) -> None:
+    async def main() -> None:
+        prefill, decode = pairs()
+        lost = asyncio.Event()
+
+        async def breaks_now(stream: Stream, handle: int, token: bytes) -> None:
+            stream.end()
+            lost.set()
+
+        script = once(breaks_now, go_on())
+        for worker in decode:
+            worker.script = script
+
+        def first_run(request: prefill_pb2.PrefillRequest) -> list[Any]:
+            if request.delivered:
+                return prompt_done()
+            refusal = errors.AbortedError("gone", stage="transfer", worker=request.ticket.decode_worker)
+            last = {"transfer": [transfer(), forever()], "refused": [refusal], "nothing": []}[ending]
+            # long enough for the router to have seen the break
+            return [first_token(), compression(), lost.wait(), asyncio.sleep(0.1), *last]
+
+        for worker in prefill:
+            worker.script = first_run
+        async with bench(prefill, decode, max_failovers=1) as b:
+            check_whole(await b.answer())
+            await b.idle()
+            assert failovers(b, "reprefill", "DECODE_WORKER_LOST") == 1
+
+    run(main)
+
+
 def test_both_workers_die() -> None:
     async def main() -> None:
         prefill, decode = pairs()
