@@ -8,6 +8,7 @@ from typing import Any
 
 from vlcache.cli.formatting import format_bytes
 
+from benchmarks.placement.chart import placement_chart
 from benchmarks.plot import MOST_SERIES, Panel, bar_chart
 from benchmarks.quality.guard import guard_chart
 from benchmarks.quality.heat_map import quality_map
@@ -150,6 +151,14 @@ def kernels(runs: Sequence[Figures]) -> str:
     )
 
 
+def placement(runs: Sequence[Figures]) -> str:
+    """What requests wait under each policy, by the number of routers that share the workers."""
+    found = _only(runs)
+    workload = found["workload"]
+    fleet = f"{workload['workers']} unequal workers of each role, {workload['requests']:,} requests"
+    return placement_chart(found["results"], [f"{fleet}, load {workload['load']:g}", _machine(found)])
+
+
 def prefill_overhead(runs: Sequence[Figures]) -> str:
     """What each stage takes of a pass, and whole passes; runs of one machine differ in their KV heads."""
     workload = runs[0]["workload"]
@@ -273,6 +282,7 @@ CHARTS: Mapping[str, Callable[[Sequence[Figures]], str]] = {
         decode_step,
         end_to_end,
         kernels,
+        placement,
         prefill_overhead,
         quality,
         second_question,

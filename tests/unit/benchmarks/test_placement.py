@@ -7,9 +7,11 @@ import itertools
 import json
 from collections import Counter
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks.picture import picture
 from benchmarks.placement import __main__ as command
 from benchmarks.placement.config import PlacementConfig
 from benchmarks.placement.decisions import COUNTS
@@ -18,6 +20,7 @@ from benchmarks.placement.newcomer import newcomers
 from benchmarks.placement.servers import DecodeServer, PrefillServer
 from benchmarks.placement.simulation import CLAIRVOYANT, CONTENDERS, Simulation
 from benchmarks.placement.trace import TOKENS_PER_IMAGE, Request, Trace, make_trace
+from benchmarks.report import environment
 from router.placement.catalogue import POLICIES
 
 SMALL = PlacementConfig(workers=6, requests=150, routers=(1, 2), images=50)
@@ -181,3 +184,16 @@ def test_a_trace_is_the_same_for_everybody() -> None:
     one, other = make_trace(SMALL), make_trace(SMALL)
     assert isinstance(one, Trace)
     assert one == other
+
+
+def test_the_picture_has_a_bar_per_policy_and_count_of_routers() -> None:
+    found = {"benchmark": "placement", "workload": dataclasses.asdict(SMALL), "environment": environment()}
+    rows = [figures(name, routers, simulated(SMALL, name, routers)) for name, routers in cases(SMALL)]
+    drawn = picture({**found, "results": rows})
+    root = ElementTree.fromstring(drawn)
+    shown = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"1 router", "2 routers"} <= set(shown)
+    for row in rows:
+        blind = row["policy"] in ("random", "round_robin")
+        assert (row["policy"] in shown) != blind
+        assert blind or f"{row['ttft_p50_s']:.2f}" in shown
