@@ -136,7 +136,7 @@ def test_a_decode_worker_that_is_lost_during_the_pass_does_not_end_it(
     loaded: LoadedModel, tmp_path: Path, gate: Gate, how: str
 ) -> None:
     async def body(stack: Stack) -> None:
-        request = stack.request(*PARTS, ticket=stack.ticket(stack.sink, decode_worker="d7", lease_s=0.12))
+        request = stack.request(*PARTS, ticket=stack.ticket(stack.sink, decode_worker="d7", lease_s=1.2))
         followed = Followed(stack, request)
         await until(gate.reached.is_set)
         stack.sink.lost = True
@@ -145,7 +145,7 @@ def test_a_decode_worker_that_is_lost_during_the_pass_does_not_end_it(
         else:
             before = stack.sink.renewals
             await until(lambda: stack.sink.renewals > before)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.5)
             assert stack.sink.renewals == before + 1
         gate.open.set()
         error = await followed.error()
@@ -291,22 +291,26 @@ def test_what_is_gone_is_said(loaded: LoadedModel, tmp_path: Path) -> None:
     run(loaded, tmp_path, body)
 
 
-def test_a_parcel_lives_while_it_is_renewed(loaded: LoadedModel, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_parcel_lives_while_it_is_renewed(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("prefill_worker.worker.EXPIRY_PERIOD_S", 0.02)
 
     async def body(stack: Stack) -> None:
         events = await stack.prefill(stack.request(*PARTS))
-        parcel = retained_in(events)
-        assert next(event for event in events if event.HasField("retained")).retained.lease_s == 0.4
-        for _ in range(8):
-            await asyncio.sleep(0.1)
-            assert await stack.gone(parcel) == []
+        assert next(event for event in events if event.HasField("retained")).retained.lease_s == 12.5
+        parcel, retained = retained_in(events), stack.worker.runner._retained
+        ends_at = retained._by_secret[parcel].expires_at
+        assert await stack.gone(parcel) == []
+        assert retained._by_secret[parcel].expires_at > ends_at
+        retained.lease_s = 0.05
+        await stack.gone(parcel)
         await until(lambda: not stack.worker.info().kv.retained)
         assert await stack.gone(parcel) == [parcel]
         metrics = stack.worker.metrics
         assert metrics.labelled(metrics.lease_expired, side="prefill")._value.get() == 1
 
-    run(loaded, tmp_path, body, parcel_lease_s=0.4)
+    run(loaded, tmp_path, body, parcel_lease_s=12.5)
 
 
 def test_bytes_are_shown_by_state(loaded: LoadedModel, tmp_path: Path, gate: Gate) -> None:
