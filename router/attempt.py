@@ -10,7 +10,7 @@ from router.admission import Lease
 from router.background import Background
 from router.inbox import Inbox
 from router.stages import DECODE
-from router.token_stream import Attachment
+from router.token_stream import STREAM_BROKE, Attachment
 from router.worker import DRAINING, TOKENS, Worker
 from shared.errors import ServiceError
 
@@ -66,7 +66,10 @@ class Attempt:
 
     def _heard(self, said: decode_pb2.SequenceUpdate | ServiceError) -> None:
         if isinstance(said, ServiceError):
-            self.lease.decode_charge.failed(TOKENS, said.at(DECODE, self.worker.info.name))
+            said.at(DECODE, self.worker.info.name)
+            assert self._attachment is not None
+            if said.reason != STREAM_BROKE or self._attachment.reports_break():
+                self.lease.decode_charge.failed(TOKENS, said)
         elif said.finish_reason:
             # the worker holds nothing of it any more
             self._reserved = False

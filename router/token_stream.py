@@ -24,6 +24,8 @@ from shared.rpc.status import ERROR_BY_CODE
 
 log = logging.getLogger(__name__)
 
+# Reason of the error that ends whoever is attached to a stream that broke.
+STREAM_BROKE = "DECODE_WORKER_LOST"
 CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 # Called in the event loop, in order, and never after an update that ends the sequence or after an error. What it
@@ -89,6 +91,12 @@ class Attachment:
             self._connection.send(decode_pb2.TokenStreamRequest(cancel=cancel))
 
 
+    def reports_break(self) -> bool:
+        """True for the first that asks after its stream broke: that is one failure, however many were attached."""
+        first, self._connection.break_reported = not self._connection.break_reported, True
+        return first
+
+
 class _Connection:
     """One opened call with its reader and its writer."""
 
@@ -97,6 +105,7 @@ class _Connection:
         self._outbox: asyncio.Queue[decode_pb2.TokenStreamRequest] = asyncio.Queue()
         self.sinks: dict[int, Sink] = {}
         self.broken = False
+        self.break_reported = False
         self.draining = False
         self.heard_at_s = asyncio.get_running_loop().time()
         self._tasks = (asyncio.create_task(self._read()), asyncio.create_task(self._write()))
@@ -151,7 +160,7 @@ class _Connection:
         self._call.cancel()
         while self.sinks:
             _, sink = self.sinks.popitem()
-            sink(UnavailableError("the decode worker was lost", reason="DECODE_WORKER_LOST"))
+            sink(UnavailableError("the decode worker was lost", reason=STREAM_BROKE))
 
 
 def _error_of(message: decode_pb2.SequenceError) -> ServiceError:

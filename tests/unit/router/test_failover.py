@@ -461,6 +461,25 @@ def test_a_single_pair_goes_on_by_itself_when_its_stream_broke() -> None:
     run(main)
 
 
+def test_a_broken_stream_is_one_failure_of_its_worker_however_many_were_on_it() -> None:
+    async def main() -> None:
+        prefill, decode = pairs(1, 1)
+
+        async def script(stream: Stream, handle: int, token: bytes) -> None:
+            if len(decode[0].streams) > 1:
+                await go_on()(stream, handle, token)
+            elif len(decode[0].attached) == 12:
+                stream.end()
+
+        decode[0].script = script
+        async with bench(prefill, decode) as b:
+            for events in await asyncio.gather(*(b.answer() for _ in range(12))):
+                check_whole(events)
+            assert len(decode[0].streams) == 2
+
+    run(main)
+
+
 def test_nobody_left_names_stage_and_worker() -> None:
     async def main() -> None:
         prefill, decode = pairs(1, 1)
