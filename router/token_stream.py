@@ -90,7 +90,6 @@ class Attachment:
             cancel = decode_pb2.Cancel(handle=self._handle)
             self._connection.send(decode_pb2.TokenStreamRequest(cancel=cancel))
 
-
     def reports_break(self) -> bool:
         """True for the first that asks after its stream broke: that is one failure, however many were attached."""
         first, self._connection.break_reported = not self._connection.break_reported, True
