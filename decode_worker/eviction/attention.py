@@ -44,6 +44,15 @@ class RowAccess(Protocol[SomeKV_contra]):
         """K and V of some rows of a layer, each as `chosen` [num_kv_heads, number] int64 and head_dim."""
 
 
+class RowMemory(RowAccess[SomeKV_contra], Protocol[SomeKV_contra]):
+    """Rows that may be rewritten."""
+
+    def write(
+        self, kv: SomeKV_contra, layer: int, chosen: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Overwrites what `rows` reads."""
+
+
 class RuledAttention(Generic[SomeKV]):
     """The `LayerHook` of one step.
 

@@ -21,11 +21,13 @@ class Move:
 
     Attributes:
         heads: [number] int64, layer * num_kv_heads + head.
+        layers: Those of the heads, ascending.
         source: [number] int64, rows of these heads.
         target: As `source`.
     """
 
     heads: torch.Tensor
+    layers: tuple[int, ...]
     source: torch.Tensor
     target: torch.Tensor
 
@@ -114,7 +116,8 @@ class RowFacts:
             table[rows, victim] = table[rows, last]
             table[rows, last] = nothing
         self.lengths.ravel()[heads] -= 1
-        return Move(heads=rows, source=last, target=victim)
+        layers = np.unique(heads // self.lengths.shape[1])
+        return Move(heads=rows, layers=tuple(layers.tolist()), source=last, target=victim)
 
     def check_integrity(self) -> None:
         """Asserts that every row is there once and nothing lies behind the last."""

@@ -7,11 +7,12 @@ import numpy as np
 from decode_worker.eviction.fixed_slot import FixedSlotRule
 from decode_worker.eviction.heavy_hitters import HeavyHittersRule
 from decode_worker.eviction.ledger import RowLedger
+from decode_worker.eviction.recall import RecallRule
 from decode_worker.eviction.rule import Rule
 from decode_worker.eviction.scope import ScopeRule
 from decode_worker.eviction.sparse_read import SparseReadRule
 from decode_worker.eviction.text_guard import TextGuardRule
-from shared.kv.eviction import FixedSlot, HeavyHitters, Scope, SparseRead, TextGuard
+from shared.kv.eviction import FixedSlot, HeavyHitters, Recall, Scope, SparseRead, TextGuard
 from shared.kv.manifest import Manifest
 
 
@@ -24,6 +25,8 @@ def rule_of(manifest: Manifest) -> Rule | None:
             return FixedSlotRule(eviction, kept, prompt_tokens)
         case HeavyHitters():
             return HeavyHittersRule(eviction, kept)
+        case Recall():
+            return RecallRule(eviction, kept)
         case Scope():
             return ScopeRule(eviction, kept)
         case TextGuard():

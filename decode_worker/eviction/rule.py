@@ -25,6 +25,8 @@ class Rule(ABC):
 
     goes_by_attention: ClassVar[bool] = False
     """Whether `worth` or `learn` need the attention of each generated token."""
+    merges: ClassVar[bool] = False
+    """Whether a row that goes may join one that stays; the heads of a layer then drop rows at the same steps."""
 
     def __init__(self, kept: np.ndarray) -> None:
         self.kept = kept

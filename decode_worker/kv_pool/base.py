@@ -16,6 +16,7 @@ import torch
 from decode_worker.eviction.attention import RuledAttention, StepAttention
 from decode_worker.eviction.facts import Move
 from decode_worker.eviction.ledger import RowLedger
+from decode_worker.eviction.merging import merge_dropped
 from decode_worker.kv_pool.rows_first import RowsFirst
 from shared.errors import ResourceExhaustedError, TooLargeError
 from shared.kv.layout import KVLayout
@@ -188,6 +189,8 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
             kv.appended += 1
             if kv.eviction is not None:
                 for move in kv.eviction.step():
+                    if kv.eviction.rule.merges:
+                        merge_dropped(self, kv, kv.eviction, move)
                     self._move(kv, move)
 
     def free_room(self, num_kept: Sequence[int], growth: int, tokens: int, eviction: Growing | None) -> int:
@@ -202,6 +205,10 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
     @abstractmethod
     def rows(self, kv: SomeKV, layer: int, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `RowAccess`."""
+
+    @abstractmethod
+    def write(self, kv: SomeKV, layer: int, chosen: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """See `RowMemory`."""
 
     @abstractmethod
     def _attention(self, batch: Sequence[SomeKV]) -> StepAttention:

@@ -172,9 +172,13 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
 
     def rows(self, kv: BlockKV, layer: int, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `RowAccess`."""
-        blocks = self.tables.blocks_of(kv)[layer].long().gather(1, chosen // self._block_size)
-        row = chosen % self._block_size
-        return self.key_blocks[blocks, row], self.value_blocks[blocks, row]
+        places = self._rows_at(kv, layer, chosen)
+        return self.key_blocks[places], self.value_blocks[places]
+
+    def write(self, kv: BlockKV, layer: int, chosen: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """See `RowMemory`."""
+        places = self._rows_at(kv, layer, chosen)
+        self.key_blocks[places], self.value_blocks[places] = keys, values
 
     def splits(self, batch: int) -> int:
         """Programs per KV head in a step of `batch` sequences of any length."""
@@ -211,6 +215,11 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         ]
         for blocks in (self.key_blocks, self.value_blocks):
             blocks[places[1]] = blocks[places[0]]
+
+    def _rows_at(self, kv: BlockKV, layer: int, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks of some rows of a layer, and which of each block's."""
+        blocks = self.tables.blocks_of(kv)[layer].long().gather(1, chosen // self._block_size)
+        return blocks, chosen % self._block_size
 
     def _release(self, blocks: np.ndarray) -> None:
         assert self._used[blocks].all(), "a block was given back twice"

@@ -119,6 +119,12 @@ class SlabPool(KVPool[Extent, SlabKV]):
         keys, values = (self._elements[_elements_of(at, chosen, self.layout.head_dim)] for at in places)
         return keys, values
 
+    def write(self, kv: SlabKV, layer: int, chosen: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """See `RowMemory`."""
+        for begins, rows in ((kv.key_at, keys), (kv.value_at, values)):
+            at = torch.from_numpy(begins[layer])[:, None]
+            self._elements[_elements_of(at, chosen, self.layout.head_dim)] = rows
+
     def check_integrity(self) -> None:
         """See `KVPool`."""
         self._extents.check_integrity()

@@ -86,6 +86,34 @@ class HeavyHitters(Eviction):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recall(Eviction):
+    """D2O: heavy hitters with a budget per layer, whose heads hold equally many; what goes may join a row that stays.
+
+    Of each layer's `budget` rows the last `recent` stay, and so do the first `sinks`.
+    """
+
+    carries_scores: ClassVar[bool] = True
+
+    budget: tuple[int, ...]
+    recent: tuple[int, ...]
+    sinks: int
+
+    def check(self, layout: KVLayout, num_kept: Sequence[int]) -> None:
+        """See `Eviction`."""
+        _require(len(self.budget) == len(self.recent) == layout.num_layers, "one budget per layer is needed")
+        kept = _by_layer(num_kept, layout.num_kv_heads)
+        for budget, recent, heads in zip(self.budget, self.recent, kept, strict=True):
+            _require(recent >= 0 and recent + self.sinks < budget <= MAX_TOKENS, "recent rows or budget out of range")
+            _require(max(heads) <= budget, "more rows were kept than the budget allows")
+            _require(len(set(heads)) == 1, "heads of a layer must hold equally many rows")
+        _require(self.sinks >= 0, "sinks out of range")
+
+    def to_proto(self) -> pb.Eviction:
+        """See `Eviction`."""
+        return pb.Eviction(recall=pb.Eviction.Recall(budget=self.budget, recent=self.recent, sinks=self.sinks))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scope(Eviction):
     """SCOPE: the prompt's rows stay; generated ones have a budget of `window` rows, the last `recent` among them."""
 
@@ -180,6 +208,9 @@ def eviction_from_proto(message: pb.Eviction) -> Eviction:
         return TextGuard(retention=_shares_from_proto(guard.retention), sinks=guard.sinks, text=tuple(guard.text))
     if kind == "sparse_read":
         return SparseRead(select_layers=tuple(message.sparse_read.select_layers), top=message.sparse_read.top)
+    if kind == "recall":
+        recall = message.recall
+        return Recall(budget=tuple(recall.budget), recent=tuple(recall.recent), sinks=recall.sinks)
     raise FailedPreconditionError("unknown kind of eviction", reason="PARCEL_EVICTION")
 
 

@@ -12,6 +12,7 @@ from shared.kv.eviction import (
     Eviction,
     FixedSlot,
     HeavyHitters,
+    Recall,
     Scope,
     SparseRead,
     TextGuard,
@@ -45,6 +46,8 @@ def evictions(draw: st.DrawFn, layout: KVLayout, num_kept: Sequence[int]) -> Evi
     heads = layout.num_kv_heads
     if all(len(set(num_kept[at : at + heads])) == 1 for at in range(0, len(num_kept), heads)):
         kinds.append(TextGuard(retention=retention, sinks=draw(st.integers(0, 5)), text=text))
+        budget = tuple(max(num_kept) + recent + 6 for _ in range(layout.num_layers))
+        kinds.append(Recall(budget=budget, recent=(recent,) * layout.num_layers, sinks=draw(st.integers(0, 5))))
     if len(set(num_kept)) == 1:
         select = tuple(sorted(draw(st.sets(st.integers(0, 50), min_size=1, max_size=layout.num_layers))))
         kinds.append(SparseRead(select_layers=select, top=recent))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vlcache.worker.v1 import kv_pb2 as pb
 
 from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError
-from shared.kv.eviction import FixedSlot, HeavyHitters
+from shared.kv.eviction import FixedSlot, HeavyHitters, Recall
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import MAX_LOGICAL_LENGTH, MAX_TABLE_ROWS, Manifest, TransferId, body_digest, score_bytes
 from shared.request.params import Sampling
@@ -123,6 +123,11 @@ def hitters(budget: int, recent: int) -> pb.Eviction:
     return pb.Eviction(heavy_hitters=pb.Eviction.HeavyHitters(budget=budget, recent=recent))
 
 
+def recall(**numbers: Any) -> pb.Eviction:
+    values = {"budget": [4, 5], "recent": [1, 2], "sinks": 2} | numbers
+    return pb.Eviction(recall=pb.Eviction.Recall(**values))
+
+
 def scope(**numbers: Any) -> pb.Eviction:
     values = {"variant": "slide", "window": 8, "recent": 2, "delta": 3} | numbers
     return pb.Eviction(scope=pb.Eviction.Scope(**values))
@@ -151,6 +156,11 @@ def test_scores_are_a_part_of_the_body() -> None:
     manifest = Manifest.from_proto(changed(eviction=hitters(3, 1), **WITH_SCORES))
     assert manifest.eviction == HeavyHitters(budget=3, recent=1)
     assert manifest.body_bytes == manifest.layout.body_bytes(manifest.num_kept) + manifest.score_bytes
+
+
+def test_budgets_of_layers_travel() -> None:
+    manifest = Manifest.from_proto(changed(eviction=recall(), **EVEN, **WITH_SCORES))
+    assert manifest.eviction == Recall(budget=(4, 5), recent=(1, 2), sinks=2)
 
 
 def test_an_exact_share_stays_exact() -> None:
@@ -188,6 +198,11 @@ BAD_EVICTIONS = {
     "more recent rows than budget": hitters(3, 4),
     "more kept rows than budget": hitters(2, 1),
     "an enormous budget": hitters(1 << 25, 1),
+    "layers without a budget": recall(budget=[4]),
+    "layers without recent rows": recall(recent=[1]),
+    "no row that may go": recall(recent=[2, 2]),
+    "more kept rows than a layer's budget": recall(budget=[1, 5], recent=[0, 0], sinks=0),
+    "heads of a layer that differ": recall(),
     "an unknown variant": scope(variant="slid"),
     "no window": scope(window=0, recent=0),
     "more recent rows than window": scope(recent=9),
@@ -205,9 +220,9 @@ BAD_EVICTIONS = {
 @pytest.mark.parametrize("eviction", BAD_EVICTIONS.values(), ids=BAD_EVICTIONS.keys())
 @pytest.mark.parametrize("even", [False, True])
 def test_an_eviction_that_makes_no_sense_is_an_invalid_request(eviction: pb.Eviction, even: bool) -> None:
-    if even and eviction in (guard(), sparse(), hitters(2, 1)):
+    if even and eviction in (guard(), sparse(), hitters(2, 1), recall()):
         pytest.skip("right for these rows")
-    more = WITH_SCORES if eviction.HasField("heavy_hitters") else {}
+    more = WITH_SCORES if eviction.WhichOneof("kind") in ("heavy_hitters", "recall") else {}
     with pytest.raises(InvalidRequestError):
         Manifest.from_proto(changed(eviction=eviction, **more, **(EVEN if even else {})))
 

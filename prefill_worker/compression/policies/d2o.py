@@ -10,16 +10,22 @@ that resemble a kept one are merged into it, the others are noise.
     a dropped token y joins the kept x with the most similar key if their cosine reaches the threshold, which is the
     mean of these cosines over the layer's dropped tokens:  (x + sum of cos(x, y) * y) / (n + 1), value alike
 
-The threshold's moving average (half old, half new mean) starts with this first eviction and goes on only when tokens
-are evicted during generation. Deviations: the authors' code clips the shares, which breaks the total, and leaves the
-first two layers and the last one whole; here the total holds. It decides by the mean cosine over heads of the n-th
-dropped token of each, which are different tokens; here each head's token decides by its own.
+While tokens are generated the sums go on, and beyond its layer's budget the token with the lowest sum goes at every
+step, but for the first and the recent ones. It is merged like the prompt's, half and half, by a threshold that moves
+(half old, half new mean of the heads' cosines).
+
+Own choices: that average begins anew when the first token goes, since the prompt's dropped ones are not there any more;
+a budget is then at least 16 tokens, as it is for the prompt. Deviations: the authors' code clips the shares, which
+breaks the total, and leaves the first two layers and the last one whole; here the total holds. It decides by the mean
+cosine over heads of the n-th dropped token of each, which are different tokens; here each head's token decides by its
+own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -31,6 +37,7 @@ from prefill_worker.compression.policy import Policy, TokenBudget
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.selection import best_tokens, share_of, with_recent, with_sinks
 from prefill_worker.compression.statistics import ColumnSums, ObservedLayer
+from shared.kv.eviction import Recall
 from shared.request.params import MIN_KEPT_TOKENS
 
 MAX_SINKS = 16
@@ -41,6 +48,7 @@ class D2O(Policy):
     """See the module."""
 
     name: ClassVar[str] = "d2o"
+    carries_scores: ClassVar[bool] = True
 
     rows: str = "all"
     """`all` as published, or `probe`: an approximation by few rows."""
@@ -80,6 +88,17 @@ class D2O(Policy):
             groups.means(groups.members(whole) * weights).to(whole.dtype) for whole in (layer.key, layer.value)
         )
         return key, value
+
+    def eviction(self, prompt: PromptShape, chosen: Sequence[torch.Tensor], retention: Fraction) -> Recall:
+        """Each layer's own budget; whatever the parameters, one row at least may go."""
+        budget = [max(int(layer.sum(dim=1).max()), MIN_KEPT_TOKENS) for layer in chosen]
+        sinks = min(self.sinks, min(budget) - 1)
+        recent = [min(share_of(rows, self.recent_share), rows - sinks - 1) for rows in budget]
+        return Recall(budget=tuple(budget), recent=tuple(recent), sinks=sinks)
+
+    def accumulated(self, layer: ObservedLayer) -> torch.Tensor:
+        """Accumulated attention, of the first tokens, too."""
+        return received(layer, self.rows)
 
 
 def shares_by_variance(variances: Sequence[float]) -> list[float]:

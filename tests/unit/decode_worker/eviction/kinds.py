@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from shared.kv.eviction import SCOPE_VARIANTS, Eviction, FixedSlot, HeavyHitters, Scope, SparseRead, TextGuard
+from shared.kv.eviction import SCOPE_VARIANTS, Eviction, FixedSlot, HeavyHitters, Recall, Scope, SparseRead, TextGuard
 from shared.kv.layout import KVLayout
 
 
@@ -21,8 +21,8 @@ def parcels(draw: st.DrawFn) -> tuple[KVLayout, Eviction | None, tuple[int, ...]
     layers, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     layout = KVLayout(num_layers=layers, num_kv_heads=heads, head_dim=draw(st.sampled_from([3, 8])), dtype="float32")
     counts = st.integers(1, 9)
-    kind = draw(st.sampled_from(["none", "slot", "heavy", "scope", "guard", "sparse"]))
-    if kind == "guard":
+    kind = draw(st.sampled_from(["none", "slot", "heavy", "recall", "scope", "guard", "sparse"]))
+    if kind in ("guard", "recall"):
         kept = [count for count in draw(st.lists(counts, min_size=layers, max_size=layers)) for _ in range(heads)]
     elif kind == "sparse":
         kept = [draw(counts)] * (layers * heads)
@@ -41,6 +41,11 @@ def evictions(draw: st.DrawFn, kind: str, layers: int, most_kept: int) -> Evicti
         case "heavy":
             budget = most_kept + draw(st.integers(0, 3))
             return HeavyHitters(budget=budget, recent=draw(st.integers(0, budget)))
+        case "recall":
+            budget = tuple(most_kept + draw(st.integers(1, 4)) for _ in range(layers))
+            some = tuple(draw(st.integers(0, rows - 1)) for rows in budget)
+            spare = min(rows - stay for rows, stay in zip(budget, some, strict=True))
+            return Recall(budget=budget, recent=some, sinks=draw(st.integers(0, spare - 1)))
         case "scope":
             return Scope(
                 variant=draw(st.sampled_from(SCOPE_VARIANTS)),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from decode_worker.eviction.facts import ABSENT
 from decode_worker.eviction.ledger import RowLedger
 from decode_worker.kv_pool.base import growth_of
-from shared.kv.eviction import Eviction, HeavyHitters, Scope, SparseRead
+from shared.kv.eviction import Eviction, HeavyHitters, Recall, Scope, SparseRead
 from shared.kv.layout import KVLayout
 from tests.unit.decode_worker.eviction.kinds import parcels
 from tests.unit.decode_worker.eviction.ruled import Ruled, ledger_of, step
@@ -65,6 +65,7 @@ MIXED: list[Eviction | None] = [
     None,
     Scope(variant="adaptive", window=4, recent=2, delta=3),
     SparseRead(select_layers=(1, 2), top=3),
+    Recall(budget=(9, 8, 12), recent=(2, 0, 5), sinks=1),
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from decode_worker.engine import EagerEngine
 from decode_worker.worker import LoadedModel
-from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Scope, SparseRead, TextGuard
+from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Recall, Scope, SparseRead, TextGuard
 from shared.kv.manifest import body_digest
 from shared.request.params import Sampling
 from tests.unit.decode_worker.eviction.shipments import RuledShipment
@@ -29,6 +29,7 @@ KINDS: dict[str, Eviction | None] = {
     "nothing": None,
     "elastic": FixedSlot(retention=(Fraction(2, 3),) * 3, distance=-5),
     "h2o": HeavyHitters(budget=len(KEPT), recent=6),
+    "d2o": Recall(budget=(len(KEPT), len(KEPT) + 2, len(KEPT) + 5), recent=(5, 0, 9), sinks=2),
     "scope": Scope(variant="discontinuous", window=6, recent=2, delta=5),
     "tgv": TextGuard(retention=(Fraction(1, 3),) * 3, sinks=4, text=(3, 0, 5)),
     "tidal": SparseRead(select_layers=(0,), top=7),

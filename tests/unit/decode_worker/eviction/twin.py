@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Scope, SparseRead, TextGuard
+from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Recall, Scope, SparseRead, TextGuard
 
 
 @dataclass(eq=False)
@@ -57,6 +57,7 @@ class Twin:
         self.layers = [caches[layer * heads : (layer + 1) * heads] for layer in range(layers)]
         self.kept = [[len(cache) for cache in caches] for caches in self.layers]
         self._selected: list[list[Token]] | None = None
+        self._thresholds: dict[int, float] = {}
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, scaling: float
@@ -92,6 +93,8 @@ class Twin:
                 case HeavyHitters():
                     for cache in caches:
                         heavy_hitters(self.eviction, cache)
+                case Recall():
+                    self._recall(self.eviction, layer, caches)
                 case Scope():
                     for cache in caches:
                         self._scope(self.eviction, cache)
@@ -113,6 +116,26 @@ class Twin:
             seen = self.prompt_tokens + self.generated
             if int(len(cache) - seen * numbers.retention[layer]) > 0:
                 del cache[slot]
+
+    def _recall(self, numbers: Recall, layer: int, caches: list[Cache]) -> None:
+        """D2O merges what it drops into the token with the most similar key, if that is similar enough."""
+        if len(caches[0]) <= numbers.budget[layer]:
+            return
+        meetings = []
+        for cache in caches:
+            candidates = cache[numbers.sinks : len(cache) - numbers.recent[layer]]
+            victim = min(candidates, key=lambda token: token.score)
+            cache.remove(victim)
+            similar = [cosine(victim.key, token.key) for token in cache]
+            best = int(np.argmax(similar))
+            meetings.append((victim, cache[best], similar[best]))
+        mean = float(np.mean([similar for _, _, similar in meetings]))
+        threshold = (self._thresholds.get(layer, mean) + mean) / 2
+        self._thresholds[layer] = threshold
+        for victim, token, similar in meetings:
+            if similar >= threshold:
+                token.key = (token.key + similar * victim.key) / 2
+                token.value = (token.value + similar * victim.value) / 2
 
     def _scope(self, numbers: Scope, cache: Cache) -> None:
         if numbers.variant == "discontinuous" and self.generated % numbers.delta:
@@ -146,6 +169,10 @@ class Twin:
                 [*sorted(cache[:-1], key=lambda token: -token.attention)[: self.eviction.top - 1], cache[-1]]
                 for cache in self.layers[layer]
             ]
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float(one @ other / max(np.linalg.norm(one) * np.linalg.norm(other), 1e-24))
 
 
 def heavy_hitters(numbers: HeavyHitters, cache: Cache) -> None:

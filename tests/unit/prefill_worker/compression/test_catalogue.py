@@ -39,7 +39,7 @@ def test_every_policy_has_a_line_that_says_where_it_comes_from(name: str) -> Non
         ("snap_kv", ["last 32 rows", "-", "-", "`window=32` `kernel=5` `pooling=avg`"]),
         ("h2o", ["all rows or probe rows", "-", "goes on while tokens are generated", "`rows=all` `recent_share=0.5`"]),
         ("ada_kv", ["last 32 rows", "head", "-"]),
-        ("d2o", ["all rows or probe rows", "layer", "merges dropped tokens"]),
+        ("d2o", ["all rows or probe rows", "layer", "merges dropped tokens, goes on while tokens are generated"]),
         ("fast_v", ["last row", "layer", "computes less in the pass"]),
     ],
 )

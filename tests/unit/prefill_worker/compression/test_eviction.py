@@ -14,7 +14,7 @@ from prefill_worker.compression.eviction import add_scores, eviction_for, parcel
 from prefill_worker.compression.pipeline import Selection, keep_everything, select_tokens
 from prefill_worker.compression.registry import POLICIES, build_policy
 from shared.errors import InvalidRequestError
-from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Scope, SparseRead, TextGuard
+from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Recall, Scope, SparseRead, TextGuard
 from shared.kv.layout import KVLayout
 from shared.request.params import Budget, BudgetScope
 from tests.unit.prefill_worker.compression.observing import attention_matrix, observe, prompt_shape, random_attention
@@ -71,7 +71,7 @@ def test_it_suits_the_kept_rows(name: str, kind: str, scope: BudgetScope, retent
         assert made.carries_scores == POLICIES[name].carries_scores
 
 
-EVICTING = ("h2o", "elastic_cache", "prefix_kv", "tgv_kv", "scope")
+EVICTING = ("h2o", "d2o", "elastic_cache", "prefix_kv", "tgv_kv", "scope")
 
 
 def test_who_goes_on() -> None:
@@ -89,6 +89,23 @@ def test_h2o_goes_on_with_the_budget_of_the_prompt() -> None:
     assert eviction("h2o", Budget(retention=0.29)) == HeavyHitters(budget=58, recent=29)
     assert eviction("h2o", Budget(retention=0.29), recent_share=0.1) == HeavyHitters(budget=58, recent=5)
     assert eviction("h2o", Budget(retention=0.29), kind="short") == HeavyHitters(budget=16, recent=8)
+
+
+def test_d2o_goes_on_with_the_budget_of_each_layer() -> None:
+    made = eviction("d2o", Budget(retention=0.29), recent_share=0.25)
+    assert isinstance(made, Recall)
+    kept = counts(selected("d2o", Budget(retention=0.29), recent_share=0.25), "image")
+    assert made.budget == tuple(kept[::HEADS])
+    assert len(set(made.budget)) > 1
+    assert made.recent == tuple(rows // 4 for rows in made.budget)
+    assert made.sinks == 4
+
+
+def test_d2o_leaves_one_row_that_may_go() -> None:
+    budget = Budget(retention=0.5)
+    assert eviction("d2o", budget, "one token") == Recall(budget=(16,) * 3, recent=(8,) * 3, sinks=4)
+    everything = {"recent_share": 1.0, "sinks": 16}
+    assert eviction("d2o", budget, "short", **everything) == Recall(budget=(16,) * 3, recent=(0,) * 3, sinks=15)
 
 
 def test_elastic_cache_goes_on_with_exactly_the_share_that_was_asked_for() -> None:
@@ -182,6 +199,12 @@ def test_scores_are_the_attention_that_kept_tokens_received() -> None:
             received = sums[head * layer.group : (head + 1) * layer.group].sum(dim=0)
             expected += [float(received[place]) for place in range(200) if selection.chosen[head, place]]
     np.testing.assert_allclose(np.frombuffer(body[100:], dtype="<f4"), expected, rtol=1e-4)
+
+
+def test_the_first_tokens_of_d2o_have_scores_like_any_other() -> None:
+    policy, layer = build_policy("d2o", {}), random_attention(PROMPT, 1, num_kv_heads=HEADS)
+    assert policy.score(observe(policy, layer))[:, :4].isinf().all()
+    assert policy.accumulated(observe(policy, layer)).isfinite().all()
 
 
 def test_only_who_carries_scores_pays_for_them() -> None:
