@@ -51,7 +51,7 @@ class DecodeScheduler:
     """Owner of the running batch.
 
     `join` and `leave` may be called from any thread and never wait for a step. `deliver` is called from the step
-    thread, after every step and when a sequence has left, and must not block. A step waits for nothing: transfers,
+    thread, after every step or replay and when a sequence has left, and must not block. A step waits for nothing: transfers,
     text and streams are elsewhere.
     """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,23 +45,24 @@ class Answer:
     pool_bytes: int
 
 
-async def ask(served: Served, model: LoadedPrefill, transport: str, compression: public.CompressionParams) -> Answer:
-    """One request through both workers."""
+@contextlib.asynccontextmanager
+async def prefilling(model: LoadedPrefill) -> AsyncIterator[Any]:
+    """A prefill worker's stub."""
     with tempfile.TemporaryDirectory() as directory:
         config = PrefillConfig(model="tiny", arena_mib=1, socket_dir=Path(directory) / "arenas", preprocess_processes=1)
         worker = PrefillWorker(config, model)
         server = await RpcServer.start(name="p", host="127.0.0.1", port=0, register=worker.register, services=[])
         try:
             async with grpc.aio.insecure_channel(server.address) as channel:
-                stub = prefill_pb2_grpc.PrefillServiceStub(channel)
-                return await _ask(served, stub, transport, compression)
+                yield prefill_pb2_grpc.PrefillServiceStub(channel)
         finally:
             await worker.drain(5)
             await server.stop(0)
             await worker.close()
 
 
-async def _ask(served: Served, stub: Any, transport: str, compression: public.CompressionParams) -> Answer:
+async def ask(served: Served, stub: Any, transport: str, compression: public.CompressionParams) -> Answer:
+    """One request through both workers."""
     info = await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest())
     socket = info.arena_socket if transport == "memory" else ""
     promise = await served.reserve(
@@ -123,9 +126,10 @@ def test_quantised_whole_caches_give_nearly_the_full_logits(
     answers: list[Answer] = []
 
     async def body(served: Served) -> None:
-        for wire in settings:
-            compression = whole(**wire, residual=0, group=16) if wire else whole()
-            answers.append(await ask(served, prefill_model, transport, compression))
+        async with prefilling(prefill_model) as stub:
+            for wire in settings:
+                compression = whole(**wire, residual=0, group=16) if wire else whole()
+                answers.append(await ask(served, stub, transport, compression))
 
     run(loaded, body)
     full, *quantised = answers
@@ -151,9 +155,10 @@ def test_the_fewer_channels_are_left_out_the_nearer_the_full_logits(
     answers: list[Answer] = []
 
     async def body(served: Served) -> None:
-        for share in (1.0, 0.875, 0.25):
-            compression = whole(key_channels=share, residual=4)
-            answers.append(await ask(served, prefill_model, "grpc", compression))
+        async with prefilling(prefill_model) as stub:
+            for share in (1.0, 0.875, 0.25):
+                compression = whole(key_channels=share, residual=4)
+                answers.append(await ask(served, stub, "grpc", compression))
 
     run(loaded, body)
     full, most, few = answers
@@ -169,9 +174,10 @@ def test_compressed_and_encoded_answers_are_the_same_over_both_ways(
 
     async def body(served: Served) -> None:
         wire = public.WireParams(bits=4, key_channels=0.6, residual=2, group=8)
-        for way in ("grpc", "memory"):
-            compression = public.CompressionParams(retention=0.6, wire=wire)
-            answers.append(await ask(served, prefill_model, way, compression))
+        async with prefilling(prefill_model) as stub:
+            for way in ("grpc", "memory"):
+                compression = public.CompressionParams(retention=0.6, wire=wire)
+                answers.append(await ask(served, stub, way, compression))
 
     run(loaded, body)
     assert [answer.transport for answer in answers] == ["grpc", "memory"]
@@ -185,9 +191,10 @@ def test_scores_travel_behind_an_encoded_body(loaded: LoadedModel, prefill_model
     answers: list[Answer] = []
 
     async def body(served: Served) -> None:
-        for wire in (None, public.WireParams(bits=8, residual=0, group=16)):
-            compression = public.CompressionParams(policy="h2o", retention=0.6, wire=wire)
-            answers.append(await ask(served, prefill_model, "memory", compression))
+        async with prefilling(prefill_model) as stub:
+            for wire in (None, public.WireParams(bits=8, residual=0, group=16)):
+                compression = public.CompressionParams(policy="h2o", retention=0.6, wire=wire)
+                answers.append(await ask(served, stub, "memory", compression))
 
     run(loaded, body)
     plain, coded = answers
