@@ -117,7 +117,7 @@ def gap_closed(kinds: Sequence[Kind], family: str, resamples: int = RESAMPLES) -
 
 
 def figures(runs: Sequence[Figures]) -> str:
-    """Markdown of all retentions.
+    """Markdown of all retentions that the runs share.
 
     Raises:
         ValueError: Fewer than two runs.
@@ -126,7 +126,8 @@ def figures(runs: Sequence[Figures]) -> str:
         raise ValueError("a run to choose by and at least one to judge on are needed")
     commands = "\n".join(command(run) for run in runs)
     parts = [f"```\n{commands}\n```", machine(runs[0])]
-    for retention in retentions_in(runs[0]["results"]):
+    compared = [set(retentions_in(run["results"])) for run in runs]
+    for retention in sorted(set.intersection(*compared), reverse=True):
         parts += _at_retention(kinds_of(runs, retention), retention)
     return "\n\n".join(parts)
 

@@ -119,6 +119,14 @@ def test_only_mastered_kinds_count() -> None:
     assert "| list | `mix_kv` | `oracle` | `look_ahead:hand_off=false,tokens=4` | `look_ahead` |" in lines
 
 
+def test_only_retentions_that_all_runs_have_are_compared() -> None:
+    first = tuned()
+    first["results"] += [row(policy, "read", "1111", 0.2) for policy in POLICIES]
+    written = figures([first, fresh("read")])
+    assert "## At 10 %" in written
+    assert "## At 20 %" not in written
+
+
 def test_the_command_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = tmp_path / "held_out.json"
     monkeypatch.setattr(sys, "argv", ["held_out", str(runs)])
