@@ -51,8 +51,8 @@ class DecodeScheduler:
     """Owner of the running batch.
 
     `join` and `leave` may be called from any thread and never wait for a step. `deliver` is called from the step
-    thread, after every step or replay and when a sequence has left, and must not block. A step waits for nothing: transfers,
-    text and streams are elsewhere.
+    thread, after every step or replay and when a sequence has left, and must not block. A step waits for nothing:
+    transfers, text and streams are elsewhere.
     """
 
     def __init__(
