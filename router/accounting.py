@@ -11,9 +11,17 @@ from fractions import Fraction
 from vlcache.v1 import inference_pb2 as pb
 
 from router.circuit import CIRCUIT_STATES
+from router.tenant_labels import TenantLabels
+from router.tenants import DEFAULT_TENANT
 from router.worker import STATES, Worker
-from shared.errors import DeadlineExceededError, InternalError, RequestCancelledError, ServiceError
-from shared.telemetry.metrics import RouterMetrics
+from shared.errors import (
+    DeadlineExceededError,
+    InternalError,
+    RequestCancelledError,
+    ResourceExhaustedError,
+    ServiceError,
+)
+from shared.telemetry.metrics import Metric, RouterMetrics
 
 FINISHED, CANCELLED, FAILED, REFUSED, REPEATED = "finished", "cancelled", "failed", "refused", "repeated"
 
@@ -35,17 +43,29 @@ class Accounting:
         self.metrics = metrics
         self.clock = clock
         self.totals = Totals()
+        self._tenant_labels = TenantLabels()
         self._state_gauges = ((metrics.worker_state, STATES), (metrics.circuit_state, CIRCUIT_STATES))
         self._workers_shown: dict[str, tuple[str, str]] = {}
 
-    def open(self) -> RequestAccount:
-        """The account of a request that was just received and accepted."""
+    def open(self, tenant: str = DEFAULT_TENANT) -> RequestAccount:
+        """The account of a request of `tenant` that was just received and accepted."""
         self.totals.requests += 1
-        return RequestAccount(self)
+        return RequestAccount(self, tenant)
 
-    def refused(self, error: ServiceError) -> None:
+    def refused(self, error: ServiceError, tenant: str = DEFAULT_TENANT) -> None:
         """A request that was turned away before anything was done for it."""
+        self.found_no_room(error, tenant)
         self.ended(REFUSED, error.code)
+
+    def found_no_room(self, error: ServiceError, tenant: str) -> None:
+        """A request of `tenant` ends in `error`; counted where that is for want of room or beyond its limits."""
+        if isinstance(error, ResourceExhaustedError):
+            label = self._tenant_labels.of(tenant)
+            self.metrics.labelled(self.metrics.tenant_refused, tenant=label, reason=error.reason).inc()
+
+    def of_tenant(self, metric: Metric, tenant: str) -> Metric:
+        """The child of a metric that stands for `tenant`, perhaps together with others."""
+        return self.metrics.labelled(metric, tenant=self._tenant_labels.of(tenant))
 
     def repeated(self) -> None:
         """A request was answered with what its first try was answered."""
@@ -70,14 +90,17 @@ class Accounting:
         self.metrics.shadow_agreement.observe(share)
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self, tenant: str = DEFAULT_TENANT) -> Iterator[None]:
         """Counts a request as waiting for decode memory while open."""
         since_s = self.clock()
-        self.metrics.requests_waiting.inc()
+        gauges = (self.metrics.requests_waiting, self.of_tenant(self.metrics.tenant_waiting, tenant))
+        for gauge in gauges:
+            gauge.inc()
         try:
             yield
         finally:
-            self.metrics.requests_waiting.dec()
+            for gauge in gauges:
+                gauge.dec()
             self.metrics.reservation_wait.observe(self.clock() - since_s)
 
     def show_workers(self, workers: Iterable[Worker]) -> None:
@@ -105,15 +128,22 @@ class Accounting:
 class RequestAccount:
     """What is observed of one request, in the order of its life. Ends exactly once."""
 
-    def __init__(self, accounting: Accounting) -> None:
+    def __init__(self, accounting: Accounting, tenant: str) -> None:
         self._accounting = accounting
         self._metrics = accounting.metrics
+        self._tenant = tenant
+        self._running = (
+            self._metrics.requests_running,
+            accounting.of_tenant(self._metrics.tenant_running, tenant),
+        )
+        self._tenant_tokens = accounting.of_tenant(self._metrics.tenant_tokens, tenant)
         self._received_s = accounting.clock()
         self._first_s = self._last_s = self._received_s
         self._interrupted_s: float | None = None
         self._open = True
         self.generated_tokens = 0
-        self._metrics.requests_running.inc()
+        for gauge in self._running:
+            gauge.inc()
 
     def prompt(self, prompt_tokens: int, visual_tokens: int) -> None:
         """The prompt's size is known."""
@@ -140,6 +170,7 @@ class RequestAccount:
             self.generated_tokens += 1
             self._token(gap_s, now_s)
         self._last_s = now_s
+        self._tenant_tokens.inc(count)
 
     def compression(self, message: pb.Compression) -> None:
         """The prompt's KV was compressed."""
@@ -165,7 +196,9 @@ class RequestAccount:
 
     def failed(self, error: Exception) -> None:
         """The client is told of an error; one that is no `ServiceError` is a bug."""
-        self._end(FAILED, error.code if isinstance(error, ServiceError) else InternalError.code)
+        known = error if isinstance(error, ServiceError) else InternalError("a bug")
+        if self._end(FAILED, known.code):
+            self._accounting.found_no_room(known, self._tenant)
 
     def left(self, stage: str, deadline: DeadlineExceededError | None) -> None:
         """The client went away in `stage`; `deadline` says that it did so because its time was over."""
@@ -188,6 +221,7 @@ class RequestAccount:
         if not self._open:
             return False
         self._open = False
-        self._metrics.requests_running.dec()
+        for gauge in self._running:
+            gauge.dec()
         self._accounting.ended(outcome, code)
         return True

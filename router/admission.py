@@ -118,7 +118,7 @@ class Admission:
         rank = Rank(tenant=request.tenant, priority=request.priority, begun=begun is not None)
         if room.would_be_first(rank) and (lease := await self._try(ask)):
             return lease
-        with room.place(rank, request.num_bytes) as place, self._accounting.waiting():
+        with room.place(rank, request.num_bytes) as place, self._accounting.waiting(request.tenant):
             give_up_at_s = asyncio.get_running_loop().time() + deadline.at_most(self._queue_timeout_s)
             while await place.turn(give_up_at_s):
                 if lease := await self._try(ask):

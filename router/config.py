@@ -5,10 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from router.placement.catalogue import POLICIES, PlacementName
+from router.tenants import TenantLimits
+from router.waiting import RoomLimits
 from shared.config import Listen
 from shared.registry.location import open_registry
+from shared.rpc.options import MIB
 
 STAGE_TIMEOUTS = ("prefill_timeout_s", "transfer_timeout_s", "token_timeout_s")
+
+NOT_NEGATIVE = (
+    "max_failovers",
+    "drain_s",
+    "slow_start_s",
+    "max_waiting",
+    "max_waiting_mib",
+    "tenant_concurrency",
+    "tenant_rate",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +60,13 @@ class RouterConfig:
     """Requests per model that may wait for decode memory; further ones are refused at once."""
     max_waiting_mib: int = 512
     """MiB of requests, images included, that may wait per model; further ones are refused at once."""
+    tenant_concurrency: int = 0
+    """Requests that each tenant may have in flight, those that wait included; 0 limits nothing. A tenant is what a
+    request's metadata says (`vlcache-tenant`), which is trusted."""
+    tenant_rate: float = 0.0
+    """Requests per second that each tenant may send; 0 limits nothing."""
+    tenant_burst: int = 10
+    """Requests that a tenant may send at once after a rest, where `tenant_rate` limits it."""
     min_retention: float = 1.0
     """How far the retention of a request that names no floor of its own may be lowered while decode memory is short, in
     (0, 1]; 1 lowers none. Requests that keep everything are spared."""
@@ -58,13 +78,25 @@ class RouterConfig:
     log_level: str = "INFO"
     """DEBUG, INFO, WARNING or ERROR."""
 
+    @property
+    def room_limits(self) -> RoomLimits:
+        """What may wait."""
+        return RoomLimits(requests=self.max_waiting, num_bytes=self.max_waiting_mib * MIB)
+
+    @property
+    def tenant_limits(self) -> TenantLimits:
+        """What a tenant may ask for."""
+        return TenantLimits(concurrency=self.tenant_concurrency, rate=self.tenant_rate, burst=self.tenant_burst)
+
     def __post_init__(self) -> None:
         for name in (*STAGE_TIMEOUTS, "poll_interval_s", "poll_timeout_s", "control_timeout_s", "queue_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
-        for name in ("max_failovers", "drain_s", "slow_start_s", "max_waiting", "max_waiting_mib"):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.tenant_burst < 1:
+            raise ValueError(f"tenant_burst must be at least 1, not {self.tenant_burst}")
         if not 0 < self.min_retention <= 1:
             raise ValueError(f"min_retention must lie in (0, 1], not {self.min_retention}")
         if not 0 <= self.shadow_share <= 1:

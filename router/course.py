@@ -33,7 +33,7 @@ class Course:
 
     def __init__(self, request: AcceptedRequest, means: Means, *, delivery: Delivery, deadline: Deadline) -> None:
         """No worker is asked before `compute_prompt`."""
-        self.inbox: Inbox = asyncio.Queue()
+        self.inbox = Inbox()
         self.stage = QUEUE
         self._request = request
         self._means = means
@@ -69,7 +69,7 @@ class Course:
         self._call = PrefillCall(lease, self.inbox, self._means)
         self._delivery.rewind()
         self.stage = PREFILL
-        self._call.start(self._request.message, self._delivery.token_ids, self._deadline)
+        self._call.start(self._request, self._delivery.token_ids, self._deadline)
 
     async def resend_parcel(self, avoid: Collection[Worker]) -> pb.Transfer:
         """Has the parcel sent to another decode worker and goes on there.

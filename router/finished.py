@@ -22,20 +22,26 @@ MAX_ANSWER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Key:
-    """Which request: a client's own id, and everything else that it said."""
+    """Which request: whose, the client's own id for it, and everything else that it said."""
 
+    tenant: str
     request_id: str
     digest: bytes
 
     @classmethod
-    def of(cls, message: pb.GenerateRequest) -> Key | None:
+    def of(cls, message: pb.GenerateRequest, tenant: str) -> Key | None:
         """None for a request that leaves its id to us: nobody can ask for it again.
 
         The digest tells a repetition from a mistake. It protects nothing: who can send the message may read the answer.
         """
         if not message.request_id:
             return None
-        return cls(message.request_id, xxhash.xxh3_128_digest(message.SerializeToString(deterministic=True)))
+        return cls(tenant, message.request_id, xxhash.xxh3_128_digest(message.SerializeToString(deterministic=True)))
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """Tenant and id: what the answer is found by."""
+        return self.tenant, self.request_id
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class FinishedAnswers:
     """
 
     def __init__(self) -> None:
-        self._answers: OrderedDict[str, _Answer] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, str], _Answer] = OrderedDict()
         self._nbytes = 0
 
     def find(self, key: Key | None) -> AsyncIterator[pb.GenerateResponse] | None:
@@ -63,7 +69,7 @@ class FinishedAnswers:
             DuplicateRequestError: Another request had this id a moment ago.
         """
         self._forget_old()
-        answer = self._answers.get(key.request_id) if key else None
+        answer = self._answers.get(key.name) if key else None
         if key is None or answer is None:
             return None
         if answer.digest != key.digest:
@@ -94,7 +100,7 @@ class FinishedAnswers:
 
     def _keep(self, key: Key, events: tuple[bytes, ...], nbytes: int) -> None:
         until_s = asyncio.get_running_loop().time() + KEEP_S
-        self._answers[key.request_id] = _Answer(key.digest, events, nbytes, until_s)
+        self._answers[key.name] = _Answer(key.digest, events, nbytes, until_s)
         self._nbytes += nbytes
         self._forget_old()
 

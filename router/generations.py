@@ -11,6 +11,7 @@ from router.accounting import Accounting
 from router.deadline import Deadline
 from router.generation import Generation
 from router.means import Means
+from router.tenants import Stay, Tenants
 from router.validation import AcceptedRequest
 from router.workers import WorkerTable
 from shared.errors import DuplicateRequestError, InvalidRequestError, NotFoundError, ServiceError, UnavailableError
@@ -24,11 +25,13 @@ class Generations:
         table: WorkerTable,
         means: Means,
         *,
+        tenants: Tenants,
         accounting: Accounting,
         min_retention: float,
     ) -> None:
         self._table = table
         self._means = means
+        self._tenants = tenants
         self._accounting = accounting
         self._min_retention = min_retention
         self._running: dict[str, Generation] = {}
@@ -36,7 +39,7 @@ class Generations:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def open(self, message: pb.GenerateRequest, timeout_s: float | None) -> Generation:
+    def open(self, message: pb.GenerateRequest, timeout_s: float | None, *, tenant: str) -> Generation:
         """Accepts a request; its caller iterates `events` and calls `close` when its client is gone.
 
         Raises:
@@ -44,13 +47,15 @@ class Generations:
             DuplicateRequestError: The id is in flight.
             NotFoundError: No worker knows the model.
             InvalidRequestError: The request can never work.
+            ResourceExhaustedError: The tenant asks for more than it may.
         """
         try:
-            request = self._accept(message)
+            request = self._accept(message, tenant)
+            stay = self._tenants.enter(tenant)
         except ServiceError as error:
-            self._accounting.refused(error)
+            self._accounting.refused(error, tenant)
             raise
-        return self._register(request, Deadline.after(timeout_s))
+        return self._register(request, stay, Deadline.after(timeout_s))
 
     @property
     def busy(self) -> bool:
@@ -77,8 +82,9 @@ class Generations:
     def check_integrity(self) -> None:
         """Asserts that idle means idle."""
         assert self._idle.is_set() == (not self._running)
+        self._tenants.check_integrity(idle=not self._running)
 
-    def _accept(self, message: pb.GenerateRequest) -> AcceptedRequest:
+    def _accept(self, message: pb.GenerateRequest, tenant: str) -> AcceptedRequest:
         if self._draining:
             raise UnavailableError("this router is draining", reason="DRAINING")
         message.request_id = validation.request_id_of(message)
@@ -88,7 +94,7 @@ class Generations:
         worker = served.get(self._model_name(message.model, list(served)))
         if worker is None:
             raise self._not_served(message.model, list(served))
-        return validation.accept(message, worker.info.model, min_retention=self._min_retention)
+        return validation.accept(message, worker.info.model, min_retention=self._min_retention, tenant=tenant)
 
     def _model_name(self, asked: str, served: list[str]) -> str:
         if not asked and len(served) > 1:
@@ -101,19 +107,20 @@ class Generations:
             return NotFoundError(f"unknown model {asked!r}; served: {', '.join(served)}", reason="UNKNOWN_MODEL")
         return self._means.admission.no_pair(asked)
 
-    def _register(self, request: AcceptedRequest, deadline: Deadline) -> Generation:
+    def _register(self, request: AcceptedRequest, stay: Stay, deadline: Deadline) -> Generation:
         generation = Generation(
             request,
             self._means,
-            account=self._accounting.open(),
+            account=self._accounting.open(request.tenant),
             deadline=deadline,
-            on_close=lambda: self._forget(request.request_id),
+            on_close=lambda: self._forget(request.request_id, stay),
         )
         self._running[request.request_id] = generation
         self._idle.clear()
         return generation
 
-    def _forget(self, request_id: str) -> None:
+    def _forget(self, request_id: str, stay: Stay) -> None:
+        stay.leave()
         del self._running[request_id]
         if not self._running:
             self._idle.set()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import decode_pb2, prefill_pb2
 
 from shared.errors import ServiceError
+
+# Tokens that are joined at most: what a client gets at once stays far below the size that its gRPC takes.
+MAX_RUN_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -21,4 +26,65 @@ class PrefillEnded:
 Said: TypeAlias = "prefill_pb2.PrefillEvent | PrefillEnded | decode_pb2.SequenceUpdate | ServiceError"
 
 # Who says it, and what: what is still in line of a source that was given up is passed over.
-Inbox: TypeAlias = "asyncio.Queue[tuple[object, Said]]"
+Item: TypeAlias = "tuple[object, Said]"
+
+
+class Inbox:
+    """First in, first out, for one reader; but tokens of one source that stand behind each other come out as one.
+
+    A client that reads slowly stops its request from reading this. It then gets what came meanwhile in few large
+    events, and no update is held that would keep the message of its step, and so everybody's tokens, in memory.
+    """
+
+    def __init__(self) -> None:
+        self._items: deque[Item | _Run] = deque()
+        self._arrived = asyncio.Event()
+
+    def put_nowait(self, item: Item) -> None:
+        """Adds what `item`'s source says; never waits."""
+        source, said = item
+        if isinstance(said, decode_pb2.SequenceUpdate) and self._items:
+            self._run_of(source).add(said)
+        else:
+            self._items.append(item)
+        self._arrived.set()
+
+    async def get(self) -> Item:
+        """Waits for the next item and takes it out."""
+        while not self._items:
+            self._arrived.clear()
+            await self._arrived.wait()
+        item = self._items.popleft()
+        return (item.source, item.update()) if isinstance(item, _Run) else item
+
+    def _run_of(self, source: object) -> _Run:
+        """The run at the end of the line, if it is of this source and not too long; else a new one."""
+        last = self._items[-1]
+        if isinstance(last, _Run) and last.source is source and len(last.token_ids) < MAX_RUN_TOKENS:
+            return last
+        run = _Run(source)
+        if not isinstance(last, _Run) and last[0] is source and isinstance(last[1], decode_pb2.SequenceUpdate):
+            run.add(last[1])
+            self._items.pop()
+        self._items.append(run)
+        return run
+
+
+@dataclass(eq=False)
+class _Run:
+    """Updates of one source without anything between them."""
+
+    source: object
+    token_ids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    finish_reason: pb.FinishReason = pb.FINISH_REASON_UNSPECIFIED
+
+    def add(self, update: decode_pb2.SequenceUpdate) -> None:
+        self.token_ids.extend(update.token_ids)
+        self.texts.append(update.text)
+        self.finish_reason = update.finish_reason
+
+    def update(self) -> decode_pb2.SequenceUpdate:
+        return decode_pb2.SequenceUpdate(
+            token_ids=self.token_ids, text="".join(self.texts), finish_reason=self.finish_reason
+        )

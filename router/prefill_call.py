@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 
-from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import prefill_pb2
 
 from router.admission import Lease
@@ -15,6 +14,7 @@ from router.inbox import Inbox, PrefillEnded
 from router.means import Means
 from router.parcels import Parcel
 from router.stages import PREFILL, TRANSFER
+from router.validation import AcceptedRequest
 from router.worker import PROMPT, TOKENS, UNREACHABLE, Worker
 from shared.errors import ServiceError, UnavailableError
 
@@ -45,18 +45,19 @@ class PrefillCall:
         """The prefill worker."""
         return self._lease.pair.prefill
 
-    def start(self, message: pb.GenerateRequest, delivered: Sequence[int], deadline: Deadline) -> None:
+    def start(self, asked: AcceptedRequest, delivered: Sequence[int], deadline: Deadline) -> None:
         """Sends the prompt, with the budget that memory was promised for.
 
         Args:
             delivered: The answer as the client has it: its tokens are not drawn anew.
         """
         request = prefill_pb2.PrefillRequest(
-            request=message,
+            request=asked.message,
             attempt=self._lease.attempt,
             ticket=self._lease.ticket,
             epoch=self.worker.info.epoch,
             delivered=delivered,
+            tenant=asked.tenant,
         )
         self._lease.offer.budget.write_to(request.request.compression)
         self._set_clock(PREFILL, self._means.limits.prefill_timeout_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Coroutine
+from random import Random
 from typing import Any
 
 from router.accounting import Accounting
@@ -21,11 +22,12 @@ from router.placement.catalogue import POLICIES
 from router.service import SERVICE_NAME, InferenceServicer
 from router.shadow import Shadow
 from router.silence import break_silence
-from router.waiting import RoomLimits, Rooms
+from router.tenants import Tenants
+from router.waiting import Rooms
 from router.worker_client import WorkerClient
 from router.workers import WorkerTable
 from shared.registry.location import open_registry
-from shared.rpc.options import MAX_REQUEST_BYTES, MIB
+from shared.rpc.options import MAX_REQUEST_BYTES
 from shared.rpc.server import RpcServer
 from shared.telemetry.exporter import MetricsExporter, watch_event_loop
 from shared.telemetry.metrics import RouterMetrics
@@ -55,7 +57,7 @@ class Router:
             poll_interval_s=config.poll_interval_s,
             slow_start_s=config.slow_start_s,
         )
-        self._rooms = Rooms(RoomLimits(requests=config.max_waiting, num_bytes=config.max_waiting_mib * MIB))
+        self._rooms = Rooms(config.room_limits)
         parcels = Parcels(self._background)
         limits = Limits(
             prefill_timeout_s=config.prefill_timeout_s,
@@ -73,7 +75,7 @@ class Router:
         )
         admission = Admission(
             self.table,
-            POLICIES[config.placement](),
+            POLICIES[config.placement](Random()),  # noqa: S311 -- no secret depends on it
             background=self._background,
             accounting=self.accounting,
             rooms=self._rooms,
@@ -83,6 +85,7 @@ class Router:
         self.generations = Generations(
             self.table,
             Means(admission=admission, parcels=parcels, background=self._background, limits=limits),
+            tenants=Tenants(config.tenant_limits),
             accounting=self.accounting,
             min_retention=config.min_retention,
         )

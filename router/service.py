@@ -12,6 +12,7 @@ from router.accounting import Accounting
 from router.finished import FinishedAnswers, Key
 from router.generations import Generations
 from router.shadow import Shadow
+from router.tenants import tenant_of
 from router.worker import UNREACHABLE, Worker
 from router.workers import WorkerTable
 from shared.errors import ServiceError
@@ -45,11 +46,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Answers a chat request."""
+        tenant = self._tenant(context)
         # before defaults are filled in: a repetition has none either
-        key = Key.of(request)
+        key = Key.of(request, tenant)
         if answer := self._find(key):
             return answer
-        generation = self._generations.open(request, context.time_remaining())
+        generation = self._generations.open(request, context.time_remaining(), tenant=tenant)
         # a handler that is cancelled while it writes never resumes its generator
         context.add_done_callback(lambda _: generation.close())
         return self._finished.record(key, self._shadow.follow(generation))
@@ -70,6 +72,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             workers=[*(_worker(worker) for worker in self._table.workers()), *unseen],
             totals=_totals(self._accounting),
         )
+
+    def _tenant(self, context: grpc.aio.ServicerContext) -> str:
+        try:
+            return tenant_of(context.invocation_metadata() or ())
+        except ServiceError as error:
+            self._accounting.refused(error)
+            raise
 
     def _find(self, key: Key | None) -> AsyncIterator[pb.GenerateResponse] | None:
         try:

@@ -143,7 +143,7 @@ class Shadow:
                 _at_retention_one(answer.request.message), answer.request.model, tenant=answer.request.tenant
             ),
             self._means,
-            account=self._own_accounting.open(),
+            account=self._own_accounting.open(answer.request.tenant),
             deadline=Deadline.after(REPLAY_LIMIT_S),
             on_close=lambda: None,
         )

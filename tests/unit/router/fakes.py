@@ -366,9 +366,10 @@ class Bench:
         self.prefill, self.decode = prefill, decode
         self.stub = inference_pb2_grpc.InferenceServiceStub(channel)
 
-    def ask(self, *, timeout: float | None = None, **fields: Any) -> Any:
+    def ask(self, *, timeout: float | None = None, tenant: str | None = None, **fields: Any) -> Any:
         """Starts a request; iterate or `read` the call."""
-        return self.stub.Generate(ask(**fields), timeout=timeout)
+        metadata = () if tenant is None else (("vlcache-tenant", tenant),)
+        return self.stub.Generate(ask(**fields), timeout=timeout, metadata=metadata)
 
     async def answer(self, **fields: Any) -> list[pb.GenerateResponse]:
         """The events of a whole answer."""

@@ -135,6 +135,9 @@ def test_before_the_first_event_was_asked_for() -> None:
         def time_remaining(self) -> None:
             return None
 
+        def invocation_metadata(self) -> tuple[()]:
+            return ()
+
         def add_done_callback(self, callback: Callable[[object], None]) -> None:
             self.callbacks.append(callback)
 

@@ -45,8 +45,8 @@ async def keep(answers: FinishedAnswers, key: Key | None, *events: pb.GenerateRe
     answers.check_integrity()
 
 
-def key_of(request_id: str, text: str = "?") -> Key | None:
-    return Key.of(ask(text, request_id=request_id))
+def key_of(request_id: str, text: str = "?", tenant: str = "team-a") -> Key | None:
+    return Key.of(ask(text, request_id=request_id), tenant)
 
 
 def test_the_same_request_gets_the_same_events_and_no_worker_hears_of_it() -> None:
