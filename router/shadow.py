@@ -9,6 +9,7 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
+from random import Random
 
 from vlcache.v1 import inference_pb2 as pb
 
@@ -68,7 +69,7 @@ class Shadow:
         self._own_accounting = Accounting(RouterMetrics(worker="shadow"))
         admission = Admission(
             table,
-            LeastLoaded(),
+            LeastLoaded(Random()),  # noqa: S311 -- no secret depends on it
             background=self._background,
             accounting=self._own_accounting,
             rooms=rooms,

@@ -23,7 +23,10 @@ def decision_us(seed: int) -> dict[str, dict[str, float]]:
     """Median microseconds from a request to its pair, by policy and workers of each role."""
     groups = {str(count): _group(count, Random(seed)) for count in COUNTS}
     return {
-        name: {count: _median_us(POLICIES[name]().order, group, Random(seed)) for count, group in groups.items()}
+        name: {
+            count: _median_us(POLICIES[name](Random(seed)).order, group, Random(seed))
+            for count, group in groups.items()
+        }
         for name in POLICIES
     }
 

@@ -17,7 +17,6 @@ from benchmarks.placement.trace import Request, Trace
 from benchmarks.placement.views import TOKEN_BYTES, View
 from router.placement.base import Pair, Placement
 from router.placement.catalogue import POLICIES
-from router.placement.power_of_two import PowerOfTwo
 from router.worker import PROMPT, Worker
 
 RANDOM, CLAIRVOYANT = "random", "clairvoyant"
@@ -109,8 +108,7 @@ class Simulation:
             return RandomPairs(chance)
         if contender == CLAIRVOYANT:
             return Clairvoyant(lambda: self._placing, lambda: self.now_s)
-        policy = POLICIES[contender]()  # type: ignore[index]
-        return PowerOfTwo(chance) if isinstance(policy, PowerOfTwo) else policy
+        return POLICIES[contender](chance)  # type: ignore[index]
 
     def _at(self, at_s: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (at_s, next(self._order), event))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 from typing import Literal
 
 from router.placement.base import Placement
@@ -13,7 +14,7 @@ from router.placement.round_robin import RoundRobin
 
 PlacementName = Literal["round_robin", "least_loaded", "power_of_two", "image_affinity"]
 
-POLICIES: dict[PlacementName, Callable[[], Placement]] = {
+POLICIES: dict[PlacementName, Callable[[Random], Placement]] = {
     "round_robin": RoundRobin,
     "least_loaded": LeastLoaded,
     "power_of_two": PowerOfTwo,

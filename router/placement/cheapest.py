@@ -5,10 +5,11 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from random import Random
 from typing import NamedTuple
 
 from router.placement.base import Demand, Group, Pair
-from router.placement.cost import IN_MEMORY_S, decode_cost, prefill_cost, ranked
+from router.placement.cost import IN_MEMORY_S, decode_cost, noisy_prefill_cost, ranked
 from router.worker import Worker
 
 Ranked = Sequence[tuple[float, Worker]]
@@ -25,12 +26,12 @@ class _Grid(NamedTuple):
         return self.prefill[row][0] + self.decode[column][0] - (IN_MEMORY_S if self.in_memory else 0.0)
 
 
-def cheapest_pairs(groups: Iterable[Group], demand: Demand) -> Iterator[Pair]:
+def cheapest_pairs(groups: Iterable[Group], demand: Demand, chance: Random) -> Iterator[Pair]:
     """Every ready pair once, by the sum of its members' costs, less if they hand over in memory.
 
     With p and d workers the first pair takes O(p log p + d log d), each further one O(log of those given).
     """
-    grids = [grid for group in groups for grid in _grids(group, demand)]
+    grids = [grid for group in groups for grid in _grids(group, demand, chance)]
     for grid, row, column in _ascending(grids):
         pair = Pair(grid.prefill[row][1], grid.decode[column][1])
         # neighbours have a grid of their own, and came earlier there
@@ -45,9 +46,9 @@ def pairs_of(prefill: Worker, decode: Iterable[Worker], demand: Demand) -> Itera
     return (pair for _, pair in pairs)
 
 
-def _grids(group: Group, demand: Demand) -> Iterator[_Grid]:
+def _grids(group: Group, demand: Demand, chance: Random) -> Iterator[_Grid]:
     """All against all, and each neighbourhood by itself."""
-    prefill = ranked(group.prefill, prefill_cost, demand)
+    prefill = ranked(group.prefill, noisy_prefill_cost(group.prefill, chance), demand)
     decode = ranked(group.decode, decode_cost, demand)
     if prefill and decode:
         yield _Grid(prefill, decode, in_memory=False)

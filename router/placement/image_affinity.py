@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from random import Random
 
 import xxhash
 
 from router.placement.base import Demand, Group, Pair
 from router.placement.cheapest import cheapest_pairs, pairs_of
-from router.placement.cost import prefill_cost, ranked
+from router.placement.cost import own_time, prefill_cost, ranked
 from router.worker import Worker
 
 MAX_DETOUR = 0.5
@@ -25,11 +26,15 @@ class ImageAffinity:
     go by cost alone.
     """
 
+    def __init__(self, chance: Random) -> None:
+        """`chance` blurs the costs of requests without image."""
+        self._chance = chance
+
     def order(self, groups: Sequence[Group], demand: Demand) -> Iterator[Pair]:
         """Every ready pair of `groups` once, best first."""
         key = demand.image_key()
         if key is None:
-            yield from cheapest_pairs(groups, demand)
+            yield from cheapest_pairs(groups, demand, self._chance)
             return
         for worker, group in _favourites_first(groups, demand, key):
             yield from pairs_of(worker, group.decode, demand)
@@ -45,7 +50,7 @@ def _favourites_first(groups: Sequence[Group], demand: Demand, key: int) -> list
 
 def detour(worker: Worker, demand: Demand) -> float:
     """Seconds that a request may lose for going to `worker`."""
-    return MAX_DETOUR * demand.prompt_tokens / worker.speed.tokens_per_s
+    return MAX_DETOUR * own_time(worker, demand)
 
 
 def affinity(worker: Worker, key: int) -> int:

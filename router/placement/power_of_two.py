@@ -24,16 +24,16 @@ class PowerOfTwo:
     look at everybody. What follows when a decode worker refuses is `least_loaded`'s order.
     """
 
-    def __init__(self, chance: Random | None = None) -> None:
-        """`chance` draws; a new one when left out."""
-        self._chance = chance or Random()  # noqa: S311 -- no secret depends on it
+    def __init__(self, chance: Random) -> None:
+        """`chance` draws."""
+        self._chance = chance
 
     def order(self, groups: Sequence[Group], demand: Demand) -> Iterator[Pair]:
         """Every ready pair of `groups` once, best first."""
         first = self._first(groups, demand)
         if first is not None:
             yield first
-        yield from (pair for pair in cheapest_pairs(groups, demand) if pair != first)
+        yield from (pair for pair in cheapest_pairs(groups, demand, self._chance) if pair != first)
 
     def _first(self, groups: Sequence[Group], demand: Demand) -> Pair | None:
         if not groups:

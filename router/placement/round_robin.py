@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from random import Random
 
 from router.placement.base import Demand, Group, Pair
 from router.worker import Worker
@@ -15,6 +16,9 @@ class RoundRobin:
     Blind to load, speed and memory: right where workers and requests are all alike, and the yardstick elsewhere. A
     group gets the turns of the worker of it that has waited longest.
     """
+
+    def __init__(self, chance: Random) -> None:
+        """Nothing is left to `chance` here."""
 
     def order(self, groups: Sequence[Group], demand: Demand) -> Iterator[Pair]:
         """Every ready pair of `groups` once, best first."""

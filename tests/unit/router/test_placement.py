@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vlcache.v1 import inference_pb2 as pb
+from vlcache.worker.v1 import worker_pb2
 
 from router.config import RouterConfig
-from router.placement import cheapest, cost
+from router.placement import cheapest, cost, image_affinity
 from router.placement.base import Demand, Group, Pair, Placement
 from router.placement.catalogue import POLICIES
 from router.placement.cheapest import pairs_of
@@ -85,7 +86,7 @@ def fleets(draw: st.DrawFn) -> list[Group]:
 @given(groups=fleets(), image=st.none() | st.integers(0, 2**64 - 1))
 @settings(deadline=None)
 def test_every_ready_pair_comes_once_and_no_other(name: str, groups: list[Group], image: int | None) -> None:
-    order = list(POLICIES[name]().order(groups, demand(image=image)))
+    order = list(POLICIES[name](Random(3)).order(groups, demand(image=image)))
     wanted = {Pair(one, other) for group in groups for one in group.prefill for other in group.decode}
     assert Counter(order) == Counter(pair for pair in wanted if pair.ready)
 
@@ -93,7 +94,7 @@ def test_every_ready_pair_comes_once_and_no_other(name: str, groups: list[Group]
 @given(groups=fleets())
 @settings(deadline=None)
 def test_least_loaded_is_the_order_of_all_pairs_by_cost(groups: list[Group]) -> None:
-    found = [cost_of(pair, demand()) for pair in LeastLoaded().order(groups, demand())]
+    found = [cost_of(pair, demand()) for pair in LeastLoaded(Random(3)).order(groups, demand())]
     assert found == pytest.approx(sorted(found))
 
 
@@ -115,7 +116,7 @@ def test_nobody_starves(name: str) -> None:
     reached: Counter[str] = Counter()
     for _ in range(300):
         image = chance.choice([None, chance.getrandbits(64)])
-        reached.update(names(place(POLICIES[name](), [group], demand(image=image))))
+        reached.update(names(place(POLICIES[name](Random(3)), [group], demand(image=image))))
     assert len(reached) == 12
     assert min(reached.values()) >= 300 / 6 / 3
 
@@ -125,7 +126,7 @@ def test_equals_take_turns(name: str) -> None:
     group = group_of(2, 3)
     seen = []
     for _ in range(6):
-        pair = first(POLICIES[name](), [group])
+        pair = first(POLICIES[name](Random(3)), [group])
         for one in (pair.prefill, pair.decode):
             one.charge(100).end()
         seen.append(names(pair))
@@ -136,13 +137,13 @@ def test_equals_take_turns(name: str) -> None:
 def test_round_robin_is_blind() -> None:
     group = group_of(2, 2)
     group.prefill[0].charge(10**6)
-    assert [names(place(RoundRobin(), [group], demand()))[0] for _ in range(4)] == ["p1", "p0", "p1", "p0"]
+    assert [names(place(RoundRobin(Random(3)), [group], demand()))[0] for _ in range(4)] == ["p1", "p0", "p1", "p0"]
 
 
 def test_a_burst_spreads_before_any_worker_has_reported() -> None:
     group = group_of(4, 2)
     for _ in range(8):
-        place(LeastLoaded(), [group], demand())
+        place(LeastLoaded(Random(3)), [group], demand())
     assert {one.load for one in group.prefill} == {200}
     assert len({one.load for one in group.decode}) == 1
 
@@ -152,7 +153,7 @@ def test_a_fast_worker_may_have_a_longer_queue() -> None:
     slow, fast = group.prefill
     slow.speed.observe(1000, 1.0)
     fast.speed.observe(4000, 1.0)
-    taken = Counter(names(place(LeastLoaded(), [group], demand(kv_tokens=0)))[0] for _ in range(100))
+    taken = Counter(names(place(LeastLoaded(Random(3)), [group], demand(kv_tokens=0)))[0] for _ in range(100))
     assert taken == {"p0": 20, "p1": 80}
 
 
@@ -160,7 +161,7 @@ def test_a_large_pool_may_hold_more() -> None:
     small, large = decode(2)
     large.capacity = 3 * small.capacity
     group = Group(prefill(1), [small, large])
-    taken = Counter(names(place(LeastLoaded(), [group], demand(prompt_tokens=0)))[1] for _ in range(100))
+    taken = Counter(names(place(LeastLoaded(Random(3)), [group], demand(prompt_tokens=0)))[1] for _ in range(100))
     assert taken == {"d0": 25, "d1": 75}
 
 
@@ -170,9 +171,9 @@ def test_roles_are_scored_together() -> None:
     near.decode[0].charge(near.decode[0].capacity)
     far.prefill[0].charge(1000)
     # half a second of queue against a full pool
-    assert first(LeastLoaded(), [near, far]).prefill is far.prefill[0]
+    assert first(LeastLoaded(Random(3)), [near, far]).prefill is far.prefill[0]
     far.prefill[0].charge(2000)
-    assert first(LeastLoaded(), [near, far]).prefill is near.prefill[0]
+    assert first(LeastLoaded(Random(3)), [near, far]).prefill is near.prefill[0]
 
 
 @pytest.mark.parametrize("name", ["least_loaded", "power_of_two", "image_affinity"])
@@ -181,7 +182,7 @@ def test_a_common_host_decides_within_its_worth_only(name: str, ahead_s: float, 
     here = worker("prefill", "p", host="one")
     near, other = worker("decode", "near", host="one"), worker("decode", "other", host="two")
     near.charge(round(ahead_s / cost.FULL_POOL_S * near.capacity))
-    policy = PowerOfTwo(Random(3)) if name == "power_of_two" else POLICIES[name]()
+    policy = POLICIES[name](Random(3))
     chosen = [first(policy, [Group([here], [near, other])], demand(image=7)) for _ in range(20)]
     better = near if together else other
     # two draws may both have met the same worker
@@ -204,6 +205,27 @@ def test_what_reservations_are_answered_corrects_what_addresses_suggest() -> Non
     Pair(here, far).learn("grpc")
     Pair(here, far).learn("local")
     assert Pair(here, far).in_memory
+
+
+def test_routers_that_know_the_same_do_not_do_the_same_and_one_alone_is_exact() -> None:
+    alone, shared = group_of(8, 1), group_of(8, 1)
+    for number, (own, others) in enumerate(zip(alone.prefill, shared.prefill, strict=True)):
+        own.charge(1000 + number)
+        others.observe(report_of(others, outstanding_tokens=1000 + number))
+    policy, asked = LeastLoaded(Random(3)), demand()
+    assert {first(policy, [alone], asked).prefill for _ in range(50)} == {alone.prefill[0]}
+    assert {first(policy, [shared], asked).prefill for _ in range(200)} == set(shared.prefill)
+    # nobody is taken who would cost more than half of the request's own time
+    late = shared.prefill[1]
+    late.observe(report_of(late, outstanding_tokens=1051))
+    assert late not in {first(policy, [shared], asked).prefill for _ in range(200)}
+
+
+def report_of(one: Worker, *, outstanding_tokens: int) -> worker_pb2.WorkerInfo:
+    said = worker_pb2.WorkerInfo()
+    said.CopyFrom(one.info)
+    said.outstanding_tokens = outstanding_tokens
+    return said
 
 
 def test_power_of_two_takes_the_better_one_of_those_it_draws() -> None:
@@ -244,7 +266,7 @@ def test_the_first_pair_never_costs_the_product_of_the_fleet(monkeypatch: pytest
         for name in ("least_loaded", "power_of_two", "image_affinity"):
             priced.clear()
             made.clear()
-            first(POLICIES[name](), [group], demand(image=3))
+            first(POLICIES[name](Random(3)), [group], demand(image=3))
             assert priced["prefill"] <= 500
             assert priced["decode"] <= 500
             assert len(made) <= 501
@@ -263,7 +285,8 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, priced: Counter[str], made: lis
         made.append(Pair(one, other))
         return made[-1]
 
-    monkeypatch.setattr(cheapest, "prefill_cost", priced_prefill)
+    monkeypatch.setattr(cost, "prefill_cost", priced_prefill)
+    monkeypatch.setattr(image_affinity, "prefill_cost", priced_prefill)
     monkeypatch.setattr(cheapest, "decode_cost", priced_decode)
     monkeypatch.setattr(cheapest, "Pair", pair)
 
@@ -272,21 +295,21 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, priced: Counter[str], made: lis
 @settings(deadline=None)
 def test_a_worker_that_leaves_moves_its_own_images_only(images: list[int], gone: int) -> None:
     group = group_of(7, 1)
-    homes = {image: first(ImageAffinity(), [group], demand(image=image)).prefill for image in images}
+    homes = {image: first(ImageAffinity(Random(3)), [group], demand(image=image)).prefill for image in images}
     left = group.prefill[gone]
     rest = Group([one for one in group.prefill if one is not left], group.decode)
     for image, home in homes.items():
-        now = first(ImageAffinity(), [rest], demand(image=image)).prefill
+        now = first(ImageAffinity(Random(3)), [rest], demand(image=image)).prefill
         assert now is home or home is left
         # another router, with another order of the same workers, says the same
         mirrored = Group(rest.prefill[::-1], rest.decode)
-        assert first(ImageAffinity(), [mirrored], demand(image=image)).prefill is now
+        assert first(ImageAffinity(Random(3)), [mirrored], demand(image=image)).prefill is now
 
 
 def test_images_are_shared_out_evenly() -> None:
     group, chance = group_of(5, 1), Random(2)
     homes = Counter(
-        names(first(ImageAffinity(), [group], demand(image=chance.getrandbits(64))))[0] for _ in range(1000)
+        names(first(ImageAffinity(Random(3)), [group], demand(image=chance.getrandbits(64))))[0] for _ in range(1000)
     )
     assert min(homes.values()) > 150
 
@@ -301,7 +324,7 @@ def test_an_overloaded_favourite_is_passed_over(waiting: list[int], image: int) 
     costs = {one: prefill_cost(one, asked) for one in group.prefill}
     # all are equally fast: half of the request's own time
     most = min(costs.values()) + 0.5 * asked.prompt_tokens / group.prefill[0].speed.tokens_per_s
-    order = list(dict.fromkeys(pair.prefill for pair in ImageAffinity().order([group], asked)))
+    order = list(dict.fromkeys(pair.prefill for pair in ImageAffinity(Random(3)).order([group], asked)))
     assert costs[order[0]] <= most
     within = [one for one in order if costs[one] <= most]
     assert order == within + [one for one in order if costs[one] > most]
@@ -311,7 +334,7 @@ def test_an_overloaded_favourite_is_passed_over(waiting: list[int], image: int) 
 def test_a_popular_image_does_not_bury_its_worker() -> None:
     group = group_of(10, 1)
     for _ in range(1000):
-        place(ImageAffinity(), [group], demand(image=1, kv_tokens=0))
+        place(ImageAffinity(Random(3)), [group], demand(image=1, kv_tokens=0))
     assert max(one.load for one in group.prefill) <= min(one.load for one in group.prefill) + 150
 
 
@@ -326,7 +349,10 @@ def test_a_newcomer_gets_a_growing_share() -> None:
     shares = []
     for _ in range(3):
         # requests that end at once, in front of a standing queue everywhere else
-        taken = [first(LeastLoaded(), [group], demand(prompt_tokens=300)).prefill.info.name == "new" for _ in range(5)]
+        taken = [
+            first(LeastLoaded(Random(3)), [group], demand(prompt_tokens=300)).prefill.info.name == "new"
+            for _ in range(5)
+        ]
         shares.append(all(taken))
         clock.now_s += 3
     # 300 tokens of its own at a tenth are 3000; at 0.3 they are 1000, less than the queues of the others
