@@ -112,11 +112,11 @@ def test_a_settled_prefill_worker_is_paired_by_cost_whether_it_is_ready_or_not(g
 @pytest.mark.parametrize("name", POLICIES)
 def test_nobody_starves(name: str) -> None:
     """Requests without end, some of them about an image, reach every worker."""
-    group, chance = group_of(6, 6), Random(1)
+    group, chance, policy = group_of(6, 6), Random(1), POLICIES[name](Random(3))
     reached: Counter[str] = Counter()
     for _ in range(300):
         image = chance.choice([None, chance.getrandbits(64)])
-        reached.update(names(place(POLICIES[name](Random(3)), [group], demand(image=image))))
+        reached.update(names(place(policy, [group], demand(image=image))))
     assert len(reached) == 12
     assert min(reached.values()) >= 300 / 6 / 3
 
