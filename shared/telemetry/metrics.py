@@ -107,6 +107,15 @@ class RouterMetrics(_RoleMetrics):
         )
         self.requests_running = g("num_requests_running", "Requests in flight")
         self.requests_waiting = g("num_requests_waiting", "Requests waiting for decode memory")
+        self.tenant_running = g("tenant_requests_running", "Requests of a tenant in flight", "tenant")
+        self.tenant_waiting = g("tenant_requests_waiting", "Requests of a tenant waiting for decode memory", "tenant")
+        self.tenant_refused = c(
+            "tenant_requests_refused_total",
+            "Requests refused for want of room, or beyond what a tenant may ask for",
+            "tenant",
+            "reason",
+        )
+        self.tenant_tokens = c("tenant_generation_tokens_total", "Tokens generated for a tenant", "tenant")
         self.kv_full_bytes = c("kv_bytes_full_total", "KV bytes of all prompts before compression")
         self.kv_kept_bytes = c("kv_bytes_kept_total", "KV bytes kept")
         self.kv_sent_bytes = c("kv_bytes_sent_total", "Bytes handed to the transports: parcels, manifests, framing")
