@@ -36,8 +36,7 @@ class RetainedParcels:
     were used the longest time ago, renewals included, and none that is being sent. One that ends while it is sent is
     unknown at once, and its memory follows.
 
-    Conservation law: `used_bytes` are those of the parcels that are known or still being sent, at most `capacity`
-    unless all of them are being sent.
+    Conservation law: `used_bytes` are those of the parcels that are known or still being sent, at most `capacity`.
 
     Args:
         capacity: Bytes that may be retained; 0 retains nothing.
@@ -67,15 +66,17 @@ class RetainedParcels:
         return self._store.used_bytes - self._used
 
     def retain(self, parcel: Parcel, now: float) -> bytes | None:
-        """Takes over a complete parcel and its slot.
+        """Takes over a complete parcel and its slot; others go where both are more than may be retained.
 
         Returns:
-            Its secret; None, and the slot stays the caller's, where all that may be retained is less than it alone.
+            Its secret; None, and the slot stays the caller's, where it is too large, or too much is being sent.
         """
         nbytes = parcel.slot.extent.nbytes
         if nbytes > self._capacity:
             return None
-        self._keep_free(nbytes)
+        while self._used + nbytes > self._capacity:
+            if not self.evict():
+                return None
         held = _Held(secret=secrets.token_bytes(SECRET_BYTES), parcel=parcel, expires_at=now + self.lease_s)
         self._by_secret[held.secret] = held
         self._used += nbytes
@@ -135,7 +136,7 @@ class RetainedParcels:
         """Asserts the conservation law."""
         held = [*self._by_secret.values(), *self._lingering]
         assert self._used == sum(each.nbytes for each in held), "a slot has no owner"
-        assert self._used <= self._capacity or all(each.senders for each in held), "more is retained than may be"
+        assert self._used <= self._capacity, "more is retained than may be"
         assert all(each.ended and each.senders for each in self._lingering)
         assert not any(each.ended for each in self._by_secret.values())
 
@@ -149,13 +150,8 @@ class RetainedParcels:
             self._lingering.remove(held)
             self._free(held)
         else:
-            self._keep_free(0)
             # whoever waits for memory may have this
             self._store.wake()
-
-    def _keep_free(self, nbytes: int) -> None:
-        while self._used + nbytes > self._capacity and self.evict():
-            pass
 
     def _end(self, held: _Held) -> None:
         held.ended = True

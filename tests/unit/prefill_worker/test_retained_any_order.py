@@ -91,14 +91,11 @@ class Life(RuleBasedStateMachine):
     def retain(self) -> None:
         parcel = self.filling[-1]
         secret = self.held.retain(parcel, self.now)
-        nbytes = parcel.slot.extent.nbytes
-        if nbytes > self.capacity:
-            assert secret is None
-            return
-        assert secret is not None
-        self.filling.pop()
-        self.limit(nbytes)
-        self.kept.append(Model(secret, parcel, self.now + LEASE_S))
+        fits = self.make_room(parcel.slot.extent.nbytes)
+        assert (secret is not None) == fits
+        if secret is not None:
+            self.filling.pop()
+            self.kept.append(Model(secret, parcel, self.now + LEASE_S))
 
     @precondition(lambda self: self.kept)
     @rule(data=st.data())
@@ -111,10 +108,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.sends)
     @rule(data=st.data())
     def finish_sending(self, data: st.DataObject) -> None:
-        send = self.sends.pop(data.draw(st.integers(0, len(self.sends) - 1)))
-        send.stack.close()
-        if not send.parcel.ended and not self.is_sent(send.parcel):
-            self.limit(0)
+        self.sends.pop(data.draw(st.integers(0, len(self.sends) - 1))).stack.close()
 
     @rule(data=st.data())
     def renew(self, data: st.DataObject) -> None:
@@ -154,8 +148,7 @@ class Life(RuleBasedStateMachine):
         self.store.check_integrity()
         self.held.check_integrity()
         assert list(self.held._by_secret) == [model.secret for model in self.kept]
-        lingering = {send.parcel for send in self.sends if send.parcel.ended}
-        assert self.held.used_bytes == sum(model.nbytes for model in (*self.kept, *lingering))
+        assert self.held.used_bytes == self.held_bytes() <= self.capacity
         assert self.held.filling_bytes == sum(parcel.slot.extent.nbytes for parcel in self.filling)
         assert self.store.used_bytes == self.held.used_bytes + self.held.filling_bytes
 
@@ -175,12 +168,18 @@ class Life(RuleBasedStateMachine):
         self.kept.remove(model)
         self.gone.append(model.secret)
 
-    def limit(self, nbytes: int) -> None:
+    def make_room(self, nbytes: int) -> bool:
         """Those that nobody sends go, from the longest unused on, until so many more bytes may be retained."""
-        lingering = {send.parcel for send in self.sends if send.parcel.ended}
-        while sum(model.nbytes for model in (*self.kept, *lingering)) + nbytes > self.capacity and self.idle([]):
+        if nbytes > self.capacity:
+            return False
+        while self.held_bytes() + nbytes > self.capacity and self.idle([]):
             self.end(self.idle([])[0])
+        return self.held_bytes() + nbytes <= self.capacity
+
+    def held_bytes(self) -> int:
+        lingering = {send.parcel for send in self.sends if send.parcel.ended}
+        return sum(model.nbytes for model in (*self.kept, *lingering))
 
 
-Life.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+Life.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestLife = Life.TestCase

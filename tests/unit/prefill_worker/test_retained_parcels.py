@@ -153,14 +153,15 @@ def test_no_more_is_retained_than_may_be() -> None:
         assert made.known(first, second, third) == [False, True, True]
 
 
-def test_more_stays_only_while_all_of_it_is_sent() -> None:
-    with retaining(capacity=4 * KIB) as made, contextlib.ExitStack() as second_send:
-        first = made.retain(3 * KIB)
+def test_one_that_fits_only_beside_what_is_being_sent_stays_its_owners() -> None:
+    with retaining(capacity=4 * KIB) as made:
+        first, idle = made.retain(3 * KIB), made.retain(KIB)
+        parcel = made.parcel(2 * KIB)
         with made.held.sending(first, 0.0):
-            second = made.retain(3 * KIB)
-            second_send.enter_context(made.held.sending(second, 0.0))
-            made.held.check_integrity()
-            assert made.known(first, second) == [True, True]
+            assert made.held.retain(parcel, 0.0) is None
+            assert made.known(first, idle) == [True, False]
+        second = made.held.retain(parcel, 0.0)
+        assert second is not None
         assert made.known(first, second) == [False, True]
 
 
