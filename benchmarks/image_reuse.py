@@ -15,12 +15,14 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.local_pipeline import MAX_IMAGES, Dtype, local_job
@@ -46,7 +48,27 @@ from shared.telemetry.metrics import PrefillMetrics
 
 # What each engine keeps: MiB of features, MiB of prefixes.
 KEEPS = {"none": (0, 0), "features": (256, 0), "prefix": (256, 1024)}
-HEADER = ("images", "kept", "first question p50, ms", "second p5", "second p50", "second p95", "of none", "pass alone")
+HEADER = (
+    "images",
+    "kept",
+    "first question p50, ms",
+    "second p5",
+    "second p50",
+    "second p95",
+    "of none",
+    "pass alone",
+    "same kept tokens",
+)
+    "images",
+    "kept",
+    "first question p50, ms",
+    "second p5",
+    "second p50",
+    "second p95",
+    "of none",
+    "pass alone",
+    "same kept",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +99,15 @@ class ImageReuseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One question: milliseconds to its first token, those of the model's pass in it, and that token."""
+    """One question: milliseconds to its first token, those of the model's pass in it, that token, and what was kept.
+
+    `kept`: [num_layers * num_kv_heads, tokens] bool.
+    """
 
     ttft_ms: float
     pass_ms: float
     token: int
+    kept: NDArray[np.bool_]
 
 
 @dataclass(kw_only=True)
@@ -100,7 +126,8 @@ class Worker:
         model = load_prefill_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device)
         processor, self._layout = load_processor(checkpoint.path), checkpoint.spec.layout
         self._builder = PromptBuilder(processor, checkpoint.spec, max_images=MAX_IMAGES)
-        self._job = local_job(build_policy(DEFAULT_POLICY, {}), Budget(retention=config.retention), max_new_tokens=2)
+        policy, budget = build_policy(DEFAULT_POLICY, {}), Budget(retention=config.retention)
+        self._job = replace(local_job(policy, budget, max_new_tokens=2), explain=True)
         self._computes = {}
         for name, (features, prefixes) in KEEPS.items():
             engine = PrefillEngine(model, vision_cache_bytes=features * MIB, prefix_cache_bytes=prefixes * MIB)
@@ -118,12 +145,19 @@ class Worker:
         rows = self._job.rows_bound(prompt.shape.num_tokens - visual, visual)
         body = memoryview(bytearray(parcel_bound(self._job.policy, self._layout, rows)))
         computed = time.perf_counter()
-        self._computes[kept].run(
+        complete = self._computes[kept].run(
             self._job, prompt, body, lambda event: events.update({type(event): (time.perf_counter(), event)})
         )
         at, first = events[FirstToken]
         assert isinstance(first, FirstToken)
-        return Asked(ttft_ms=1000 * (at - started), pass_ms=1000 * (at - computed), token=first.token)
+        assert complete is not None, "an answer that ignores the end has more tokens"
+        chosen = np.stack([np.unpackbits(np.frombuffer(head, np.uint8)) for head in complete().kept_tokens])
+        return Asked(
+            ttft_ms=1000 * (at - started),
+            pass_ms=1000 * (at - computed),
+            token=first.token,
+            kept=chosen.astype(bool),
+        )
 
 
 def measure(config: ImageReuseConfig) -> list[dict[str, Any]]:
@@ -151,7 +185,9 @@ def _ask_pair(worker: Worker, pair: Pair, figures: dict[str, Figures]) -> None:
 def _row(images: int, name: str, figures: dict[str, Figures]) -> dict[str, Any]:
     first, second = figures[name].first[images], figures[name].second[images]
     base = figures["none"].second[images]
-    same = [asked.token == plain.token for asked, plain in zip(second, base, strict=True)]
+    both = list(zip(second, base, strict=True))
+    same = [asked.token == plain.token for asked, plain in both]
+    common = sum(int((asked.kept & plain.kept).sum()) for asked, plain in both)
     return {
         "images": images,
         "kept": name,
@@ -161,6 +197,7 @@ def _row(images: int, name: str, figures: dict[str, Figures]) -> dict[str, Any]:
         "second_of_none": median(_ttft(second)) / median(_ttft(base)),
         "pass_of_none": median(asked.pass_ms for asked in second) / median(asked.pass_ms for asked in base),
         "same_first_token_share": sum(same) / len(same),
+        "same_kept_share": common / sum(int(plain.kept.sum()) for _, plain in both),
     }
 
 
@@ -171,7 +208,14 @@ def _ttft(asked: Sequence[Asked]) -> list[float]:
 def _cells(row: dict[str, Any]) -> list[str]:
     second = [f"{row['second_ms'][name]:.1f}" for name in ("p5", "p50", "p95")]
     ratios = [f"{row[name]:.2f}" for name in ("second_of_none", "pass_of_none")]
-    return [str(row["images"]), row["kept"], f"{row['first_ms']['p50']:.1f}", *second, *ratios]
+    return [
+        str(row["images"]),
+        row["kept"],
+        f"{row['first_ms']['p50']:.1f}",
+        *second,
+        *ratios,
+        f"{row['same_kept_share']:.5f}",
+    ]
 
 
 def main() -> None:

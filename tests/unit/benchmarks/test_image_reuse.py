@@ -21,7 +21,7 @@ def test_it_prints_a_table_and_one_json_line(monkeypatch: pytest.MonkeyPatch, ca
     found = json.loads(last)
     assert [(row["images"], row["kept"], row["pairs"]) for row in found["results"]] == [(1, name, 2) for name in KEEPS]
     for row in found["results"]:
-        assert row["same_first_token_share"] == 1
+        assert row["same_first_token_share"] == row["same_kept_share"] == 1
         assert 0 < row["second_ms"]["p5"] <= row["second_ms"]["p95"]
     assert found["results"][0]["second_of_none"] == 1
     # a pass over 30 instead of 600 tokens, and no vision tower
