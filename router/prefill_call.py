@@ -18,6 +18,9 @@ from router.validation import AcceptedRequest
 from router.worker import PROMPT, TOKENS, UNREACHABLE, Worker
 from shared.errors import ServiceError, UnavailableError
 
+# From a compression to the secret of its parcel: writing the parcel, and the way here.
+LINGER_S = 0.5
+
 
 class PrefillCall:
     """Fills `inbox` with the events of the call, then with one `PrefillEnded`; until it is closed.
@@ -37,6 +40,8 @@ class PrefillCall:
         self._lease = lease
         self._inbox = inbox
         self._means = means
+        self._compressed = False
+        self._closed = False
         self._pump: asyncio.Task[None] | None = None
         self._clock: asyncio.TimerHandle | None = None
 
@@ -74,13 +79,22 @@ class PrefillCall:
         self._clock = asyncio.get_running_loop().call_later(delay_s, self._say, PrefillEnded())
 
     def close(self) -> None:
-        """Cancels what still runs and gives the parcel up. Idempotent; does not wait."""
+        """Cancels what still runs and gives the parcel up. Idempotent; does not wait.
+
+        Once the prompt is computed, the worker may end the call before it hears of the cancellation, and keep a parcel
+        whose secret nobody has read: so it is read before.
+        """
+        self._closed = True
         self._stop_clock()
-        if self._pump is not None:
-            self._pump.cancel()
         self._lease.prefill_charge.end()
         if self.parcel is not None:
             self.parcel.release()
+        if self._pump is None or self._pump.done():
+            return
+        if self._compressed and self.parcel is None:
+            self._clock = asyncio.get_running_loop().call_later(LINGER_S, self._pump.cancel)
+        else:
+            self._pump.cancel()
 
     async def _read(self, request: prefill_pb2.PrefillRequest, timeout_s: float | None) -> None:
         error: ServiceError | None = None
@@ -102,11 +116,14 @@ class PrefillCall:
     def _note(self, event: prefill_pb2.PrefillEvent) -> None:
         """What must not wait until the request has read its inbox."""
         if event.HasField("compression"):
+            self._compressed = True
             self._set_clock(TRANSFER, self._means.limits.transfer_timeout_s)
         elif event.HasField("retained"):
             # whoever leaves now must release it: the worker may have ended the call already
             self.parcel = self._means.parcels.hold(self.worker, event.retained)
-        elif event.HasField("transfer"):
+            if self._closed:
+                self.close()
+        elif event.HasField("transfer") and not self._closed:
             self._stop_clock()
 
     def _set_clock(self, stage: str, timeout_s: float) -> None:

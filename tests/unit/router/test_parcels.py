@@ -120,6 +120,26 @@ def test_a_client_that_leaves_while_the_parcel_is_reported_leaves_none() -> None
     run(main)
 
 
+def test_a_client_that_leaves_before_the_parcel_is_reported_leaves_none() -> None:
+    """The worker ends its call without having heard of that, and keeps what it has made."""
+
+    async def main() -> None:
+        async with bench() as b:
+            goes_on = asyncio.Event()
+            b.decode[0].script = hang
+            b.prefill[0].script = lambda _: [first_token(), compression(), goes_on.wait(), retained()]
+            call = b.ask()
+            await b.decode[0].attached.reaches(1)
+            call.cancel()
+            await asyncio.wait_for(b.router.generations.idle(), 5)
+            goes_on.set()
+            await b.prefill[0].parcel_releases.reaches(1)
+            assert b.prefill[0].cancelled == []
+            assert b.prefill[0].parcels == set()
+
+    run(main)
+
+
 def test_an_answer_that_fails_gives_its_parcel_up() -> None:
     async def main() -> None:
         async with bench() as b:
