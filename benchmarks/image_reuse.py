@@ -59,16 +59,6 @@ HEADER = (
     "pass alone",
     "same kept tokens",
 )
-    "images",
-    "kept",
-    "first question p50, ms",
-    "second p5",
-    "second p50",
-    "second p95",
-    "of none",
-    "pass alone",
-    "same kept",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
