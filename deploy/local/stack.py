@@ -57,6 +57,8 @@ class StackConfig:
     """More flags of every worker."""
     decode_flags: tuple[str, ...] = ()
     """More flags of every process that decodes."""
+    router_flags: tuple[str, ...] = ()
+    """More flags of the router."""
     start_timeout_s: float = 180.0
     """Seconds that a process may take to listen, and the router to see its workers."""
     drain_s: float = 30.0
@@ -197,6 +199,7 @@ class Stack:
     async def _start_router(self, workers: list[str]) -> None:
         flags = ["--name", "router", "--registry", self._config.registry or "static://" + ",".join(workers)]
         flags += ["--listen.host", self._config.host, "--listen.port", str(self._config.port)]
+        flags += self._config.router_flags
         self._routers.append(await self._child(self._modules.router, "router", flags, roles=1))
 
     def _worker_flags(self, name: str) -> list[str]:
