@@ -76,6 +76,13 @@ async def ask(served: Served, shipment: Shipment, stream: TokenStream, number: i
             return await stream.attach(number, token)
 
 
+async def start_both(served: Served, shipment: Shipment, first: TokenStream, second: TokenStream) -> None:
+    """Both are there before either grows: one has to wait until the other is done."""
+    tokens = [await deliver(served, shipment, str(number), max_new_tokens=NEW_TOKENS) for number in (0, 1)]
+    await first.attach(0, tokens[0])
+    await second.attach(1, tokens[1])
+
+
 def preemptions(served: Served) -> dict[str, float]:
     metrics = served.worker.metrics
     return {
@@ -104,8 +111,7 @@ def test_who_ends_while_parked_is_gone_and_the_others_go_on(loaded: LoadedModel,
     async def body(served: Served) -> None:
         ballast = await leave_room_for(served, shipment, sequences=1.2)
         stream, other = served.stream(), served.stream()
-        await ask(served, shipment, stream, 0)
-        asking = asyncio.create_task(ask(served, shipment, other, 1))
+        await start_both(served, shipment, stream, other)
         await until(lambda: any(held.parked for held in served.held))
         parked = next(held for held in served.held if held.parked)
         ended, stays, reader = (0, 1, other) if parked.request_id == "0" else (1, 0, stream)
@@ -115,7 +121,6 @@ def test_who_ends_while_parked_is_gone_and_the_others_go_on(loaded: LoadedModel,
             await (stream if ended == 0 else other).cancel(ended)
         else:
             served.worker.runner.end(parked)
-        await asking
         assert await reader.tokens(stays) == shipment.tokens(STEPS)
         await only_that_is_left(served, ballast)
 
@@ -129,8 +134,7 @@ def test_a_drain_waits_for_who_is_parked_or_tells_them(
     async def body(served: Served) -> None:
         ballast = await leave_room_for(served, shipment, sequences=1.2)
         stream = served.stream()
-        await ask(served, shipment, stream, 0)
-        await ask(served, shipment, stream, 1)
+        await start_both(served, shipment, stream, stream)
         await until(lambda: any(held.parked for held in served.held))
         served.worker.runner.end(served.held.find(ballast))
         # a command that is still on its way would find nothing
