@@ -50,7 +50,7 @@ def simulate(config: PlacementConfig) -> dict[str, Any]:
 
 def tables(found: dict[str, Any]) -> str:
     """For people: policies, the newcomer, and what a decision takes."""
-    counts = ("µs per decision", *(f"{count} + {count} workers" for count in COUNTS))
+    counts = ("CPU µs per decision", *(f"{count} + {count} workers" for count in COUNTS))
     taken = [[name, *(f"{us:.0f}" for us in by.values())] for name, by in found["decision_us"].items()]
     parts = (
         table(HEADER, rows_of(found["results"])),

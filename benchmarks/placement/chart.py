@@ -32,7 +32,6 @@ def placement_chart(results: Sequence[Mapping[str, Any]], notes: Sequence[str]) 
             panel("TTFT, median, s", "ttft_p50_s"),
             panel("TTFT, p99, s", "ttft_p99_s"),
             panel("images found again, %", "hit_rate", factor=100, digits=0),
-            panel("time of a decision, median µs", "decision_p50_us", digits=0),
         ],
     )
 

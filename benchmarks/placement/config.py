@@ -12,9 +12,9 @@ import tyro
 class PlacementConfig:
     """A fleet, the requests that come to it, and the routers between."""
 
-    workers: int = 200
+    workers: int = 100
     """Prefill workers; there are as many decode workers."""
-    requests: int = 20_000
+    requests: int = 8_000
     """Requests that come, the same ones to every policy."""
     routers: tuple[int, ...] = (1, 4, 16)
     """Routers at once; each sees the load of the others in polls only."""

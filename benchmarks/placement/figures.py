@@ -11,12 +11,11 @@ from benchmarks.placement.simulation import CLAIRVOYANT, CONTENDERS, Simulation
 
 
 def figures(contender: str, routers: int, run: Simulation) -> dict[str, Any]:
-    """One row; times in seconds but for the decisions'."""
+    """One row; times in seconds."""
     queue = [outcome.queue_s for outcome in run.outcomes.values()]
     first_token = [outcome.first_token_s for outcome in run.outcomes.values()]
     busy = [server.busy_s for server in run.prefill]
     lookups = sum(server.lookups for server in run.prefill)
-    decisions = [taken for view in run.views for taken in view.decisions_ns]
     return {
         "policy": contender,
         "routers": routers,
@@ -27,7 +26,6 @@ def figures(contender: str, routers: int, run: Simulation) -> dict[str, Any]:
         "imbalance": max(busy) / statistics.fmean(busy),
         "hit_rate": sum(server.hits for server in run.prefill) / max(1, lookups),
         "refusals": run.refusals,
-        "decision_p50_us": quantile(decisions, 0.5) / 1000,
     }
 
 
@@ -52,7 +50,6 @@ def rows_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
             f"{row['imbalance']:.2f}",
             f"{100 * row['hit_rate']:.1f}",
             str(row["refusals"]),
-            f"{row['decision_p50_us']:.0f}",
         ]
         for row in rows
     ]
@@ -68,5 +65,4 @@ HEADER = (
     "busiest / mean",
     "hits %",
     "refusals",
-    "decision µs",
 )

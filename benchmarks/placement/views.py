@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +41,6 @@ class View:
         for server in servers:
             self._sit(server)
         self._groups = groups_by_model(self.servers)[MODEL.name]
-        self.decisions_ns: list[int] = []
 
     def add(self, server: PrefillServer | DecodeServer) -> Worker:
         """A worker that comes late."""
@@ -55,15 +53,8 @@ class View:
         worker.observe(report(self.servers[worker]))
 
     def order(self, request: Request) -> Iterator[Pair]:
-        """The router's order of pairs; the time to the first one is taken."""
-        demand = demand_of(request)
-        begin_ns = time.perf_counter_ns()
-        pairs = self._placement.order(self._groups, demand)
-        first = next(pairs, None)
-        self.decisions_ns.append(time.perf_counter_ns() - begin_ns)
-        if first is not None:
-            yield first
-            yield from pairs
+        """The router's order of pairs."""
+        return self._placement.order(self._groups, demand_of(request))
 
     def _sit(self, server: PrefillServer | DecodeServer) -> Worker:
         client = client_of(len(self.servers))

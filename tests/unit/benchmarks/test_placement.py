@@ -32,17 +32,12 @@ def simulated(config: PlacementConfig, contender: str, routers: int = 1, **setti
     return run
 
 
-def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name != "decision_p50_us"}
-
-
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("load", [0.3, 0.95])
 def test_every_request_ends_once_and_leaves_nothing(contender: str, load: float) -> None:
     config = dataclasses.replace(SMALL, load=load, decode_load=load)
     run = simulated(config, contender, routers=3)
     run.check_integrity()
-    assert sum(len(view.decisions_ns) for view in run.views) >= config.requests
     for number, request in enumerate(make_trace(config).requests):
         outcome = run.outcomes[number]
         assert outcome.queue_s >= 0
@@ -63,9 +58,9 @@ def test_a_prefill_worker_computes_one_prompt_at_a_time(contender: str) -> None:
 @pytest.mark.parametrize("contender", CONTENDERS)
 def test_the_seed_decides_everything(contender: str) -> None:
     first, second = (figures(contender, 2, simulated(SMALL, contender, routers=2)) for _ in range(2))
-    assert without_times(first) == without_times(second)
+    assert first == second
     other = figures(contender, 2, simulated(dataclasses.replace(SMALL, seed=2), contender, routers=2))
-    assert without_times(other) != without_times(first)
+    assert other != first
 
 
 def test_a_trace_has_the_load_that_was_asked_for() -> None:
