@@ -124,8 +124,7 @@ def figures(runs: Sequence[Figures]) -> str:
     """
     if len(runs) < 2:
         raise ValueError("a run to choose by and at least one to judge on are needed")
-    commands = "\n".join(command(run) for run in runs)
-    parts = [f"```\n{commands}\n```", machine(runs[0])]
+    parts = [f"```\n{command(run)}\n```\n\n{machine(run)}" for run in runs]
     compared = [set(retentions_in(run["results"])) for run in runs]
     for retention in sorted(set.intersection(*compared), reverse=True):
         parts += _at_retention(kinds_of(runs, retention), retention)
