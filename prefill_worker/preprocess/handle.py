@@ -86,11 +86,16 @@ class PreprocessProcess:
         return read_reply(*await self._receive())
 
     async def end(self) -> None:
-        """Kills it at once; nothing is left of it."""
+        """Kills it at once; nothing is left of it, also when the caller is cancelled meanwhile."""
         self._peer.close()
         self._process.kill()
         # a large process takes the kernel a while to clear away
-        await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+        gone = asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+        try:
+            await asyncio.shield(gone)
+        except asyncio.CancelledError:
+            await gone
+            raise
 
     async def _receive(self) -> tuple[Mapping[str, Any], memoryview]:
         header_bytes, body_bytes = sizes(await self._exactly(PREFIX.size))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -29,8 +31,8 @@ from tests.unit.prefill_worker.prompts import QUESTION, encoded, message, pictur
 
 MIB = 1 << 20
 GIB = 1 << 30
-# much time and 100 MiB to decode
-LARGE = encoded(Image.linear_gradient("L").resize((6000, 6000)).convert("RGB"))
+# a second and hundreds of MiB to decode
+LARGE = encoded(Image.merge("RGBA", [Image.linear_gradient("L").resize((6300, 6300))] * 4))
 
 
 class Running:
@@ -115,7 +117,7 @@ def test_a_slow_image_is_ended_and_others_go_on(checkpoint: Path) -> None:
         assert caught.value.reason == "PREPROCESS_TIMEOUT"
         assert len(running.pids) >= 2
 
-    run(checkpoint, body, processes=2, timeout_s=0.7)
+    run(checkpoint, body, processes=2, timeout_s=1.0)
 
 
 def test_a_process_that_is_killed_fails_its_request_and_is_replaced(checkpoint: Path) -> None:
@@ -167,3 +169,26 @@ def test_nothing_is_left_when_the_worker_is_killed(checkpoint: Path) -> None:
     while any(lives(pid) for pid in pids):
         assert time.monotonic() < give_up, "they outlive their worker"
         time.sleep(0.01)
+
+
+def test_a_cancelled_end_lasts_until_the_process_is_gone() -> None:
+    class Dying:
+        gone = threading.Event()
+        kill = staticmethod(lambda: None)
+
+        def wait(self) -> int:
+            assert self.gone.wait(10)
+            return -9
+
+    async def main() -> None:
+        dying, (peer, other) = Dying(), socket.socketpair()
+        task = asyncio.create_task(PreprocessProcess(dying, peer).end())  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        task.cancel()
+        with other:
+            assert not (await asyncio.wait([task], timeout=0.05))[0]
+            dying.gone.set()
+            await asyncio.wait([task])
+        assert task.cancelled()
+
+    asyncio.run(main())
