@@ -73,7 +73,17 @@ def test_a_committed_picture_is_shown_beside_its_tables(svg: Path) -> None:
 
 @pytest.mark.parametrize(
     "benchmark",
-    ["capacity", "cascade", "decode_step", "prefill_overhead", "quality", "second_question", "serve", "transfer"],
+    [
+        "capacity",
+        "cascade",
+        "decode_step",
+        "placement",
+        "prefill_overhead",
+        "quality",
+        "second_question",
+        "serve",
+        "transfer",
+    ],
 )
 def test_every_benchmark_that_has_results_has_a_committed_picture(benchmark: str) -> None:
     assert any(svg.stem.startswith(f"{benchmark}_") for svg in COMMITTED)
