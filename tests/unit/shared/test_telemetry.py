@@ -34,7 +34,7 @@ from tests.unit.shared.scripted import run
 UNITS = ("_seconds", "_bytes", "_ratio", "_info")
 # Counts have no unit.
 UNITLESS = {"num_requests_running", "num_requests_waiting", "worker_state", "visual_tokens", "image_pixels"}
-UNITLESS |= {"decode_batch_size", "circuit_state", "tenant_requests_running"}
+UNITLESS |= {"decode_batch_size", "circuit_state", "tenant_requests_running", "tenant_requests_waiting"}
 ROLES = {
     "router": RouterMetrics(worker="r0"),
     "prefill": PrefillMetrics(worker="p0", model="toy"),
