@@ -61,10 +61,10 @@ class RouterConfig:
     max_waiting_mib: int = 512
     """MiB of requests, images included, that may wait per model; further ones are refused at once."""
     tenant_concurrency: int = 0
-    """Requests that each tenant may have in flight, those that wait included; 0 limits nothing. A tenant is what a
-    request's metadata says (`vlcache-tenant`), which is trusted."""
+    """Requests that each tenant may have in flight at this router, those that wait included; 0 limits nothing. A tenant
+    is what a request's metadata says (`vlcache-tenant`), which is trusted."""
     tenant_rate: float = 0.0
-    """Requests per second that each tenant may send; 0 limits nothing."""
+    """Requests per second that each tenant may send to this router; 0 limits nothing."""
     tenant_burst: int = 10
     """Requests that a tenant may send at once after a rest, where `tenant_rate` limits it."""
     min_retention: float = 1.0
@@ -93,7 +93,8 @@ class RouterConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
         for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
+            # false for nan as well
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.tenant_burst < 1:
             raise ValueError(f"tenant_burst must be at least 1, not {self.tenant_burst}")
