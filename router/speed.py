@@ -21,6 +21,7 @@ class Speed:
         self._typical = typical
         self._tokens = 0.0
         self._seconds = 0.0
+        self._is_cold = True
 
     @property
     def tokens_per_s(self) -> float:
@@ -30,7 +31,14 @@ class Speed:
         return self._typical.tokens_per_s if self._typical else FIRST_TOKENS_PER_S
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """A prompt is done, `seconds` (more than 0) after it was sent behind others, `tokens` with theirs."""
+        """A prompt is done, `seconds` (more than 0) after it was sent behind others, `tokens` with theirs.
+
+        A worker's first one is not counted: it tells how long a process takes to warm up, and who looks slow is hardly
+        asked again.
+        """
+        if self._typical is not None and self._is_cold:
+            self._is_cold = False
+            return
         self._tokens = DECAY * self._tokens + tokens
         self._seconds = DECAY * self._seconds + seconds
         if self._typical is not None:

@@ -78,7 +78,13 @@ def test_a_worker_that_says_nonsense_is_not_used(role: str, state: str) -> None:
 
 def test_speed_is_what_turns_a_queue_into_seconds() -> None:
     clock = Clock()
-    one = worker("prefill", "p", settings={"clock": clock}, outstanding_tokens=500)
+    one = worker("prefill", "p", settings={"clock": clock, "typical": Speed()}, outstanding_tokens=500)
+    assert one.speed.tokens_per_s == FIRST_TOKENS_PER_S
+    warm_up = one.charge(100)
+    clock.now_s += 60
+    warm_up.succeeded(PROMPT)
+    warm_up.end()
+    # what a cold process took says nothing
     assert one.speed.tokens_per_s == FIRST_TOKENS_PER_S
     first, second = one.charge(500), one.charge(1000)
     clock.now_s += 2
@@ -101,6 +107,8 @@ def test_what_failed_or_was_cancelled_says_nothing_about_speed() -> None:
 def test_an_unknown_speed_is_that_of_the_others() -> None:
     typical = Speed()
     known, unknown = Speed(typical), Speed(typical)
+    for one in (known, unknown):
+        one.observe(1, 60.0)
     known.observe(3000, 1.0)
     assert unknown.tokens_per_s == 3000
     unknown.observe(1000, 1.0)
