@@ -51,7 +51,8 @@ class RouterConfig:
     transfer_timeout_s: float = 30.0
     """Seconds that a parcel's transfer, or a repeated one, may take before one end of it counts as lost."""
     token_timeout_s: float = 10.0
-    """Seconds without a token after which a decode worker that also fails its polls counts as lost."""
+    """Seconds that a worker may say nothing to its requests, neither tokens nor events, while it fails its polls as
+    well; then it counts as lost."""
     max_failovers: int = 4
     """Failures of workers that a request survives by going on at others; 0: the first one ends it."""
     queue_timeout_s: float = 30.0

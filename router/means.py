@@ -17,6 +17,8 @@ class Limits:
     """From the dispatch of a prompt to its compression."""
     transfer_timeout_s: float
     """From there to the end of the parcel's transfer; that of a resent parcel, too."""
+    token_timeout_s: float
+    """Without a sign of life, neither to the request nor to a poll."""
     patience_s: float
     """From the end of an answer to the end of its prefill call."""
     max_failovers: int

@@ -62,6 +62,7 @@ class Router:
         limits = Limits(
             prefill_timeout_s=config.prefill_timeout_s,
             transfer_timeout_s=config.transfer_timeout_s,
+            token_timeout_s=config.token_timeout_s,
             patience_s=config.control_timeout_s,
             max_failovers=config.max_failovers,
         )

@@ -43,6 +43,44 @@ def test_a_prompt_that_takes_too_long_goes_to_another_worker(start: list[Any]) -
     run(main)
 
 
+@pytest.mark.parametrize("start", [[], [first_token()]])
+def test_a_prefill_worker_that_fails_its_polls_is_not_waited_for_that_long(start: list[Any]) -> None:
+    async def main() -> None:
+        prefill, decode = pairs()
+
+        def hangs_once(request: Any) -> list[Any]:
+            return [*start, forever()] if request.attempt == 1 else prompt_done()
+
+        for worker in prefill:
+            worker.script = hangs_once
+        async with bench(prefill, decode, token_timeout_s=0.3, poll_timeout_s=0.1) as b:
+            asked = asyncio.create_task(b.answer())
+            await first_to_log([worker.requests for worker in prefill])
+            (hung,) = (worker for worker in prefill if worker.requests)
+            hung.answers_polls = False
+            check_whole(await asked)
+            assert failovers(b, "reprefill", "PREFILL_TIMEOUT") == 1
+            hung.answers_polls = True
+            await b.becomes(lambda: b.worker(hung.info.name).state == "ready")
+
+    run(main)
+
+
+def test_a_prefill_worker_that_answers_its_polls_is_waited_for() -> None:
+    async def main() -> None:
+        async with bench(token_timeout_s=0.2) as b:
+            goes_on = asyncio.Event()
+            b.prefill[0].script = lambda _: [goes_on.wait(), *prompt_done()]
+            asked = asyncio.create_task(b.answer())
+            await b.prefill[0].requests.reaches(1)
+            await b.prefill[0].polls.reaches(len(b.prefill[0].polls) + 10)
+            goes_on.set()
+            await asked
+            assert len(b.prefill[0].requests) == 1
+
+    run(main)
+
+
 @pytest.mark.parametrize("at_fault", ["prefill", "decode"])
 def test_a_transfer_that_takes_too_long_is_the_fault_of_whom_the_polls_say(at_fault: str) -> None:
     async def main() -> None:
