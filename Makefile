@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 HOST ?= 127.0.0.1
 PORT ?= 50051
+# processes that share the test suite
+JOBS ?= 2
 # split: a prefill worker and a decode worker; both: one process in both roles, for a single GPU
 ROLE ?= split
 
@@ -45,8 +47,9 @@ demo: setup ## start router and workers (ROLE=both: one), ask about sample image
 serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C drains it)
 	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT) $(WORKERS)
 
-test: setup ## the test suite
-	$(BIN)/python -m pytest $(TESTS)
+# one thread each: processes whose threads outnumber the cores wait for each other
+test: setup ## the test suite, in JOBS processes (TESTS=folder or file: a part of it)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
 
 lint: setup ## style, import contracts
 	$(BIN)/ruff check .
