@@ -55,6 +55,8 @@ class StackConfig:
     each other."""
     worker_flags: tuple[str, ...] = ()
     """More flags of every worker."""
+    prefill_flags: tuple[str, ...] = ()
+    """More flags of every process that prefills."""
     decode_flags: tuple[str, ...] = ()
     """More flags of every process that decodes."""
     router_flags: tuple[str, ...] = ()
@@ -96,6 +98,16 @@ class Modules:
     router: str = "router"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How a child was started."""
+
+    module: str
+    flags: tuple[str, ...]
+    """All but where to listen."""
+    roles: int
+
+
 class Stack:
     """Use as a context manager: leaving it stops whatever was started, the router first, then the workers."""
 
@@ -105,6 +117,7 @@ class Stack:
         self._folder = tempfile.TemporaryDirectory(prefix="vlcache-")
         self._workers: list[Child] = []
         self._routers: list[Child] = []
+        self._launches: dict[str, Launch] = {}
         self.services: list[Announcement] = []
         """Where everything listens, the router first."""
         self.clean = True
@@ -158,6 +171,23 @@ class Stack:
         """The running process of that name."""
         return next(child for child in (*self._routers, *self._workers) if child.name == name)
 
+    async def restart(self, name: str) -> int:
+        """Starts a child of one role again, where it listened before, and waits until it does.
+
+        One that still runs drains first. Returns the exit code of the one that ended.
+
+        Raises:
+            ChildFailedError: It did not listen in time.
+        """
+        launch, said = self._launches[name], next(service for service in self.services if service.name == name)
+        code = await self.child(name).stop(self._config.drain_s + STOP_MARGIN_S)
+        ports = said.address.rpartition(":")[2], said.metrics_address.rpartition(":")[2]
+        child = await self._spawn(name, launch, ports)
+        for group in (self._routers, self._workers):
+            group[:] = [child if old.name == name else old for old in group]
+        await child.announcements(self._config.start_timeout_s)
+        return code
+
     async def while_alive(self, work: Coroutine[Any, Any, int]) -> int:
         """The result of `work`, which is cancelled when a child ends first.
 
@@ -187,7 +217,8 @@ class Stack:
         return 0
 
     def _prefill_flags(self) -> list[str]:
-        return ["--arena-mib", str(self._config.arena_mib), "--socket-dir", str(self.log_dir / "arenas")]
+        arena = ["--arena-mib", str(self._config.arena_mib), "--socket-dir", str(self.log_dir / "arenas")]
+        return [*arena, *self._config.prefill_flags]
 
     def _decode_flags(self) -> list[str]:
         return ["--kv-memory-mib", str(self._config.kv_memory_mib), *self._config.decode_flags]
@@ -198,20 +229,26 @@ class Stack:
 
     async def _start_router(self, workers: list[str]) -> None:
         flags = ["--name", "router", "--registry", self._config.registry or "static://" + ",".join(workers)]
-        flags += ["--listen.host", self._config.host, "--listen.port", str(self._config.port)]
-        flags += self._config.router_flags
-        self._routers.append(await self._child(self._modules.router, "router", flags, roles=1))
+        flags += ["--listen.host", self._config.host, *self._config.router_flags]
+        child = await self._child(self._modules.router, "router", flags, roles=1, port=self._config.port)
+        self._routers.append(child)
 
     def _worker_flags(self, name: str) -> list[str]:
         config = self._config
         model = ["--model", config.model, "--model-name", config.model_name]
         threads = config.threads or max(1, (os.cpu_count() or 1) // (config.prefill_roles + config.decode_roles))
-        flags = [*model, "--name", name, "--listen.port", "0", "--threads", str(threads), *config.worker_flags]
+        flags = [*model, "--name", name, "--threads", str(threads), *config.worker_flags]
         return [*flags, "--registry", config.registry]
 
-    async def _child(self, module: str, name: str, flags: list[str], *, roles: int) -> Child:
+    async def _child(self, module: str, name: str, flags: list[str], *, roles: int, port: int = 0) -> Child:
         flags = [*flags, "--drain-s", str(self._config.drain_s)]
-        return await Child.start(module, name, flags, log_dir=self.log_dir, roles=roles)
+        launch = self._launches[name] = Launch(module=module, flags=tuple(flags), roles=roles)
+        return await self._spawn(name, launch, (str(port), "0"))
+
+    async def _spawn(self, name: str, launch: Launch, ports: tuple[str, str]) -> Child:
+        """Starts a child; `ports` are those of gRPC and of the metrics."""
+        flags = [*launch.flags, "--listen.port", ports[0], "--listen.metrics-port", ports[1]]
+        return await Child.start(launch.module, name, flags, log_dir=self.log_dir, roles=launch.roles)
 
     def _note_end(self, child: Child, code: int, *, expected: bool) -> None:
         if code != 0 and not expected:

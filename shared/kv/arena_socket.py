@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from shared.errors import FailedPreconditionError
@@ -50,11 +52,12 @@ class ArenaServer:
         path = directory / f"{name}.sock"
         if len(os.fsencode(path)) > MAX_SOCKET_PATH:
             raise ValueError(f"the socket path {path} is longer than {MAX_SOCKET_PATH} bytes")
-        path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.setblocking(False)
-        listener.bind(os.fspath(path))
-        listener.listen()
+        with _alone_in(directory):
+            _remove_dead_sockets(directory)
+            listener.bind(os.fspath(path))
+            listener.listen()
         return cls(listener, path, arena, epoch)
 
     async def stop(self) -> None:
@@ -77,6 +80,31 @@ class ArenaServer:
             # the greeting is far smaller than a socket buffer, so this cannot block
             with peer, contextlib.suppress(OSError):
                 socket.send_fds(peer, [self._greeting], [self._arena.fd])
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Keeps others out who start now: a socket that is bound and does not listen yet looks like one of the dead."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _remove_dead_sockets(directory: Path) -> None:
+    """Those of workers that were killed: nobody listens there, and nobody ever will, as names carry the boot id."""
+    for path in directory.glob("*.sock"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer, contextlib.suppress(FileNotFoundError):
+            try:
+                peer.setblocking(False)
+                peer.connect(os.fspath(path))
+            except ConnectionRefusedError:
+                path.unlink(missing_ok=True)
+            except BlockingIOError:
+                # its queue is full: it lives
+                continue
 
 
 def fetch_arena(path: str, epoch: str) -> ArenaView:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 import time
 import urllib.request
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -58,16 +61,36 @@ class RunningStack:
         return vlcache.AsyncClient(self.address, timeout=vlcache.Timeout(total_s=120))
 
     def metrics(self, role: str) -> str:
-        service = next(service for service in self._stack.services if service.role == role)
+        return self.metrics_of(next(service.name for service in self._stack.services if service.role == role))
+
+    def metrics_of(self, name: str) -> str:
+        service = next(service for service in self._stack.services if service.name == name)
         with urllib.request.urlopen(f"http://{service.metrics_address}/metrics", timeout=10) as response:
             return response.read().decode()
 
     def child(self, name: str) -> Any:
         return self._stack.child(name)
 
-    def worker_infos(self) -> list[worker_pb2.WorkerInfo]:
-        """What each worker says of itself now; the router shows only its last poll."""
-        return [_ask(service) for service in self._stack.services if service.role != "router"]
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """Sends a signal to one process; its own children have to notice by themselves."""
+        os.kill(self.child(name).pid, number)
+
+    def restart(self, *names: str) -> list[int]:
+        """Starts processes again where they listened before; those that still run drain first. Their exit codes."""
+
+        async def all_of_them() -> list[int]:
+            return await asyncio.gather(*(self._stack.restart(name) for name in names))
+
+        return self._run(all_of_them())
+
+    @property
+    def log_dir(self) -> Path:
+        return self._stack.log_dir
+
+    def worker_infos(self, *roles: str) -> list[worker_pb2.WorkerInfo]:
+        """What each worker, or each of these roles, says of itself now; the router shows only its last poll."""
+        wanted = roles or ("prefill", "decode")
+        return [_ask(service) for service in self._stack.services if service.role in wanted]
 
     def wait_idle(self, timeout_s: float = 20.0) -> None:
         """Until no worker holds a byte for any request: what must be true after the last one has ended."""
