@@ -70,6 +70,8 @@ class Worker:
 
     Two things leave it out of placement: its state, which is what its last poll said, and its circuits, which know
     how calls went. A call that nobody answered makes it unreachable until it has answered a poll, which comes at once.
+    Circuits move requests to other workers; where there is no other one, they stop none: requests that break things
+    must not close a service to everybody else's.
     """
 
     client: WorkerClient
@@ -81,6 +83,8 @@ class Worker:
     """Of the workers of its role, for as long as its own speed is unknown."""
     on_lost: Callable[[], None] = lambda: None
     """Called when a call has failed as if nobody were there: a poll should follow at once."""
+    has_stand_in: Callable[[Worker], bool] = lambda worker: True
+    """Whether another worker could do what this one does."""
     state: str = UNREACHABLE
     charges: set[Charge] = field(default_factory=set)
     """This router's running requests, one by one."""
@@ -111,7 +115,7 @@ class Worker:
     @property
     def ready(self) -> bool:
         """Whether it takes a request now."""
-        return self.state == READY and self.circuits.admits
+        return self.state == READY and (self.circuits.admits or not self.has_stand_in(self))
 
     @property
     def share(self) -> float:

@@ -172,6 +172,7 @@ class WorkerTable:
             slow_start=self._slow_start,
             typical=self._typical,
             on_lost=functools.partial(self._lost, seat),
+            has_stand_in=self._has_stand_in,
         )
         log.info("%s worker %s at %s is %s", info.role, info.name, seat.client.address, info.state)
         if known is not None:
@@ -197,6 +198,13 @@ class WorkerTable:
         seat.look_now.set()
         self._groups = None
         self._notify()
+
+    def _has_stand_in(self, worker: Worker) -> bool:
+        what = (worker.info.role, *worker.key)
+        others = (other for other in self.workers() if other is not worker)
+        return any(
+            other.state == READY and other.circuits.admits and (other.info.role, *other.key) == what for other in others
+        )
 
     def _notify(self) -> None:
         self._change.set()

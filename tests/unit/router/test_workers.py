@@ -213,18 +213,34 @@ def test_a_worker_that_answers_polls_and_fails_prompts_is_left_alone_and_shown()
     run(main)
 
 
-def test_a_stack_of_which_every_circuit_is_open_is_not_serving() -> None:
+def test_circuits_close_no_service_for_which_nobody_stands_in() -> None:
     async def main() -> None:
         async with bench() as b:
+            sound = b.prefill[0].script
             b.prefill[0].script = lambda _: [InternalError("broken")]
-            for _ in range(5):
+            for _ in range(7):
                 with pytest.raises(grpc.aio.AioRpcError):
                     await b.answer()
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await b.answer(model="toy")
-            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-            assert len(b.prefill[0].requests) == 5
-            await health_becomes(b, NOT_SERVING)
+            assert len(b.prefill[0].requests) == 7
+            await b.becomes(lambda: b.metric("circuit_state", name="prefill-0", state="open") == 1)
+            await health_becomes(b, SERVING)
+            b.prefill[0].script = sound
+            assert await b.answer(model="toy")
+
+    run(main)
+
+
+def test_of_two_workers_that_both_fail_requests_go_to_either() -> None:
+    async def main() -> None:
+        prefill = [FakePrefill("prefill-0"), FakePrefill("prefill-1")]
+        for each in prefill:
+            each.script = lambda _: [InternalError("broken")]
+        async with bench(prefill, placement="round_robin") as b:
+            for _ in range(14):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await b.answer()
+                assert caught.value.code() == grpc.StatusCode.INTERNAL
+            assert sum(len(each.requests) for each in prefill) == 14
 
     run(main)
 
