@@ -13,7 +13,14 @@ from vlcache.worker.v1 import kv_pb2 as pb
 from decode_worker.receive_buffers import ReceiveBuffers
 from decode_worker.reservations import Reservation, Reservations
 from decode_worker.runner import DecodeRunner
-from shared.errors import AbortedError, DataLossError, FailedPreconditionError, InvalidRequestError, ServiceError
+from shared.errors import (
+    AbortedError,
+    DataLossError,
+    FailedPreconditionError,
+    InvalidRequestError,
+    ServiceError,
+    at_stage,
+)
 from shared.kv.manifest import Manifest
 from shared.kv.transport.frames import decode_chunk, decode_header
 
@@ -46,7 +53,7 @@ class KVReceiver:
     async def put(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutKVResponse:
         """`PutKV`: a header, then the body in order."""
         try:
-            with _at("transfer"):
+            with at_stage("transfer"):
                 return pb.PutKVResponse(received_bytes=await self._take(frames))
         except ServiceError:
             await _discard(frames)
@@ -64,7 +71,7 @@ class KVReceiver:
 
     async def install(self, request: pb.InstallKVRequest, context: grpc.aio.ServicerContext) -> pb.InstallKVResponse:
         """`InstallKV`: the body lies in the sender's arena."""
-        with _at("transfer"):
+        with at_stage("transfer"):
             manifest = Manifest.from_proto(request.manifest)
             reservation = self._begin(request.token, manifest)
             with self._filling(reservation):
@@ -73,7 +80,7 @@ class KVReceiver:
 
     async def take(self, token: bytes, manifest: Manifest, body: memoryview) -> None:
         """See `LocalReceiver`."""
-        with _at("transfer"):
+        with at_stage("transfer"):
             manifest.check()
             reservation = self._begin(token, manifest)
             with self._filling(reservation):
@@ -98,7 +105,7 @@ class KVReceiver:
     async def _install(
         self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool = True
     ) -> None:
-        with _at("install"):
+        with at_stage("install"):
             await self._runner.install(reservation, manifest, body, verify=verify)
 
     @contextlib.contextmanager
@@ -115,16 +122,6 @@ class KVReceiver:
             if isinstance(error, asyncio.CancelledError) and reservation.ended:
                 raise AbortedError("the request was released during its transfer", reason="RELEASED") from None
             raise
-
-
-@contextlib.contextmanager
-def _at(stage: str) -> Iterator[None]:
-    """Names the stage of errors that come out and do not say it."""
-    try:
-        yield
-    except ServiceError as error:
-        error.at(stage, "")
-        raise
 
 
 async def _receive(frames: AsyncIterator[bytes], buffer: memoryview) -> int:

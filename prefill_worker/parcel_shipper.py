@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from prefill_worker.error_stage import at_stage
 from prefill_worker.job import Event, Retained, Transferred
 from prefill_worker.kv_sender import KVSender, Ticket
 from prefill_worker.parcel_room import ParcelRoom
 from prefill_worker.retained_parcels import RetainedParcels
-from shared.errors import ServiceError
+from shared.errors import ServiceError, at_stage
 from shared.kv.manifest import Manifest
 from shared.kv.transport.base import Parcel
 from shared.telemetry.metrics import PrefillMetrics

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compute import PrefillCompute
-from prefill_worker.error_stage import at_stage
 from prefill_worker.job import Event, PrefillJob, Transferred
 from prefill_worker.kept_tokens import check_explainable
 from prefill_worker.kv_sender import KVSender, Ticket
@@ -23,7 +22,7 @@ from prefill_worker.preprocess.pool import PreprocessPool
 from prefill_worker.prompt import Prompt
 from prefill_worker.retained_parcels import RetainedParcels
 from prefill_worker.scheduler import PrefillScheduler
-from shared.errors import DuplicateRequestError, UnavailableError
+from shared.errors import DuplicateRequestError, UnavailableError, at_stage
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest
 from shared.request.params import Budget

@@ -7,6 +7,8 @@ with a generic text.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -46,6 +48,16 @@ class ServiceError(Exception):
         self.stage = self.stage or stage
         self.worker = self.worker or worker
         return self
+
+
+@contextlib.contextmanager
+def at_stage(stage: str) -> Iterator[None]:
+    """Errors that pass name the stage, unless they do so themselves."""
+    try:
+        yield
+    except ServiceError as error:
+        error.at(stage, worker="")
+        raise
 
 
 class InternalError(ServiceError):
