@@ -128,6 +128,22 @@ def test_a_restarted_owner_takes_over_the_socket_of_its_predecessor(owner: Owner
         second.process.kill()
 
 
+def test_a_new_owner_removes_the_sockets_of_killed_ones_and_of_nobody_else(owner: Owner, arena: Arena) -> None:
+    directory = Path(owner.path).parent
+    killed = directory / "killed.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(os.fspath(killed))
+
+    async def main() -> None:
+        server = ArenaServer.start(directory, "new", arena, EPOCH)
+        assert {path.name for path in directory.iterdir()} == {"new.sock", "owner.sock"}
+        await server.stop()
+
+    assert killed.exists()
+    run(main)
+    assert len(fetch_arena(owner.path, EPOCH).view(0, 1)) == 1
+
+
 def test_an_arena_of_another_boot_is_refused(owner: Owner) -> None:
     with no_descriptor_leaks(), pytest.raises(FailedPreconditionError) as caught:
         fetch_arena(owner.path, "epoch-2")
