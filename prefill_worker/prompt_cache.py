@@ -51,7 +51,7 @@ class PromptCache:
         # the layer that is whole comes last, when the others have made room
         for index, bound in enumerate(self._cascade.bounds()):
             if bound <= WORTHWHILE * self._bounds[index]:
-                self._truncate(index, self._cascade.candidates(index, bound))
+                self._truncate(index, self._cascade.best(index, bound))
                 self._bounds[index] = bound
 
     def check_integrity(self) -> None:

@@ -47,8 +47,15 @@ class Cascade:
         """Most tokens that each layer so far may end with, mean over its KV heads; another layer never raises them."""
         return [self._text + tokens for tokens in self._policy.upper_bounds(self.layers, self._budget)]
 
-    def candidates(self, index: int, bound: int) -> torch.Tensor:
-        """[num_kv_heads, num_tokens] bool: the tokens of a layer that may end up within its bound."""
+    def certain(self) -> list[int]:
+        """Fewest tokens that each layer so far ends with, mean over its KV heads; another layer never lowers them."""
+        return [self._text + tokens for tokens in self._policy.lower_bounds(self.layers, self._budget)]
+
+    def best(self, index: int, bound: int) -> torch.Tensor:
+        """[num_kv_heads, num_tokens] bool: the tokens of a layer that are within a bound.
+
+        Of its upper bound all that may be kept, of its lower bound all that are kept for certain.
+        """
         scores = self.layers[index].scores
         assert scores is not None
         return self._policy.select(scores, self._policy.share_heads(scores, bound))
