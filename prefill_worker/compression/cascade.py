@@ -37,6 +37,11 @@ class Cascade:
         self._text = prompt.num_tokens - self._budget.num_tokens
         self.layers: list[ObservedLayer] = []
 
+    @property
+    def complete(self) -> bool:
+        """Whether all layers have come."""
+        return len(self.layers) == self._budget.num_layers
+
     def add(self, layer: ObservedLayer) -> None:
         """The next layer, with all its KV, of which nothing is kept here."""
         scores = score_layer(self._policy, layer, keep_text=self._text > 0)

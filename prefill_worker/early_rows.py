@@ -1,0 +1,104 @@
+"""Rows of a cascading pass leave when it is certain that they are kept, while later layers are still computed.
+
+They leave in waves: whenever enough has become certain, whatever of the layers so far has not left yet. In the model
+thread rows are gathered, no more; what is sent, and when, is for whoever takes the waves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from prefill_worker.compression.cascade import Cascade
+from prefill_worker.compression.pipeline import Selection
+from prefill_worker.host_rows import Arrival, LayerRows, copy_rows, write_where_kv_lies
+from shared.kv.waves import LAST_WAVE
+
+# A wave costs a selection in each layer that has rows in it, and a message: below this it gains nothing.
+MIN_WAVE_BYTES = 1 << 16
+
+
+class Early(Protocol):
+    """Takes waves in the model thread, to send them in another."""
+
+    def add(self, piece: Callable[[], memoryview], nbytes: int) -> None:
+        """The next wave, of `nbytes`, which are there when `piece` returns them; that may take a while."""
+
+
+class EarlyRows:
+    """What has left of one pass. In the model thread.
+
+    Args:
+        cascade: That of the pass.
+        early: Takes the waves.
+
+    Attributes:
+        waves: Per layer so far the wave in which each token left, [num_kv_heads, num_tokens] uint8; `LAST_WAVE` where
+            it has not.
+    """
+
+    def __init__(self, cascade: Cascade, early: Early) -> None:
+        self._cascade = cascade
+        self._early = early
+        self._left: list[int] = []
+        self._next_wave = 0
+        self.waves: list[torch.Tensor] = []
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything has left."""
+        return self._next_wave > 0
+
+    def passed(
+        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], held: Sequence[torch.Tensor]
+    ) -> None:
+        """Another layer has attended; what is left of it and of those before is as in `PromptCache`."""
+        self.waves.append(torch.full_like(held[-1], LAST_WAVE, dtype=torch.uint8))
+        self._left.append(0)
+        if self._cascade.complete or self._next_wave == LAST_WAVE:
+            return  # the rest goes together
+        certain = self._cascade.certain()
+        grown = [index for index, tokens in enumerate(certain) if tokens > self._left[index]]
+        tokens = sum(certain[index] - self._left[index] for index in grown)
+        nbytes = 2 * tokens * len(held[0]) * keys[0].shape[-1] * keys[0].element_size()
+        if nbytes >= MIN_WAVE_BYTES:
+            rows = [self._take(index, certain[index], held[index]) for index in grown]
+            self._ship([(keys[index], values[index], taken) for index, taken in zip(grown, rows, strict=True)])
+
+    def _take(self, index: int, certain: int, held: torch.Tensor) -> torch.Tensor:
+        """Rows of a layer, among those held, that leave with the next wave."""
+        leaving = self._cascade.best(index, certain) & (self.waves[index] == LAST_WAVE)
+        self.waves[index][leaving] = self._next_wave
+        self._left[index] = certain
+        return leaving[held].nonzero().flatten()
+
+    def _ship(self, layers: list[LayerRows]) -> None:
+        key, _, _ = layers[0]
+        num_rows = 2 * sum(len(rows) for _, _, rows in layers)
+        on_gpu = key.device.type == "cuda"
+        target = torch.empty(num_rows, key.shape[-1], dtype=key.dtype, pin_memory=on_gpu)
+        arrival = write_where_kv_lies(partial(copy_rows, layers), target, key.device)
+        self._early.add(partial(_arrived, arrival, target), target.nbytes)
+        self._next_wave += 1
+
+
+def wave_numbers(waves: Sequence[torch.Tensor], selections: Sequence[Selection]) -> bytes:
+    """The wave of each kept row, layer after layer, head after head, positions ascending.
+
+    Args:
+        waves: As `EarlyRows.waves`, of all layers.
+    """
+    kept = []
+    for numbers, selection in zip(waves, selections, strict=True):
+        assert selection.chosen is not None, "a budget below 1 chooses"
+        assert bool((numbers[~selection.chosen] == LAST_WAVE).all()), "a row has left that is not kept"
+        kept.append(numbers[selection.chosen])
+    return torch.cat(kept).cpu().numpy().tobytes()
+
+
+def _arrived(arrival: Arrival, rows: torch.Tensor) -> memoryview:
+    arrival()
+    return rows.view(torch.uint8).numpy().reshape(-1).data

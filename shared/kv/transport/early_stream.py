@@ -1,0 +1,122 @@
+"""A gRPC transfer that begins while the parcel is being made: an opening, chunks, and a trailer that says what it was.
+
+Only over gRPC: through shared memory a parcel is written where it will be read, and nothing would leave earlier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from functools import partial
+
+import grpc
+from vlcache.worker.v1 import kv_pb2 as pb
+
+from shared.kv.manifest import Manifest
+from shared.kv.transport.base import Parcel, SendReport
+from shared.kv.transport.frames import CHUNK_BYTES, encode_chunk, encode_opening, encode_trailer
+from shared.kv.transport.grpc_stream import PUT_METHOD, GrpcTransport
+from shared.kv.waves import last_wave
+from shared.rpc.first_status import FirstStatus
+from shared.rpc.status import from_rpc_error
+from shared.threads import run_to_end
+
+Piece = Callable[[], memoryview]
+"""Waits until some bytes are there and returns them; called in a thread."""
+
+
+class EarlyStream:
+    """One parcel on its way to one decode worker. Lives on the event loop; `add` is called in the model thread.
+
+    Without a piece nothing is opened. Whoever made it closes it, whatever came of it.
+
+    Args:
+        channel: To the decode worker.
+        token: The reservation's secret.
+        thread: Where pieces are waited for.
+
+    Attributes:
+        begun: Whether something has left, so that the rest must follow it.
+        early_bytes: Of the rows that left before the parcel was complete.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, token: bytes, thread: Executor) -> None:
+        self._put = channel.stream_unary(PUT_METHOD, response_deserializer=pb.PutKVResponse.FromString)
+        self._token = token
+        self._thread = thread
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[Piece | Manifest] = asyncio.Queue()
+        self._call: grpc.aio.StreamUnaryCall | None = None
+        self._sending: asyncio.Task[None] | None = None
+        self._sent_bytes = 0
+        self.begun = False
+        self.early_bytes = 0
+
+    def add(self, piece: Piece, nbytes: int) -> None:
+        """Sends a wave as soon as it is there, after those before; any thread."""
+        self.begun = True
+        self.early_bytes += nbytes
+        self._loop.call_soon_threadsafe(self._enqueue, piece)
+
+    async def finish(self, parcel: Parcel, waves: bytes) -> SendReport:
+        """Sends what has not left yet, and what the parcel is; returns when it is installed.
+
+        Args:
+            waves: See `shared/kv/waves.py`; one wave per piece that was added, from 0 on.
+
+        Returns:
+            The bytes of all that was sent, and the time since the parcel is complete.
+
+        Raises:
+            ServiceError: The decode worker refused, or cannot be reached.
+        """
+        assert self._call is not None, "nothing left early"
+        assert self._sending is not None
+        started, manifest = time.monotonic(), parcel.manifest
+        self._pieces.put_nowait(partial(last_wave, parcel.body, manifest.layout, manifest.num_kept, waves))
+        self._pieces.put_nowait(lambda: parcel.body[manifest.kv_bytes :])
+        self._pieces.put_nowait(lambda: memoryview(waves))
+        self._pieces.put_nowait(manifest)
+        await self._sending
+        try:
+            await self._call
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(self._status.of(error)) from error
+        return SendReport(
+            transport=GrpcTransport.name, sent_bytes=self._sent_bytes, seconds=time.monotonic() - started
+        )
+
+    async def close(self) -> None:
+        """Breaks off what is not finished; no piece is touched any more."""
+        if self._call is not None and self._sending is not None:
+            self._call.cancel()
+            self._sending.cancel()
+            await asyncio.gather(self._sending, return_exceptions=True)
+
+    def _enqueue(self, piece: Piece) -> None:
+        if self._call is None:
+            self._call = self._put()
+            self._status = FirstStatus(self._call)
+            self._sending = asyncio.create_task(self._send(self._call))
+        self._pieces.put_nowait(piece)
+
+    async def _send(self, call: grpc.aio.StreamUnaryCall) -> None:
+        """Ends where the call does, which knows why."""
+        try:
+            await self._write(call, encode_opening(self._token))
+            offset = 0
+            while not isinstance(piece := await self._pieces.get(), Manifest):
+                data = await run_to_end(self._thread, piece)
+                for at in range(0, len(data), CHUNK_BYTES):
+                    await self._write(call, encode_chunk(offset + at, data[at : at + CHUNK_BYTES]))
+                offset += len(data)
+            await self._write(call, encode_trailer(piece.to_proto()))
+            await call.done_writing()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return
+
+    async def _write(self, call: grpc.aio.StreamUnaryCall, frame: bytes) -> None:
+        await call.write(frame)
+        self._sent_bytes += len(frame)
