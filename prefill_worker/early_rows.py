@@ -22,10 +22,13 @@ MIN_WAVE_BYTES = 1 << 16
 
 
 class Early(Protocol):
-    """Takes waves in the model thread, to send them in another."""
+    """Called in the model thread, sends in another."""
 
-    def add(self, piece: Callable[[], memoryview], nbytes: int) -> None:
-        """The next wave, of `nbytes`, which are there when `piece` returns them; that may take a while."""
+    def add(self, piece: Callable[[], memoryview]) -> None:
+        """Takes the next wave, whose bytes are there when `piece` returns them; that may take a while."""
+
+    def placed(self, waves: bytes) -> None:
+        """Takes the wave of each kept row, as the K rows of the body lie; only after some wave."""
 
 
 class EarlyRows:
@@ -34,10 +37,6 @@ class EarlyRows:
     Args:
         cascade: That of the pass.
         early: Takes the waves.
-
-    Attributes:
-        waves: Per layer so far the wave in which each token left, [num_kv_heads, num_tokens] uint8; `LAST_WAVE` where
-            it has not.
     """
 
     def __init__(self, cascade: Cascade, early: Early) -> None:
@@ -45,18 +44,14 @@ class EarlyRows:
         self._early = early
         self._left: list[int] = []
         self._next_wave = 0
-        self.waves: list[torch.Tensor] = []
-
-    @property
-    def begun(self) -> bool:
-        """Whether anything has left."""
-        return self._next_wave > 0
+        # per layer the wave in which each token left, [num_kv_heads, num_tokens] uint8
+        self._waves: list[torch.Tensor] = []
 
     def passed(
         self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], held: Sequence[torch.Tensor]
     ) -> None:
         """Another layer has attended; what is left of it and of those before is as in `PromptCache`."""
-        self.waves.append(torch.full_like(held[-1], LAST_WAVE, dtype=torch.uint8))
+        self._waves.append(torch.full_like(held[-1], LAST_WAVE, dtype=torch.uint8))
         self._left.append(0)
         if self._cascade.complete or self._next_wave == LAST_WAVE:
             return  # the rest goes together
@@ -68,10 +63,21 @@ class EarlyRows:
             rows = [self._take(index, certain[index], held[index]) for index in grown]
             self._ship([(keys[index], values[index], taken) for index, taken in zip(grown, rows, strict=True)])
 
+    def placed(self, selections: Sequence[Selection]) -> None:
+        """The pass is over, and this is kept of its layers."""
+        if self._next_wave == 0:
+            return
+        kept = []
+        for waves, selection in zip(self._waves, selections, strict=True):
+            assert selection.chosen is not None, "a budget below 1 chooses"
+            assert bool((waves[~selection.chosen] == LAST_WAVE).all()), "a row has left that is not kept"
+            kept.append(waves[selection.chosen])
+        self._early.placed(torch.cat(kept).cpu().numpy().tobytes())
+
     def _take(self, index: int, certain: int, held: torch.Tensor) -> torch.Tensor:
         """Rows of a layer, among those held, that leave with the next wave."""
-        leaving = self._cascade.best(index, certain) & (self.waves[index] == LAST_WAVE)
-        self.waves[index][leaving] = self._next_wave
+        leaving = self._cascade.best(index, certain) & (self._waves[index] == LAST_WAVE)
+        self._waves[index][leaving] = self._next_wave
         self._left[index] = certain
         return leaving[held].nonzero().flatten()
 
@@ -81,22 +87,8 @@ class EarlyRows:
         on_gpu = key.device.type == "cuda"
         target = torch.empty(num_rows, key.shape[-1], dtype=key.dtype, pin_memory=on_gpu)
         arrival = write_where_kv_lies(partial(copy_rows, layers), target, key.device)
-        self._early.add(partial(_arrived, arrival, target), target.nbytes)
+        self._early.add(partial(_arrived, arrival, target))
         self._next_wave += 1
-
-
-def wave_numbers(waves: Sequence[torch.Tensor], selections: Sequence[Selection]) -> bytes:
-    """The wave of each kept row, layer after layer, head after head, positions ascending.
-
-    Args:
-        waves: As `EarlyRows.waves`, of all layers.
-    """
-    kept = []
-    for numbers, selection in zip(waves, selections, strict=True):
-        assert selection.chosen is not None, "a budget below 1 chooses"
-        assert bool((numbers[~selection.chosen] == LAST_WAVE).all()), "a row has left that is not kept"
-        kept.append(numbers[selection.chosen])
-    return torch.cat(kept).cpu().numpy().tobytes()
 
 
 def _arrived(arrival: Arrival, rows: torch.Tensor) -> memoryview:

@@ -50,7 +50,7 @@ class Prefilled:
         scored: The layers as the policy of the cascade saw and scored them; empty without one.
         known_images: Images of the prompt that an earlier one has shown, so that the vision tower was spared.
         known_tokens: Tokens of the prompt that an earlier one began with, so that the whole model was spared.
-        waves: Per layer the wave in which each token left, see `EarlyRows`; empty where none has.
+        early: What has left already; None where nothing could.
     """
 
     logits: torch.Tensor
@@ -66,7 +66,7 @@ class Prefilled:
     scored: Sequence[ObservedLayer] = ()
     known_images: int = 0
     known_tokens: int = 0
-    waves: Sequence[torch.Tensor] = ()
+    early: EarlyRows | None = None
 
     def observed(self, prompt: PromptShape) -> list[ObservedLayer]:
         """The layers as a policy sees them: the prompt's tokens alone."""
@@ -181,7 +181,7 @@ class PrefillEngine:
             scored=cascade.layers if cascade else (),
             known_images=known_images,
             known_tokens=first,
-            waves=early.waves if early and early.begun else (),
+            early=early,
         )
 
     def look_ahead(self, prefilled: Prefilled, token: int, position: int, steps: int, draw: Draw) -> Prefilled:

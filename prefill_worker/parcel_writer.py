@@ -20,7 +20,6 @@ from shared.kv.layout import KVLayout
 from shared.model.spec import TORCH_DTYPES
 
 
-
 def kept_counts(prefilled: Prefilled, selections: Sequence[Selection]) -> tuple[int, ...]:
     """Rows kept per layer and KV head, layer-major."""
     shaped = prefilled.held or prefilled.keys

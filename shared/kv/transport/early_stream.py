@@ -28,7 +28,7 @@ Piece = Callable[[], memoryview]
 
 
 class EarlyStream:
-    """One parcel on its way to one decode worker. Lives on the event loop; `add` is called in the model thread.
+    """One parcel on its way to one decode worker. Lives on the event loop; `add` and `placed` may be called elsewhere.
 
     Without a piece nothing is opened. Whoever made it closes it, whatever came of it.
 
@@ -38,8 +38,7 @@ class EarlyStream:
         thread: Where pieces are waited for.
 
     Attributes:
-        begun: Whether something has left, so that the rest must follow it.
-        early_bytes: Of the rows that left before the parcel was complete.
+        begun: Whether something has left, and the rest must follow it.
     """
 
     def __init__(self, channel: grpc.aio.Channel, token: bytes, thread: Executor) -> None:
@@ -51,42 +50,43 @@ class EarlyStream:
         self._call: grpc.aio.StreamUnaryCall | None = None
         self._sending: asyncio.Task[None] | None = None
         self._sent_bytes = 0
+        self._waves = b""
         self.begun = False
-        self.early_bytes = 0
 
-    def add(self, piece: Piece, nbytes: int) -> None:
-        """Sends a wave as soon as it is there, after those before; any thread."""
+    def add(self, piece: Piece) -> None:
+        """Sends the next wave as soon as it is there."""
         self.begun = True
-        self.early_bytes += nbytes
         self._loop.call_soon_threadsafe(self._enqueue, piece)
 
-    async def finish(self, parcel: Parcel, waves: bytes) -> SendReport:
+    def placed(self, waves: bytes) -> None:
+        """Says which rows the waves were, as in `shared/kv/waves.py`; the first one has number 0."""
+        self._waves = waves
+
+    async def finish(self, parcel: Parcel) -> SendReport:
         """Sends what has not left yet, and what the parcel is; returns when it is installed.
 
-        Args:
-            waves: See `shared/kv/waves.py`; one wave per piece that was added, from 0 on.
-
         Returns:
-            The bytes of all that was sent, and the time since the parcel is complete.
+            The bytes of all that was sent, and the time since the parcel was complete.
 
         Raises:
             ServiceError: The decode worker refused, or cannot be reached.
         """
         assert self._call is not None, "nothing left early"
         assert self._sending is not None
-        started, manifest = time.monotonic(), parcel.manifest
+        started, manifest, waves = time.monotonic(), parcel.manifest, self._waves
         self._pieces.put_nowait(partial(last_wave, parcel.body, manifest.layout, manifest.num_kept, waves))
         self._pieces.put_nowait(lambda: parcel.body[manifest.kv_bytes :])
         self._pieces.put_nowait(lambda: memoryview(waves))
         self._pieces.put_nowait(manifest)
-        await self._sending
         try:
+            await self._sending
             await self._call
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(self._status.of(error)) from error
-        return SendReport(
-            transport=GrpcTransport.name, sent_bytes=self._sent_bytes, seconds=time.monotonic() - started
-        )
+        finally:
+            # the slot may have another owner then
+            await self.close()
+        return SendReport(transport=GrpcTransport.name, sent_bytes=self._sent_bytes, seconds=time.monotonic() - started)
 
     async def close(self) -> None:
         """Breaks off what is not finished; no piece is touched any more."""
