@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
+from typing import NamedTuple
 
 import grpc
 from vlcache.worker.v1 import kv_pb2 as pb
@@ -25,6 +26,12 @@ from shared.threads import run_to_end
 
 Piece = Callable[[], memoryview]
 """Waits until some bytes are there and returns them; called in a thread."""
+
+
+class _Open(NamedTuple):
+    call: grpc.aio.StreamUnaryCall
+    status: FirstStatus
+    sending: asyncio.Task[None]
 
 
 class EarlyStream:
@@ -47,8 +54,7 @@ class EarlyStream:
         self._thread = thread
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[Piece | Manifest] = asyncio.Queue()
-        self._call: grpc.aio.StreamUnaryCall | None = None
-        self._sending: asyncio.Task[None] | None = None
+        self._open: _Open | None = None
         self._sent_bytes = 0
         self._waves = b""
         self.begun = False
@@ -71,18 +77,17 @@ class EarlyStream:
         Raises:
             ServiceError: The decode worker refused, or cannot be reached.
         """
-        assert self._call is not None, "nothing left early"
-        assert self._sending is not None
+        assert self._open is not None, "nothing left early"
         started, manifest, waves = time.monotonic(), parcel.manifest, self._waves
         self._pieces.put_nowait(partial(last_wave, parcel.body, manifest.layout, manifest.num_kept, waves))
         self._pieces.put_nowait(lambda: parcel.body[manifest.kv_bytes :])
         self._pieces.put_nowait(lambda: memoryview(waves))
         self._pieces.put_nowait(manifest)
         try:
-            await self._sending
-            await self._call
+            await self._open.sending
+            await self._open.call
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(self._status.of(error)) from error
+            raise from_rpc_error(self._open.status.of(error)) from error
         finally:
             # the slot may have another owner then
             await self.close()
@@ -90,16 +95,15 @@ class EarlyStream:
 
     async def close(self) -> None:
         """Breaks off what is not finished; no piece is touched any more."""
-        if self._call is not None and self._sending is not None:
-            self._call.cancel()
-            self._sending.cancel()
-            await asyncio.gather(self._sending, return_exceptions=True)
+        if self._open is not None:
+            self._open.call.cancel()
+            self._open.sending.cancel()
+            await asyncio.gather(self._open.sending, return_exceptions=True)
 
     def _enqueue(self, piece: Piece) -> None:
-        if self._call is None:
-            self._call = self._put()
-            self._status = FirstStatus(self._call)
-            self._sending = asyncio.create_task(self._send(self._call))
+        if self._open is None:
+            call = self._put()
+            self._open = _Open(call, FirstStatus(call), asyncio.create_task(self._send(call)))
         self._pieces.put_nowait(piece)
 
     async def _send(self, call: grpc.aio.StreamUnaryCall) -> None:
