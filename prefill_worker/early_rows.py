@@ -17,8 +17,10 @@ from prefill_worker.compression.pipeline import Selection
 from prefill_worker.host_rows import Arrival, LayerRows, copy_rows, write_where_kv_lies
 from shared.kv.waves import LAST_WAVE
 
-# A wave costs a selection in each layer that has rows in it, and a message: below this it gains nothing.
+# A wave costs a message: below this it gains nothing.
 MIN_WAVE_BYTES = 1 << 16
+# It costs a selection in each layer that has rows in it: a layer waits while more than this share of them has left.
+WORTHWHILE = 0.9
 
 
 class Early(Protocol):
@@ -56,7 +58,7 @@ class EarlyRows:
         if self._cascade.complete or self._next_wave == LAST_WAVE:
             return  # the rest goes together
         certain = self._cascade.certain()
-        grown = [index for index, tokens in enumerate(certain) if tokens > self._left[index]]
+        grown = [index for index, tokens in enumerate(certain) if tokens and self._left[index] <= WORTHWHILE * tokens]
         tokens = sum(certain[index] - self._left[index] for index in grown)
         nbytes = 2 * tokens * len(held[0]) * keys[0].shape[-1] * keys[0].element_size()
         if nbytes >= MIN_WAVE_BYTES:

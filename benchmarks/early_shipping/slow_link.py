@@ -22,6 +22,7 @@ class SlowLink:
         self._bytes_per_s = bytes_per_s
         self._free_at = 0.0
         self._server: asyncio.Server | None = None
+        self._clients: set[asyncio.Task[None]] = set()
 
     async def start(self) -> str:
         """Where it listens."""
@@ -30,16 +31,23 @@ class SlowLink:
         return f"{host}:{port}"
 
     async def stop(self) -> None:
-        """Takes no more clients."""
+        """Leaves all clients and takes no more."""
         assert self._server is not None
         self._server.close()
+        for client in self._clients:
+            client.cancel()
+        await asyncio.gather(*self._clients)
         await self._server.wait_closed()
 
     async def _serve(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._clients.add(task)
+        task.add_done_callback(self._clients.discard)
         answers, server = await asyncio.open_connection("127.0.0.1", self._port, limit=READ_BYTES)
         try:
             await asyncio.gather(self._pass(client, server, slowly=True), self._pass(answers, back, slowly=False))
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             return  # one end was closed
         finally:
             server.close()

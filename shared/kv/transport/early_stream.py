@@ -84,7 +84,9 @@ class EarlyStream:
         self._pieces.put_nowait(lambda: memoryview(waves))
         self._pieces.put_nowait(manifest)
         try:
-            await self._open.sending
+            await asyncio.wait([self._open.sending])
+            if not self._open.sending.cancelled():
+                self._open.sending.result()
             await self._open.call
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(self._open.status.of(error)) from error
