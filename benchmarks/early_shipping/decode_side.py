@@ -64,10 +64,11 @@ class DecodeSide:
         )
         return reservation.token.hex()
 
-    def release(self, token: str) -> None:
-        """Gives the memory of an installed parcel back."""
+    def release(self, token: str) -> bool:
+        """Gives the memory of an installed parcel back; True."""
         self._runner.end(self._reservations.find(bytes.fromhex(token)))
         self._runner.check_integrity()
+        return True
 
 
 class NoText:

@@ -77,6 +77,8 @@ class EarlyStream:
         Raises:
             ServiceError: The decode worker refused, or cannot be reached.
         """
+        # what was added is in the queue then
+        await asyncio.sleep(0)
         assert self._open is not None, "nothing left early"
         started, manifest, waves = time.monotonic(), parcel.manifest, self._waves
         self._pieces.put_nowait(partial(last_wave, parcel.body, manifest.layout, manifest.num_kept, waves))
