@@ -30,9 +30,9 @@ from shared.errors import (
     UnavailableError,
 )
 from shared.kv.manifest import Manifest
-from shared.kv.waves import in_body_order
 from shared.model.identity import ModelIdentity
 from shared.model.text_stream import TextStream
+from shared.model.wave_order import in_body_order
 from shared.telemetry.metrics import DecodeMetrics
 from shared.threads import run_to_end
 

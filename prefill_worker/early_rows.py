@@ -15,7 +15,9 @@ import torch
 from prefill_worker.compression.cascade import Cascade
 from prefill_worker.compression.pipeline import Selection
 from prefill_worker.host_rows import Arrival, LayerRows, copy_rows, write_where_kv_lies
+from shared.kv.transport.base import Parcel
 from shared.kv.waves import LAST_WAVE
+from shared.model.wave_order import last_wave
 
 # A wave costs a message: below this it gains nothing.
 MIN_WAVE_BYTES = 1 << 16
@@ -91,6 +93,13 @@ class EarlyRows:
         arrival = write_where_kv_lies(partial(copy_rows, layers), target, key.device)
         self._early.add(partial(_arrived, arrival, target))
         self._next_wave += 1
+
+
+def rest_of(parcel: Parcel, waves: bytes) -> list[Callable[[], memoryview]]:
+    """What follows the waves of the pass: its other rows, the scores, and when each row has left."""
+    manifest = parcel.manifest
+    rows = partial(last_wave, parcel.body, manifest.layout, manifest.num_kept, waves)
+    return [rows, lambda: parcel.body[manifest.kv_bytes :], lambda: memoryview(waves)]
 
 
 def _arrived(arrival: Arrival, rows: torch.Tensor) -> memoryview:

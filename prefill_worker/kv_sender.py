@@ -14,6 +14,7 @@ import grpc
 from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc
 from vlcache.worker.v1 import prefill_pb2 as pb
 
+from prefill_worker.early_rows import rest_of
 from shared.errors import (
     DataLossError,
     FailedPreconditionError,
@@ -166,7 +167,7 @@ class KVSender:
     async def _deliver(self, parcel: Parcel, ticket: Ticket, early: EarlyStream | None) -> SendReport:
         try:
             if early is not None and early.begun:
-                return await early.finish(parcel)
+                return await early.finish(parcel.manifest, rest_of(parcel, early.waves))
             return await self._transport(ticket).send(parcel, ticket.token)
         except RequestCancelledError as error:
             # not by us, who would not hear of it here: its server is going down

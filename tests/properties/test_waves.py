@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from shared.kv.eviction import HeavyHitters
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest
-from shared.kv.waves import LAST_WAVE, in_body_order, last_wave, travelling_bound, travelling_bytes
+from shared.kv.waves import LAST_WAVE, travelling_bound, travelling_bytes
+from shared.model.wave_order import in_body_order, last_wave
 from tests.unit.decode_worker.parcels import manifest_of
 
 layouts = st.builds(

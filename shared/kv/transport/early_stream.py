@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
-from functools import partial
 from typing import NamedTuple
 
 import grpc
 from vlcache.worker.v1 import kv_pb2 as pb
 
 from shared.kv.manifest import Manifest
-from shared.kv.transport.base import Parcel, SendReport
+from shared.kv.transport.base import SendReport
 from shared.kv.transport.frames import CHUNK_BYTES, encode_chunk, encode_opening, encode_trailer
 from shared.kv.transport.grpc_stream import PUT_METHOD, GrpcTransport
-from shared.kv.waves import last_wave
 from shared.rpc.first_status import FirstStatus
 from shared.rpc.status import from_rpc_error
 from shared.threads import run_to_end
@@ -46,6 +44,7 @@ class EarlyStream:
 
     Attributes:
         begun: Whether something has left, and the rest must follow it.
+        waves: Of each row, when all are known.
     """
 
     def __init__(self, channel: grpc.aio.Channel, token: bytes, thread: Executor) -> None:
@@ -56,7 +55,7 @@ class EarlyStream:
         self._pieces: asyncio.Queue[Piece | Manifest] = asyncio.Queue()
         self._open: _Open | None = None
         self._sent_bytes = 0
-        self._waves = b""
+        self.waves = b""
         self.begun = False
 
     def add(self, piece: Piece) -> None:
@@ -66,10 +65,13 @@ class EarlyStream:
 
     def placed(self, waves: bytes) -> None:
         """Says which rows the waves were, as in `shared/kv/waves.py`; the first one has number 0."""
-        self._waves = waves
+        self.waves = waves
 
-    async def finish(self, parcel: Parcel) -> SendReport:
+    async def finish(self, manifest: Manifest, rest: Iterable[Piece]) -> SendReport:
         """Sends what has not left yet, and what the parcel is; returns when it is installed.
+
+        Args:
+            rest: What follows the waves that were added; not touched any more when this returns or raises.
 
         Returns:
             The bytes of all that was sent, and the time since the parcel was complete.
@@ -80,11 +82,9 @@ class EarlyStream:
         # what was added is in the queue then
         await asyncio.sleep(0)
         assert self._open is not None, "nothing left early"
-        started, manifest, waves = time.monotonic(), parcel.manifest, self._waves
-        self._pieces.put_nowait(partial(last_wave, parcel.body, manifest.layout, manifest.num_kept, waves))
-        self._pieces.put_nowait(lambda: parcel.body[manifest.kv_bytes :])
-        self._pieces.put_nowait(lambda: memoryview(waves))
-        self._pieces.put_nowait(manifest)
+        started = time.monotonic()
+        for piece in (*rest, manifest):
+            self._pieces.put_nowait(piece)
         try:
             await asyncio.wait([self._open.sending])
             if not self._open.sending.cancelled():
@@ -93,7 +93,6 @@ class EarlyStream:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(self._open.status.of(error)) from error
         finally:
-            # the slot may have another owner then
             await self.close()
         return SendReport(transport=GrpcTransport.name, sent_bytes=self._sent_bytes, seconds=time.monotonic() - started)
 

@@ -25,9 +25,10 @@ from prefill_worker.job import Event, PrefillJob
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import RequestCancelledError
 from shared.kv.manifest import Manifest
-from shared.kv.waves import LAST_WAVE, in_body_order, last_wave
+from shared.kv.waves import LAST_WAVE
 from shared.model.identity import ModelIdentity
 from shared.model.loading import load_spec
+from shared.model.wave_order import in_body_order, last_wave
 from shared.request.params import Budget, BudgetScope, Guard, Sampling, Wire
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.tiny import tokenizer

@@ -357,7 +357,7 @@ def test_a_bug_while_sending_is_not_waited_for(world: World, monkeypatch: pytest
         await until(lambda: served.held_bytes() == before)
         release(served, work)
 
-    monkeypatch.setattr(early_stream, "last_wave", _raise(RuntimeError("a bug")))
+    monkeypatch.setattr(early_rows, "last_wave", _raise(RuntimeError("a bug")))
     world.run(test)
 
 

@@ -15,10 +15,11 @@ from vlcache.worker.v1 import kv_pb2 as pb
 from shared import errors
 from shared.kv.arena import Arena
 from shared.kv.manifest import FORMAT_VERSION, Manifest
-from shared.kv.transport.base import Parcel
+from shared.kv.transport.base import Parcel, SendReport
 from shared.kv.transport.early_stream import EarlyStream
 from shared.kv.transport.frames import CHUNK_BYTES, Chunk, decode_first, decode_later
-from shared.kv.waves import LAST_WAVE, in_body_order
+from shared.kv.waves import LAST_WAVE
+from shared.model.wave_order import in_body_order, last_wave
 from tests.unit.shared.parcels import parcel_in
 from tests.unit.shared.receiver import SERVICE
 from tests.unit.shared.scripted import run, serving
@@ -80,6 +81,11 @@ class Sent:
         stream.add(lambda: memoryview(self.early))
         stream.placed(self.waves)
 
+    async def finish(self, stream: EarlyStream) -> SendReport:
+        manifest, body = self.parcel.manifest, self.parcel.body
+        rest = memoryview(bytes(last_wave(body, manifest.layout, manifest.num_kept, self.waves)))
+        return await stream.finish(manifest, [lambda: rest, lambda: memoryview(stream.waves)])
+
 
 @pytest.fixture
 def arena() -> Iterator[Arena]:
@@ -111,7 +117,7 @@ def test_opening_chunks_and_trailer(arena: Arena, nbytes: int) -> None:
         assert not stream.begun
         sent.add_to(stream)
         assert stream.begun
-        report = await stream.finish(sent.parcel)
+        report = await sent.finish(stream)
         assert decode_first(receiver.frames[0]) == pb.PutKVOpening(token=TOKEN, format_version=FORMAT_VERSION)
         *chunks, trailer = receiver.later
         assert isinstance(trailer, pb.PutKVTrailer)
@@ -155,7 +161,7 @@ def test_waves_are_added_in_another_thread(arena: Arena) -> None:
 
     async def body(stream: EarlyStream) -> None:
         await asyncio.get_running_loop().run_in_executor(None, sent.add_to, stream)
-        await stream.finish(sent.parcel)
+        await sent.finish(stream)
         assert bytes(in_body_order(sent.parcel.manifest, memoryview(receiver.data))) == bytes(sent.parcel.body)
 
     with_stream(receiver, body)
@@ -196,7 +202,7 @@ def test_who_waits_for_the_end_may_be_cancelled(arena: Arena) -> None:
     async def body(stream: EarlyStream) -> None:
         stream.add(blocked)
         await asyncio.get_running_loop().run_in_executor(None, waiting.wait, 10)
-        finishing = asyncio.create_task(stream.finish(sent.parcel))
+        finishing = asyncio.create_task(sent.finish(stream))
         while stream._pieces.empty():  # noqa: ASYNC110 - until it waits
             await asyncio.sleep(0)
         finishing.cancel()
@@ -230,7 +236,7 @@ def test_a_refusal_is_the_receivers_error_however_early_it_came(
         if fail_after < 3:
             await receiver.has_ended.wait()
         with pytest.raises(type(refusal)) as caught:
-            await stream.finish(sent.parcel)
+            await sent.finish(stream)
         assert (caught.value.reason, caught.value.message) == (refusal.reason, refusal.message)
 
     with_stream(receiver, body)
@@ -247,7 +253,7 @@ def test_a_receiver_that_breaks_off_does_not_cancel_the_sender(arena: Arena) -> 
                 await receiver.received.wait()
                 await server.stop(0)
                 with pytest.raises(errors.ServiceError) as caught:
-                    await stream.finish(sent.parcel)
+                    await sent.finish(stream)
                 assert caught.value.code in ("CANCELLED", "UNAVAILABLE")
 
     run(main)
@@ -262,7 +268,7 @@ def test_a_bug_behind_a_piece_is_not_hidden(arena: Arena) -> None:
     async def body(stream: EarlyStream) -> None:
         stream.add(bug)
         with pytest.raises(RuntimeError, match="a bug"):
-            await stream.finish(sent.parcel)
+            await sent.finish(stream)
         await receiver.has_ended.wait()
 
     with_stream(receiver, body)
