@@ -1,9 +1,8 @@
 """What it gains that KV leaves while its prefill goes on: the same prompt with early shipping and without, interleaved.
 
-Two processes: the prefill worker's own pass, cascade, selection and sender over random weights,
-and a decode worker's gRPC server, receiver and KV pool. `held` keeps all KV to the end of the pass, `cascade` drops it
-on the way (`--cascade`), `early` sends what is certain besides (`--early-shipping`); both of them, and `early` also
-where that is all, install the same parcel.
+Two processes: the prefill worker's own pass, cascade, selection and sender over random weights, and a decode worker's
+gRPC server, receiver and KV pool. `held` keeps all KV to the end of the pass, `cascade` drops it on the way
+(`--cascade`), `early` sends what is certain besides (`--early-shipping`); all of them install the same parcel.
 
     python -m benchmarks.early_shipping --json -
     python -m benchmarks.early_shipping --layers 32 --prompt 1000 --policies vl_cache --sharpness 6 --mbit 100 --json -
@@ -13,9 +12,10 @@ prefill worker sends. Random weights attend to all tokens alike, so that `vl_cac
 prompts allow; `--sharpness` multiplies all queries until a layer looks at less, and `density` is the share of
 attention entries that then count, 1 - sparsity, mean over layers.
 
-`left early` is the share of the KV that is handed to the sender before the last layer; `hand-over` is the time from the
-first token to the commit, `in all` that from the begin of the pass. CPU time is the model thread's, and what a busy
-machine disturbs least. A second table says what of a parcel is certain while prompts of the bundled model pass.
+`left early` is the share of the KV that is handed to the sender before the last layer, and `early, of its pass` the CPU
+time of choosing and copying it over that of the rest of the pass; `pass CPU` is what the model thread takes in all.
+`hand-over` is the time from the first token to the commit, `in all` that from the begin of the pass. A second table
+says what of a parcel is certain while prompts of the bundled model pass.
 """
 
 from __future__ import annotations
@@ -40,7 +40,18 @@ from prefill_worker.compression.registry import build_policy
 from shared.request.params import Budget
 
 CERTAIN_HEADER = ("policy", "certain after half of the layers", "before the last layer")
-HEADER = ("policy", "Mbit/s", "variant", "left early", "waves", "pass CPU ms", "pass ms", "hand-over ms", "in all ms")
+HEADER = (
+    "policy",
+    "Mbit/s",
+    "variant",
+    "left early",
+    "waves",
+    "pass CPU ms",
+    "early, of its pass",
+    "pass ms",
+    "hand-over ms",
+    "in all ms",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +152,7 @@ def _figures(key: Key, made: list[Delivery]) -> dict[str, Any]:
         "early_share": made[0].early_bytes / made[0].kv_bytes,
         "waves": made[0].waves,
         "pass_cpu_ms": statistics.median(each.pass_cpu_ms for each in made),
+        "rows_cpu_share": statistics.median(each.rows_cpu_ms / (each.pass_cpu_ms - each.rows_cpu_ms) for each in made),
         "pass_ms": statistics.median(each.pass_ms for each in made),
         "hand_over_ms": statistics.median(each.hand_over_ms for each in made),
         "total_ms": statistics.median(each.pass_ms + each.hand_over_ms for each in made),
@@ -156,6 +168,7 @@ def _report(figures: dict[str, Any]) -> str:
             f"{100 * found['early_share']:.0f} %" if found["waves"] else "",
             str(found["waves"] or ""),
             f"{found['pass_cpu_ms']:.0f}",
+            f"{100 * found['rows_cpu_share']:.1f} %" if found["waves"] else "",
             f"{found['pass_ms']:.0f}",
             f"{found['hand_over_ms']:.0f}",
             f"{found['total_ms']:.0f}",

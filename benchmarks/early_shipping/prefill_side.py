@@ -7,10 +7,11 @@ import dataclasses
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import torch
 from transformers import PreTrainedModel
@@ -19,12 +20,13 @@ from benchmarks.early_shipping.decode_side import CONTEXT, EPOCH, NoText, identi
 from benchmarks.local_pipeline import local_job
 from benchmarks.prefill_overhead import random_prompt
 from benchmarks.random_llama import ModelConfig, build_model, twin
+from prefill_worker import compute
 from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compression.pipeline import statistics_for
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compute import Completion, PrefillCompute
-from prefill_worker.early_rows import Early
+from prefill_worker.early_rows import Early, EarlyRows
 from prefill_worker.engine import PrefillEngine
 from prefill_worker.job import Event, FirstToken, PrefillJob
 from prefill_worker.kv_sender import KVSender, Ticket
@@ -51,6 +53,7 @@ class Delivery:
     Attributes:
         pass_ms: From its begin to its first token.
         pass_cpu_ms: What of that the model thread computed.
+        rows_cpu_ms: What of that went into choosing and copying rows that leave early.
         hand_over_ms: From there to the commit.
         kv_bytes: Of its parcel.
         early_bytes: Of rows that were handed over to the sender before the last layer.
@@ -59,6 +62,7 @@ class Delivery:
 
     pass_ms: float
     pass_cpu_ms: float
+    rows_cpu_ms: float
     hand_over_ms: float
     kv_bytes: int
     early_bytes: int
@@ -118,10 +122,12 @@ class PrefillSide:
         )
         body, first = memoryview(bytearray(self._bound(job))), _FirstToken()
         loop, started = asyncio.get_running_loop(), time.perf_counter()
+        _TimedRows.cpu_s = 0.0
         async with self._senders[variant].early(ticket, self._parcel_thread) as early:
             counted = _Counted(early) if early is not None else None
             run = partial(self._computes[variant].run, job, self._prompt, body, first.take, early=counted)
-            complete = await loop.run_in_executor(self._model_thread, first.awaited, run)
+            with mock.patch.object(compute, "EarlyRows", _TimedRows):
+                complete = await loop.run_in_executor(self._model_thread, first.awaited, run)
             assert complete is not None, "a first token ends no answer here"
             manifest = await loop.run_in_executor(self._parcel_thread, complete)
             slot = Slot(Extent(0, manifest.body_bytes), 0)
@@ -130,6 +136,7 @@ class PrefillSide:
         return Delivery(
             pass_ms=1000 * (first.at - started),
             pass_cpu_ms=1000 * first.cpu_s,
+            rows_cpu_ms=1000 * _TimedRows.cpu_s,
             hand_over_ms=1000 * (time.perf_counter() - first.at),
             kv_bytes=manifest.kv_bytes,
             early_bytes=counted.nbytes if counted else 0,
@@ -147,6 +154,19 @@ class PrefillSide:
         shape = self._prompt.shape
         rows = job.rows_bound(shape.num_tokens - shape.num_visual, shape.num_visual)
         return parcel_bound(job.policy, self._layout, rows)
+
+
+class _TimedRows(EarlyRows):
+    """Sums up the CPU time of one pass."""
+
+    cpu_s = 0.0
+
+    def passed(
+        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], held: Sequence[torch.Tensor]
+    ) -> None:
+        started = time.thread_time()
+        super().passed(keys, values, held)
+        _TimedRows.cpu_s += time.thread_time() - started
 
 
 class _FirstToken:
