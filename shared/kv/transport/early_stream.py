@@ -83,8 +83,9 @@ class EarlyStream:
         await asyncio.sleep(0)
         assert self._open is not None, "nothing left early"
         started = time.monotonic()
-        for piece in (*rest, manifest):
+        for piece in rest:
             self._pieces.put_nowait(piece)
+        self._pieces.put_nowait(manifest)
         try:
             await asyncio.wait([self._open.sending])
             if not self._open.sending.cancelled():
