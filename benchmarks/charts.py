@@ -86,14 +86,18 @@ def early_shipping(runs: Sequence[Figures]) -> str:
     variants, waits = {"cascade": whole, "early": early}, dict[str, dict[str, float]]()
     for run in runs:
         for found in run["deliveries"]:
-            link = f"{found['mbit']:,} Mbit/s" if found["mbit"] else "loopback"
-            group = waits.setdefault(f"{found['policy']}, density {run['density']:.2f}, {link}", {})
+            link = f"{found['mbit']} Mbit" if found["mbit"] else "loopback"
+            group = waits.setdefault(f"{found['policy']} {run['density']:.2f}, {link}", {})
             if found["variant"] in variants:
                 group[variants[found["variant"]]] = found["hand_over_ms"]
     workload = runs[0]["workload"]
     return bar_chart(
         title="What is left to send when a pass is over",
-        notes=[f"{_prompts(workload)}, kept {workload['retention']:g}; {_model(workload)}", _machine(runs[0])],
+        notes=[
+            f"{_prompts(workload)}, kept {workload['retention']:g}; {_model(workload)}",
+            "policy, density (share of the attention that counts for vl_cache), Mbit/s of the link",
+            _machine(runs[0]),
+        ],
         series=[whole, early],
         panels=[Panel(title="from the first token to the commit, median ms", groups=waits, digits=0)],
     )
