@@ -80,6 +80,29 @@ def cascade(runs: Sequence[Figures]) -> str:
     )
 
 
+def early_shipping(runs: Sequence[Figures]) -> str:
+    """How long a first token waits for its parcel's commit; runs of one machine differ in how much a layer looks at."""
+    whole, early = "whole, after the pass", "early"
+    variants, waits = {"cascade": whole, "early": early}, dict[str, dict[str, float]]()
+    for run in runs:
+        for found in run["deliveries"]:
+            link = f"{found['mbit']} Mbit" if found["mbit"] else "loopback"
+            group = waits.setdefault(f"{found['policy']} {run['density']:.2f}, {link}", {})
+            if found["variant"] in variants:
+                group[variants[found["variant"]]] = found["hand_over_ms"]
+    workload = runs[0]["workload"]
+    return bar_chart(
+        title="What is left to send when a pass is over",
+        notes=[
+            f"{_prompts(workload)}, kept {workload['retention']:g}; {_model(workload)}",
+            "policy, density (share of the attention that counts for vl_cache), Mbit/s of the link",
+            _machine(runs[0]),
+        ],
+        series=[whole, early],
+        panels=[Panel(title="from the first token to the commit, median ms", groups=waits, digits=0)],
+    )
+
+
 def decode_step(runs: Sequence[Figures]) -> str:
     """A step at either retention beside transformers' caches and a step without any KV."""
     found = _only(runs)
@@ -280,6 +303,7 @@ CHARTS: Mapping[str, Callable[[Sequence[Figures]], str]] = {
         capacity,
         cascade,
         decode_step,
+        early_shipping,
         end_to_end,
         kernels,
         placement,

@@ -13,6 +13,7 @@ from vlcache.worker.v1 import kv_pb2 as pb
 from decode_worker.receive_buffers import ReceiveBuffers
 from decode_worker.reservations import Reservation, Reservations
 from decode_worker.runner import DecodeRunner
+from decode_worker.wave_receiver import receive_waves
 from shared.errors import (
     AbortedError,
     DataLossError,
@@ -21,8 +22,10 @@ from shared.errors import (
     ServiceError,
     at_stage,
 )
+from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest
-from shared.kv.transport.frames import decode_chunk, decode_header
+from shared.kv.transport.frames import decode_chunk, decode_first
+from shared.kv.waves import travelling_bound
 
 SERVICE_NAME = "vlcache.worker.v1.KVTransferService"
 DISCARD_TIMEOUT_S = 5.0
@@ -31,9 +34,10 @@ DISCARD_TIMEOUT_S = 5.0
 class KVReceiver:
     """Implements `KVTransferService` and `LocalReceiver`. A parcel is installed whole or not at all."""
 
-    def __init__(self, runner: DecodeRunner, reservations: Reservations) -> None:
+    def __init__(self, runner: DecodeRunner, reservations: Reservations, layout: KVLayout) -> None:
         self._runner = runner
         self._reservations = reservations
+        self._layout = layout
         self._buffers = ReceiveBuffers()
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -51,7 +55,7 @@ class KVReceiver:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
     async def put(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.PutKVResponse:
-        """`PutKV`: a header, then the body in order."""
+        """`PutKV`: a header, then the body in order; or an opening, then rows in waves, then a trailer."""
         try:
             with at_stage("transfer"):
                 return pb.PutKVResponse(received_bytes=await self._take(frames))
@@ -60,13 +64,25 @@ class KVReceiver:
             raise
 
     async def _take(self, frames: AsyncIterator[bytes]) -> int:
-        first = await anext(aiter(frames), b"")
-        header = decode_header(first)
+        header = decode_first(await anext(aiter(frames), b""))
+        if isinstance(header, pb.PutKVOpening):
+            return await self._take_waves(frames, header.token)
         manifest = Manifest.from_proto(header.manifest)
         reservation = self._begin(header.token, manifest)
         with self._filling(reservation), self._buffers.borrow(manifest.body_bytes) as buffer:
             received = await _receive(frames, buffer)
             await self._install(reservation, manifest, buffer)
+        return received
+
+    async def _take_waves(self, frames: AsyncIterator[bytes], token: bytes) -> int:
+        """A parcel whose prefill goes on; only its reservation says how large it may become."""
+        reservation = self._reservations.find(token)
+        self._begin_fill(reservation)
+        bound = travelling_bound(reservation.pool_bytes, self._layout)
+        with self._filling(reservation), self._buffers.borrow(bound) as buffer:
+            manifest, received = await receive_waves(frames, buffer)
+            self._runner.promise.check(reservation, manifest)
+            await self._install(reservation, manifest, buffer[:received], in_waves=True)
         return received
 
     async def install(self, request: pb.InstallKVRequest, context: grpc.aio.ServicerContext) -> pb.InstallKVResponse:
@@ -97,16 +113,25 @@ class KVReceiver:
     def _begin(self, token: bytes, manifest: Manifest) -> Reservation:
         reservation = self._reservations.find(token)
         self._runner.promise.check(reservation, manifest)
+        self._begin_fill(reservation)
+        return reservation
+
+    def _begin_fill(self, reservation: Reservation) -> None:
         delivery = asyncio.current_task()
         assert delivery is not None
         self._reservations.begin_fill(reservation, delivery.cancel)
-        return reservation
 
     async def _install(
-        self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool = True
+        self,
+        reservation: Reservation,
+        manifest: Manifest,
+        body: memoryview,
+        *,
+        verify: bool = True,
+        in_waves: bool = False,
     ) -> None:
         with at_stage("install"):
-            await self._runner.install(reservation, manifest, body, verify=verify)
+            await self._runner.install(reservation, manifest, body, verify=verify, in_waves=in_waves)
 
     @contextlib.contextmanager
     def _filling(self, reservation: Reservation) -> Iterator[None]:

@@ -32,6 +32,7 @@ from shared.errors import (
 from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity
 from shared.model.text_stream import TextStream
+from shared.model.wave_order import in_body_order
 from shared.telemetry.metrics import DecodeMetrics
 from shared.threads import run_to_end
 
@@ -99,12 +100,19 @@ class DecodeRunner:
         return reservation
 
     async def install(
-        self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool = True
+        self,
+        reservation: Reservation,
+        manifest: Manifest,
+        body: memoryview,
+        *,
+        verify: bool = True,
+        in_waves: bool = False,
     ) -> None:
         """Decodes, copies, verifies and activates a parcel whose fill has begun: whole or not at all.
 
         Args:
             verify: Whether the body must match its digest: always when it came from another process.
+            in_waves: Whether the body lies as `shared/kv/waves.py` says.
 
         Raises:
             DataLossError: The digest does not match.
@@ -112,7 +120,7 @@ class DecodeRunner:
             AbortedError: The reservation ended meanwhile.
         """
         started = time.monotonic()
-        work = partial(self._copy, reservation, manifest, body, verify=verify)
+        work = partial(self._copy, reservation, manifest, body, verify=verify, in_waves=in_waves)
         kv = await run_to_end(self._install_thread, work)
         if reservation.ended:
             raise AbortedError("the request was released during its transfer", reason="RELEASED")
@@ -204,7 +212,11 @@ class DecodeRunner:
             if eviction is not None:
                 eviction.check_integrity()
 
-    def _copy(self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool) -> SequenceKV:
+    def _copy(
+        self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool, in_waves: bool
+    ) -> SequenceKV:
+        if in_waves:
+            body = in_body_order(manifest, body)
         if manifest.encoding is not None:
             body, verify = plain_body(manifest, body, verify=verify), False
         rows, eviction = opened(manifest, body)

@@ -122,7 +122,7 @@ class DecodeWorker:
         scheduler = DecodeScheduler(engine, deliver, max_batch=config.max_batch, metrics=self.metrics)
         self.runner.connect(scheduler)
         self._arenas = ArenaDirectory() if config.transport == "auto" else None
-        self.receiver = KVReceiver(self.runner, self._reservations)
+        self.receiver = KVReceiver(self.runner, self._reservations, model.identity.layout)
         self.servicer = DecodeServicer(
             name=config.name,
             epoch=epoch or new_epoch(),

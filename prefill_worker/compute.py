@@ -23,6 +23,7 @@ from prefill_worker.compression.pipeline import (
     statistics_for,
 )
 from prefill_worker.compression.sparse.prefill import SparsePrefill
+from prefill_worker.early_rows import Early, EarlyRows
 from prefill_worker.engine import Prefilled, PrefillEngine
 from prefill_worker.guard import GUARD_TOKENS, MoreRoom, choose, no_more_room, outcome_name
 from prefill_worker.job import Compressed, Event, FirstToken, NextToken, PrefillJob
@@ -68,7 +69,13 @@ class PrefillCompute:
         self._cascades = cascade
 
     def run(
-        self, job: PrefillJob, prompt: Prompt, body: memoryview, emit: Emit, more_room: MoreRoom = no_more_room
+        self,
+        job: PrefillJob,
+        prompt: Prompt,
+        body: memoryview,
+        emit: Emit,
+        more_room: MoreRoom = no_more_room,
+        early: Early | None = None,
     ) -> Completion | None:
         """Computes one job.
 
@@ -76,6 +83,7 @@ class PrefillCompute:
             body: Where the parcel is written; at least as long as the budget's bound.
             emit: Called with the first tokens as soon as they are known, then with the compression.
             more_room: Asked where the quality guard wants a larger budget.
+            early: Takes rows that can leave before the parcel is written, as that writes them, too.
 
         Returns:
             What completes the parcel, or None when the first tokens end the answer and nothing need be shipped.
@@ -83,13 +91,17 @@ class PrefillCompute:
         Raises:
             RequestCancelledError: The job was cancelled.
         """
-        return self.compress(job, prompt, self.prefill([job], prompt, job.cancelled), body, emit, more_room)
+        prefilled = self.prefill([job], prompt, job.cancelled, early)
+        return self.compress(job, prompt, prefilled, body, emit, more_room)
 
-    def prefill(self, jobs: Iterable[PrefillJob], prompt: Prompt, cancelled: threading.Event) -> Prefilled:
+    def prefill(
+        self, jobs: Iterable[PrefillJob], prompt: Prompt, cancelled: threading.Event, early: Early | None = None
+    ) -> Prefilled:
         """One pass over a prompt that `compress` may use for each of the jobs: equal statistics are measured once.
 
         Args:
             jobs: One alone where its policy needs a pass of its own.
+            early: See `run`.
 
         Raises:
             RequestCancelledError: `cancelled` was set.
@@ -99,7 +111,8 @@ class PrefillCompute:
         wired = (wire_statistics(job.wire) for job in jobs)
         statistics = dict.fromkeys(chain.from_iterable(chain(needed, wired)))
         sparse, cascade = self._sparse(jobs, prompt), self._cascade(jobs, prompt)
-        prefilled = self._engine.prefill(prompt, statistics, cancelled, sparse, cascade)
+        rows = _early_rows(jobs, cascade, early)
+        prefilled = self._engine.prefill(prompt, statistics, cancelled, sparse, cascade, rows)
         for stage, seconds in prefilled.seconds.items():
             self._metrics.observe_stage(stage, seconds)
         full_bytes = self._identity.layout.full_bytes(prompt.shape.num_tokens)
@@ -152,6 +165,8 @@ class PrefillCompute:
         choice = choose(job, prompt.shape, prefilled, body, more_room)
         job, body = replace(job, budget=choice.budget), choice.body
         selections = [selection.followed_by(len(tokens) - 1) for selection in choice.selections]
+        if prefilled.early is not None:
+            prefilled.early.placed(selections)
         num_kept = kept_counts(prefilled, selections)
         layout = self._identity.layout
         eviction = eviction_for(job.policy, prompt.shape, job.budget, selections, layout.num_kv_heads)
@@ -279,6 +294,13 @@ class PrefillCompute:
             kept=kept_report(manifest, prompt),
             guard=guard,
         )
+
+
+def _early_rows(jobs: Sequence[PrefillJob], cascade: Cascade | None, early: Early | None) -> EarlyRows | None:
+    """Where rows travel as they are; only a cascade, which has one job, knows some before the end."""
+    if cascade is None or early is None or not jobs[0].wire.plain:
+        return None
+    return EarlyRows(cascade, early)
 
 
 def _keeps_all(job: PrefillJob, prompt: Prompt) -> bool:

@@ -51,6 +51,9 @@ class PrefillConfig(WorkerConfig):
     cascade: bool = False
     """Drop KV layer by layer during a prefill, where the policy allows it: the same parcels from far less memory, for
     some more work in each layer."""
+    early_shipping: bool = False
+    """Send KV that is certain to be kept while the prefill goes on, where it travels over gRPC; needs `cascade`. Gains
+    on slow links alone."""
     max_waiting: int = 256
     """Requests admitted and not yet computing; more are refused."""
     vision_cache_mib: int = 256
@@ -73,6 +76,13 @@ class PrefillConfig(WorkerConfig):
             raise ValueError(f"default_retention must lie in (0, 1], not {self.default_retention}")
         if not 0 <= self.max_dropped_attention <= 1:
             raise ValueError(f"max_dropped_attention must lie in [0, 1], not {self.max_dropped_attention}")
+        if self.early_shipping and not self.cascade:
+            raise ValueError("early_shipping needs cascade, which knows what is certain")
+        if not 1 <= self.default_max_new_tokens <= self.max_new_tokens:
+            raise ValueError("default_max_new_tokens must lie between 1 and max_new_tokens")
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -82,8 +92,6 @@ class PrefillConfig(WorkerConfig):
         for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if not 1 <= self.default_max_new_tokens <= self.max_new_tokens:
-            raise ValueError("default_max_new_tokens must lie between 1 and max_new_tokens")
 
     @property
     def retained_bytes(self) -> int:

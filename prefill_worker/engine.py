@@ -19,6 +19,7 @@ from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.compression.statistics import ObservedLayer, Statistic
 from prefill_worker.content_cache import ContentCache
 from prefill_worker.content_key import ContentKeys
+from prefill_worker.early_rows import EarlyRows
 from prefill_worker.look_ahead import Draw, LookAhead
 from prefill_worker.observer import CascadeObserver, PrefillObserver
 from prefill_worker.prefix import Prefix, prefix_tokens, suffices
@@ -49,6 +50,7 @@ class Prefilled:
         scored: The layers as the policy of the cascade saw and scored them; empty without one.
         known_images: Images of the prompt that an earlier one has shown, so that the vision tower was spared.
         known_tokens: Tokens of the prompt that an earlier one began with, so that the whole model was spared.
+        early: What has left already; None where nothing could.
     """
 
     logits: torch.Tensor
@@ -64,6 +66,7 @@ class Prefilled:
     scored: Sequence[ObservedLayer] = ()
     known_images: int = 0
     known_tokens: int = 0
+    early: EarlyRows | None = None
 
     def observed(self, prompt: PromptShape) -> list[ObservedLayer]:
         """The layers as a policy sees them: the prompt's tokens alone."""
@@ -120,6 +123,7 @@ class PrefillEngine:
         cancelled: threading.Event,
         sparse: SparsePrefill | None = None,
         cascade: Cascade | None = None,
+        early: EarlyRows | None = None,
     ) -> Prefilled:
         """One pass.
 
@@ -129,6 +133,7 @@ class PrefillEngine:
             cancelled: Checked at the start, before every image and before every layer.
             sparse: What a policy changes in the pass.
             cascade: Begins the selection of the one policy that the pass is for; a fresh one, and not with `sparse`.
+            early: Takes what that cascade is certain to keep.
 
         Raises:
             RequestCancelledError: `cancelled` was set.
@@ -144,7 +149,7 @@ class PrefillEngine:
         prefix = known if suffices(statistics, prompt.shape) else None
         keeps = prefix_tokens(prompt.shape) if name is not None and known is None else 0
         # sliding layers, too, keep every token until the selection
-        cache = PromptCache(cascade, prefix, kept_tokens=keeps)
+        cache = PromptCache(cascade, prefix, kept_tokens=keeps, early=early)
         observer = PrefillObserver(prompt.shape, statistics, cancelled, rotation)
         if cascade is not None:
             assert sparse is None, "a layer of a sparse pass has not all tokens"
@@ -176,6 +181,7 @@ class PrefillEngine:
             scored=cascade.layers if cascade else (),
             known_images=known_images,
             known_tokens=first,
+            early=early,
         )
 
     def look_ahead(self, prefilled: Prefilled, token: int, position: int, steps: int, draw: Draw) -> Prefilled:

@@ -7,12 +7,14 @@ import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import grpc
 from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc
 from vlcache.worker.v1 import prefill_pb2 as pb
 
+from prefill_worker.early_rows import rest_of
 from shared.errors import (
     DataLossError,
     FailedPreconditionError,
@@ -23,6 +25,7 @@ from shared.errors import (
     UnavailableError,
 )
 from shared.kv.transport.base import Parcel, ParcelTransport, SendReport
+from shared.kv.transport.early_stream import EarlyStream
 from shared.kv.transport.grpc_stream import GrpcTransport
 from shared.kv.transport.local import LocalReceiver, LocalTransport
 from shared.kv.transport.memory import MemoryTransport
@@ -77,22 +80,45 @@ class KVSender:
     Args:
         epoch: Names the worker's arena.
         local: The decode half of the same process, where there is one.
+        ships_early: Whether rows may leave while their prefill goes on, where they have to travel.
     """
 
-    def __init__(self, *, epoch: str, metrics: PrefillMetrics, local: LocalReceiver | None = None) -> None:
+    def __init__(
+        self, *, epoch: str, metrics: PrefillMetrics, local: LocalReceiver | None = None, ships_early: bool = False
+    ) -> None:
         self._epoch = epoch
+        self._ships_early = ships_early
         self._metrics = metrics
         self._local = local
         self._channels: dict[str, grpc.aio.Channel] = {}
 
-    async def send(self, parcel: Parcel, ticket: Ticket) -> SendReport:
+    @contextlib.asynccontextmanager
+    async def early(self, ticket: Ticket, thread: Executor) -> AsyncIterator[EarlyStream | None]:
+        """While open, rows of a parcel may leave before it is complete; None where they may not, or need not.
+
+        Args:
+            thread: Where their bytes are waited for.
+        """
+        if not self._ships_early or ticket.transport != GrpcTransport.name:
+            yield None
+            return
+        stream = EarlyStream(self._channel(ticket.address), ticket.token, thread)
+        try:
+            yield stream
+        finally:
+            await stream.close()
+
+    async def send(self, parcel: Parcel, ticket: Ticket, early: EarlyStream | None = None) -> SendReport:
         """Ships a parcel over the transport that was agreed on at the reservation; once more where bytes were lost.
+
+        Args:
+            early: Where a part of it has left already, perhaps.
 
         Raises:
             ServiceError: The decode worker refused, or cannot be reached.
         """
         try:
-            return await self._send(parcel, ticket)
+            return await self._send(parcel, ticket, early)
         except DataLossError:
             # a failed delivery leaves the reservation as it was
             self._metrics.labelled(self._metrics.resends, reason="data_loss").inc()
@@ -127,9 +153,9 @@ class KVSender:
             await channel.close()
         self._channels.clear()
 
-    async def _send(self, parcel: Parcel, ticket: Ticket) -> SendReport:
+    async def _send(self, parcel: Parcel, ticket: Ticket, early: EarlyStream | None = None) -> SendReport:
         try:
-            report = await self._deliver(parcel, ticket)
+            report = await self._deliver(parcel, ticket, early)
         except ServiceError as error:
             self._metrics.labelled(self._metrics.transfer_failures, reason=error.reason).inc()
             raise
@@ -138,8 +164,10 @@ class KVSender:
         self._metrics.labelled(self._metrics.transfer_seconds, **labels).observe(report.seconds)
         return report
 
-    async def _deliver(self, parcel: Parcel, ticket: Ticket) -> SendReport:
+    async def _deliver(self, parcel: Parcel, ticket: Ticket, early: EarlyStream | None) -> SendReport:
         try:
+            if early is not None and early.begun:
+                return await early.finish(parcel.manifest, rest_of(parcel, early.waves))
             return await self._transport(ticket).send(parcel, ticket.token)
         except RequestCancelledError as error:
             # not by us, who would not hear of it here: its server is going down

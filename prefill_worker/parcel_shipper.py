@@ -14,6 +14,7 @@ from prefill_worker.retained_parcels import RetainedParcels
 from shared.errors import ServiceError, at_stage
 from shared.kv.manifest import Manifest
 from shared.kv.transport.base import Parcel
+from shared.kv.transport.early_stream import EarlyStream
 from shared.telemetry.metrics import PrefillMetrics
 
 
@@ -26,11 +27,19 @@ class ParcelShipper:
         self._metrics = metrics
 
     async def ship(
-        self, room: ParcelRoom, manifest: Manifest, ticket: Ticket, emit: Callable[[Event | None], None]
+        self,
+        room: ParcelRoom,
+        manifest: Manifest,
+        ticket: Ticket,
+        emit: Callable[[Event | None], None],
+        early: EarlyStream | None = None,
     ) -> None:
         """Sends what lies in `room` for the first time. It stays retained, whether that works or not.
 
         When the caller is cancelled, it goes at once: nobody is left who would ask for it.
+
+        Args:
+            early: Where a part of it has left already, perhaps.
 
         Raises:
             ServiceError: The transfer failed.
@@ -38,13 +47,13 @@ class ParcelShipper:
         parcel = room.parcel(manifest)
         secret = self._retained.retain(parcel, time.monotonic())
         if secret is None:
-            emit(await self._send(parcel, ticket))
+            emit(await self._send(parcel, ticket, early))
             return
         room.hand_over()
         emit(Retained(parcel=secret, lease_s=self._retained.lease_s))
         with self._retained.sending(secret, time.monotonic()):
             try:
-                emit(await self._send(parcel, ticket))
+                emit(await self._send(parcel, ticket, early))
             except asyncio.CancelledError:
                 self._retained.release(secret)
                 raise
@@ -63,9 +72,9 @@ class ParcelShipper:
             async with self._sender.keep_alive(ticket):
                 return await self._send(again, ticket)
 
-    async def _send(self, parcel: Parcel, ticket: Ticket) -> Transferred:
+    async def _send(self, parcel: Parcel, ticket: Ticket, early: EarlyStream | None = None) -> Transferred:
         try:
-            report = await self._sender.send(parcel, ticket)
+            report = await self._sender.send(parcel, ticket, early)
         except ServiceError as error:
             # whatever the decode worker calls it: by this the router knows whom it has lost
             error.stage, error.worker = "transfer", ticket.decode_worker

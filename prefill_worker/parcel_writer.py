@@ -6,7 +6,7 @@ kernel gathers into device memory and the copy engine brings the bytes over whil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 
@@ -14,12 +14,10 @@ import torch
 
 from prefill_worker.compression.pipeline import Selection
 from prefill_worker.engine import Prefilled
+from prefill_worker.host_rows import Arrival, copy_rows, write_where_kv_lies
 from shared.kernels.dispatch import kernels_for
 from shared.kv.layout import KVLayout
 from shared.model.spec import TORCH_DTYPES
-
-Arrival = Callable[[], object]
-"""Waits until the body is complete in host memory; may be called in any thread."""
 
 
 def kept_counts(prefilled: Prefilled, selections: Sequence[Selection]) -> tuple[int, ...]:
@@ -67,16 +65,6 @@ def gather_kept(
     _put_merged(selections, layout, num_kept, out)
 
 
-def write_where_kv_lies(write: Callable[[torch.Tensor], None], target: torch.Tensor, device: torch.device) -> Arrival:
-    """Has `target`, in host memory, written: at once on a CPU, else through a tensor of its kind on the device."""
-    if device.type == "cpu":
-        write(target)
-        return lambda: None
-    staging = torch.empty(target.shape, dtype=target.dtype, device=device)
-    write(staging)
-    return _bring_over(staging, target)
-
-
 def _gather(
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
@@ -97,15 +85,12 @@ def _gather(
 
 def _gather_held(prefilled: Prefilled, selections: Sequence[Selection], out: torch.Tensor) -> None:
     """After a cascade: what is still held is little more than what is kept."""
-    first = 0
+    layers = []
     for key, value, held, selection in zip(prefilled.keys, prefilled.values, prefilled.held, selections, strict=True):
         assert selection.chosen is not None, "a budget below 1 chooses"
         assert not bool((selection.chosen & ~held).any()), "a bound was too low"
-        rows = selection.chosen[held].nonzero().flatten()
-        for tensor in (key, value):
-            target = out[first : first + len(rows)]
-            torch.index_select(tensor.view(-1, out.shape[1]), 0, rows, out=target)
-            first += len(rows)
+        layers.append((key, value, selection.chosen[held].nonzero().flatten()))
+    copy_rows(layers, out)
 
 
 def _put_merged(selections: Sequence[Selection], layout: KVLayout, num_kept: Sequence[int], out: torch.Tensor) -> None:
@@ -114,16 +99,3 @@ def _put_merged(selections: Sequence[Selection], layout: KVLayout, num_kept: Seq
         if selection.merged is not None:
             first, last = section.key_offset // layout.row_bytes, section.end // layout.row_bytes
             torch.cat(selection.merged, out=out[first:last])
-
-
-def _bring_over(staging: torch.Tensor, target: torch.Tensor) -> Arrival:
-    """Starts the copy in a stream of its own, so that the next prompt's kernels do not queue behind it."""
-    copies = torch.cuda.Stream(staging.device)
-    copies.wait_stream(torch.cuda.current_stream(staging.device))
-    with torch.cuda.stream(copies):
-        target.copy_(staging, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-    # its memory is given to nobody else before the copy is done
-    staging.record_stream(copies)
-    return arrived.synchronize

@@ -8,6 +8,7 @@ import torch
 
 from prefill_worker.compression.cascade import Cascade
 from prefill_worker.compression.statistics import ObservedLayer
+from prefill_worker.early_rows import EarlyRows
 from prefill_worker.prefix import Prefix
 
 # A layer is cut down again where at most this share of what it holds stays: fewer cuts for a little more memory.
@@ -21,6 +22,7 @@ class PromptCache:
         cascade: Says which tokens of the layers that have attended may go; None keeps all of them.
         prefix: What the prompt begins with and need not pass; it stays as it is.
         kept_tokens: So many of the first tokens are copied for later prompts.
+        early: Takes rows that the cascade will keep for certain; None where nothing leaves before the end.
 
     Attributes:
         keys: Per layer [num_kv_heads, num_tokens, head_dim]; after a cascade [rows, head_dim], head after head.
@@ -30,10 +32,18 @@ class PromptCache:
         begins: The copy of the first tokens; without layers where none are kept.
     """
 
-    def __init__(self, cascade: Cascade | None = None, prefix: Prefix | None = None, *, kept_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        cascade: Cascade | None = None,
+        prefix: Prefix | None = None,
+        *,
+        kept_tokens: int = 0,
+        early: EarlyRows | None = None,
+    ) -> None:
         self._cascade = cascade
         self._prefix = prefix
         self._kept_tokens = kept_tokens
+        self._early = early
         self._bounds: list[int] = []
         self._held_bytes = 0
         self.keys: list[torch.Tensor] = []
@@ -51,8 +61,10 @@ class PromptCache:
         # the layer that is whole comes last, when the others have made room
         for index, bound in enumerate(self._cascade.bounds()):
             if bound <= WORTHWHILE * self._bounds[index]:
-                self._truncate(index, self._cascade.candidates(index, bound))
+                self._truncate(index, self._cascade.best(index, bound))
                 self._bounds[index] = bound
+        if self._early is not None:
+            self._early.passed(self.keys, self.values, self.held)
 
     def check_integrity(self) -> None:
         """Asserts that the count of bytes is that of the tensors."""

@@ -25,6 +25,7 @@ from prefill_worker.scheduler import PrefillScheduler
 from shared.errors import DuplicateRequestError, UnavailableError, at_stage
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest
+from shared.kv.transport.early_stream import EarlyStream
 from shared.request.params import Budget
 from shared.telemetry.metrics import PrefillMetrics
 from shared.threads import run_to_end
@@ -153,14 +154,20 @@ class PrefillRunner:
         with at_stage("prefill"):
             room = await ParcelRoom.reserve(self._store, self._parcel_bound(job, prompt))
             try:
-                manifest = await self._compute_parcel(job, prompt, room, emit)
-                if manifest is not None:
-                    await self._shipper.ship(room, manifest, job.ticket, emit)
+                async with self._sender.early(job.ticket, self._parcel_thread) as early:
+                    manifest = await self._compute_parcel(job, prompt, room, emit, early)
+                    if manifest is not None:
+                        await self._shipper.ship(room, manifest, job.ticket, emit, early)
             finally:
                 room.free()
 
     async def _compute_parcel(
-        self, job: PrefillJob, prompt: Prompt, room: ParcelRoom, emit: Callable[[Event | None], None]
+        self,
+        job: PrefillJob,
+        prompt: Prompt,
+        room: ParcelRoom,
+        emit: Callable[[Event | None], None],
+        early: EarlyStream | None,
     ) -> Manifest | None:
         """Writes the parcel; None where the first tokens end the answer."""
         loop = asyncio.get_running_loop()
@@ -172,7 +179,7 @@ class PrefillRunner:
             growing = self._grow(room, replace(job, budget=budget), prompt)
             return room.body if asyncio.run_coroutine_threadsafe(growing, loop).result() else None
 
-        work = partial(self._compute.run, job, prompt, room.body, emit_here, more_room)
+        work = partial(self._compute.run, job, prompt, room.body, emit_here, more_room, early)
         complete = await self._scheduler.run(work, num_tokens=prompt.shape.num_tokens, cancelled=job.cancelled)
         if complete is None:
             return None

@@ -16,7 +16,8 @@ import torch
 from prefill_worker.compression.key_channels import sent_channels
 from prefill_worker.compression.pipeline import Selection
 from prefill_worker.engine import Prefilled
-from prefill_worker.parcel_writer import Arrival, gather_kept, write_body, write_where_kv_lies
+from prefill_worker.host_rows import Arrival, write_where_kv_lies
+from prefill_worker.parcel_writer import gather_kept, write_body
 from shared.kv.encoding import Encoding
 from shared.kv.layout import KVLayout
 from shared.model.kv_codec import MAX_MAGNITUDE, encode, fits

@@ -111,7 +111,7 @@ class PrefillWorker:
         self._arena_server = ArenaServer.start(config.socket_dir, f"{config.name}-{epoch}", self._arena, epoch)
         store = ParcelStore(self._arena)
         retained = RetainedParcels(store, capacity=config.retained_bytes, lease_s=config.parcel_lease_s)
-        self._sender = KVSender(epoch=epoch, metrics=self.metrics, local=local)
+        self._sender = KVSender(epoch=epoch, metrics=self.metrics, local=local, ships_early=config.early_shipping)
         scheduler = PrefillScheduler(max_waiting=config.max_waiting)
         tokenizer = model.processor.tokenizer
         self.runner = PrefillRunner(

@@ -38,7 +38,7 @@ class DecodeSide:
             promised_tokens=None,
             metrics=DecodeMetrics(worker="transfer", model=MODEL),
         )
-        self._receiver = KVReceiver(self._runner, self._reservations)
+        self._receiver = KVReceiver(self._runner, self._reservations, LAYOUT)
         self._arenas = ArenaDirectory()
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -74,10 +74,16 @@ class _Runner(DecodeRunner):
     """A runner without a scheduler: nobody reads the tokens, so no sequence joins a batch."""
 
     async def install(
-        self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool = True
+        self,
+        reservation: Reservation,
+        manifest: Manifest,
+        body: memoryview,
+        *,
+        verify: bool = True,
+        in_waves: bool = False,
     ) -> None:
         if reservation.request_id == End.INSTALL.value:
-            await super().install(reservation, manifest, body, verify=verify)
+            await super().install(reservation, manifest, body, verify=verify, in_waves=in_waves)
         else:
             self._reservations.end_fill(reservation)
 

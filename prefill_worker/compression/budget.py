@@ -41,6 +41,24 @@ def strict_bounds(densities: Sequence[float], budget: TokenBudget, min_tokens: i
     return [min(tokens, int(share * tokens + 1e-9) + 1) for share in shares]
 
 
+def strict_lower_bounds(densities: Sequence[float], budget: TokenBudget, min_tokens: int) -> list[int]:
+    """Fewest tokens that `strict_budget` may give to the first layers: what others, as dense as can be, leave.
+
+    Shares are rounded down, to less than what rounding to the total can make of them.
+
+    Args:
+        densities: Of the first layers; at most 1, and no other layer has more.
+    """
+    tokens, low = budget.num_tokens, _smallest_share(budget, min_tokens)
+    shares = water_fill(_with_densest(densities, budget), max(float(budget.retention), low), low)
+    return [max(0, int(share * tokens + 1e-9) - 1) for share in shares[: len(densities)]]
+
+
+def paper_lower_bounds(densities: Sequence[float], budget: TokenBudget, min_tokens: int) -> list[int]:
+    """As `strict_lower_bounds`, of `paper_budget`, which rounds each layer by itself."""
+    return paper_budget(_with_densest(densities, budget), budget, min_tokens)
+
+
 def paper_budget(densities: Sequence[float], budget: TokenBudget, min_tokens: int) -> list[int]:
     """As published: clip(d_l / sum(d) * retention * L, 0.01, 1) without renormalisation; each layer rounded down."""
     scale = float(budget.retention) * budget.num_layers / sum(densities)
@@ -71,6 +89,10 @@ def round_to_total(wanted: Sequence[float], total: int, cap: int) -> list[int]:
             kept[layer] += 1
         missing -= len(open_layers)
     return kept
+
+
+def _with_densest(densities: Sequence[float], budget: TokenBudget) -> list[float]:
+    return [*densities, *[1.0] * (budget.num_layers - len(densities))]
 
 
 def _smallest_share(budget: TokenBudget, min_tokens: int) -> float:

@@ -37,6 +37,11 @@ class Cascade:
         self._text = prompt.num_tokens - self._budget.num_tokens
         self.layers: list[ObservedLayer] = []
 
+    @property
+    def complete(self) -> bool:
+        """Whether all layers have come."""
+        return len(self.layers) == self._budget.num_layers
+
     def add(self, layer: ObservedLayer) -> None:
         """The next layer, with all its KV, of which nothing is kept here."""
         scores = score_layer(self._policy, layer, keep_text=self._text > 0)
@@ -47,8 +52,15 @@ class Cascade:
         """Most tokens that each layer so far may end with, mean over its KV heads; another layer never raises them."""
         return [self._text + tokens for tokens in self._policy.upper_bounds(self.layers, self._budget)]
 
-    def candidates(self, index: int, bound: int) -> torch.Tensor:
-        """[num_kv_heads, num_tokens] bool: the tokens of a layer that may end up within its bound."""
+    def certain(self) -> list[int]:
+        """Fewest tokens that each layer so far ends with, mean over its KV heads; another layer never lowers them."""
+        return [self._text + tokens for tokens in self._policy.lower_bounds(self.layers, self._budget)]
+
+    def best(self, index: int, bound: int) -> torch.Tensor:
+        """[num_kv_heads, num_tokens] bool: the tokens of a layer that are within a bound.
+
+        Of its upper bound all that may be kept, of its lower bound all that are kept for certain.
+        """
         scores = self.layers[index].scores
         assert scores is not None
         return self._policy.select(scores, self._policy.share_heads(scores, bound))

@@ -54,8 +54,8 @@ class Policy(ABC):
     carries_scores: ClassVar[bool] = False
     """Whether its eviction goes by scores that begin in the prompt."""
     monotone: ClassVar[bool] = False
-    """Whether layers may lose tokens while the pass goes on (`cascade.py`): `upper_bounds` holds, what `select` takes
-    for fewer tokens lies within what it takes for more, and nothing is merged."""
+    """Whether layers may lose tokens while the pass goes on (`cascade.py`): `upper_bounds` and `lower_bounds` hold,
+    what `select` takes for fewer tokens lies within what it takes for more, and nothing is merged."""
 
     def for_prompt(self, prompt: PromptShape) -> Policy:
         """The policy that runs in its place for prompts that this method does not cover; by default itself."""
@@ -100,6 +100,13 @@ class Policy(ABC):
 
         Args:
             layers: Those that are known, the first of `budget.num_layers`.
+        """
+        return self.allocate(layers, budget)[: len(layers)]
+
+    def lower_bounds(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
+        """Fewest tokens that `allocate` may give to each of the first layers, whatever the layers to come are like.
+
+        As `upper_bounds` in all else; 0 where nothing is certain.
         """
         return self.allocate(layers, budget)[: len(layers)]
 

@@ -121,10 +121,7 @@ class Manifest:
             FailedPreconditionError: Another format version or an unknown layout.
             InvalidRequestError: The parts disagree.
         """
-        if message.format_version != FORMAT_VERSION:
-            raise FailedPreconditionError(
-                f"parcel format {message.format_version} is not {FORMAT_VERSION}", reason="PARCEL_FORMAT"
-            )
+        check_format(message.format_version)
         manifest = cls(
             transfer=TransferId(
                 request_id=message.transfer.request_id,
@@ -200,6 +197,16 @@ class Manifest:
             bits = int.from_bytes(bitmap, "little")
             _require(bits.bit_length() <= self.logical_length, "a kept token is none of the prompt's")
             _require(bits.bit_count() == kept, "kept tokens and kept counts disagree")
+
+
+def check_format(version: int) -> None:
+    """Refuses a parcel that is written otherwise.
+
+    Raises:
+        FailedPreconditionError: Another format version.
+    """
+    if version != FORMAT_VERSION:
+        raise FailedPreconditionError(f"parcel format {version} is not {FORMAT_VERSION}", reason="PARCEL_FORMAT")
 
 
 def body_digest(body: memoryview) -> bytes:

@@ -10,8 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vlcache.worker.v1 import kv_pb2 as pb
 
-from shared.errors import DataLossError, InvalidRequestError
-from shared.kv.transport.frames import CHUNK_BYTES, decode_chunk, decode_header, encode_chunk, encode_header
+from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError
+from shared.kv.manifest import FORMAT_VERSION
+from shared.kv.transport.frames import (
+    CHUNK_BYTES,
+    Chunk,
+    decode_chunk,
+    decode_first,
+    decode_later,
+    encode_chunk,
+    encode_header,
+    encode_opening,
+    encode_trailer,
+)
 
 offsets = st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 63).map(lambda power: 1 << power), st.integers(0, 300))
 bodies = st.binary(max_size=300)
@@ -54,7 +65,7 @@ def test_the_data_of_a_chunk_is_a_view_into_the_message() -> None:
 
 @given(st.binary(max_size=40), st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_headers_round_trip(token: bytes, model: str) -> None:
-    header = decode_header(encode_header(token, pb.KVManifest(model=model, num_kept=[1, 2])))
+    header = decode_first(encode_header(token, pb.KVManifest(model=model, num_kept=[1, 2])))
     assert header == pb.PutKVHeader(token=token, manifest=pb.KVManifest(model=model, num_kept=[1, 2]))
 
 
@@ -74,6 +85,34 @@ def test_a_changed_checksum_is_data_loss(data: bytes, byte: int, flip: int) -> N
     message[at + byte] ^= flip
     with pytest.raises(DataLossError):
         decode_chunk(bytes(message))
+
+
+@given(st.binary(max_size=40))
+def test_openings_round_trip(token: bytes) -> None:
+    assert decode_first(encode_opening(token)) == pb.PutKVOpening(token=token, format_version=FORMAT_VERSION)
+
+
+@given(st.integers(0, 2**32 - 1).filter(lambda version: version != FORMAT_VERSION))
+def test_an_opening_of_another_format_is_refused(version: int) -> None:
+    opening = pb.PutKVRequest(opening=pb.PutKVOpening(token=b"t", format_version=version))
+    with pytest.raises(FailedPreconditionError) as caught:
+        decode_first(opening.SerializeToString())
+    assert caught.value.reason == "PARCEL_FORMAT"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), offsets, bodies)
+def test_trailers_and_chunks_are_told_apart(model: str, offset: int, data: bytes) -> None:
+    manifest = pb.KVManifest(model=model, num_kept=[1, 2])
+    assert decode_later(encode_trailer(manifest)) == pb.PutKVTrailer(manifest=manifest)
+    chunk = decode_later(encode_chunk(offset, memoryview(data)))
+    assert isinstance(chunk, Chunk)
+    assert (chunk.offset, bytes(chunk.data)) == (offset, data)
+
+
+@pytest.mark.parametrize("message", [b"", b"\xff", encode_opening(b"t"), encode_header(b"t", pb.KVManifest())])
+def test_what_is_neither_chunk_nor_trailer_is_refused(message: bytes) -> None:
+    with pytest.raises(InvalidRequestError):
+        decode_later(message)
 
 
 def check_refused_or_true(message: bytes) -> None:
@@ -134,14 +173,14 @@ def test_an_offset_of_more_than_64_bits_is_refused(varint: bytes) -> None:
 
 @given(st.binary(max_size=100))
 def test_garbage_is_refused_as_a_header_or_read_like_protobuf(message: bytes) -> None:
-    with contextlib.suppress(InvalidRequestError):
-        header = decode_header(message)
-        assert pb.PutKVRequest.FromString(message).header == header
+    with contextlib.suppress(InvalidRequestError, FailedPreconditionError):
+        first, read = decode_first(message), pb.PutKVRequest.FromString(message)
+        assert first == (read.header if isinstance(first, pb.PutKVHeader) else read.opening)
 
 
-@pytest.mark.parametrize("message", [b"", b"\xff", encode_chunk(0, memoryview(b"x"))])
+@pytest.mark.parametrize("message", [b"", b"\xff", encode_chunk(0, memoryview(b"x")), encode_trailer(pb.KVManifest())])
 def test_a_transfer_that_does_not_start_with_its_header_is_refused(message: bytes) -> None:
     with pytest.raises(InvalidRequestError):
-        decode_header(message)
+        decode_first(message)
     with pytest.raises(InvalidRequestError):
         decode_chunk(encode_header(b"token", pb.KVManifest()))

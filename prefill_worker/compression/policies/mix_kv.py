@@ -66,6 +66,10 @@ class MixKV(Policy):
         """The base's."""
         return BASES[self.base].upper_bounds(layers, budget)
 
+    def lower_bounds(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
+        """The base's."""
+        return BASES[self.base].lower_bounds(layers, budget)
+
     def select(self, scores: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
         """The base's."""
         return BASES[self.base].select(scores, kept)

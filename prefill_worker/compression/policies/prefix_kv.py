@@ -37,6 +37,8 @@ from shared.kv.eviction import FixedSlot
 from shared.request.params import MIN_KEPT_TOKENS
 
 FIRST = 4
+# By more a share of attention that was summed up is not off.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +67,25 @@ class PrefixKV(Policy):
 
     def allocate(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
         """The same share of the attention in each layer."""
-        prompt, fewest = layers[0].prompt, min(budget.num_tokens, MIN_KEPT_TOKENS)
-        stays = ~prompt.visual if budget.num_tokens < prompt.num_tokens else torch.zeros_like(prompt.visual)
-        masses = torch.stack([self._mass_before(layer, stays.to(layer.key.device)).cpu() for layer in layers])
-        masses = masses[:, prompt.num_tokens - budget.num_tokens :]
-        masses[:, :fewest] = -1.0
         # of the first layers alone, it is their upper bounds: a further layer takes tokens from them
-        return lowest_first(masses, min(masses.numel(), max(budget.total, budget.num_layers * fewest)))
+        return self._share_out(layers, budget)
+
+    def lower_bounds(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
+        """What is left where the attention of the layers to come is flat: such layers take the most."""
+        return self._share_out(layers, budget, flat=budget.num_layers - len(layers))[: len(layers)]
 
     def eviction(self, prompt: PromptShape, chosen: Sequence[torch.Tensor], retention: Fraction) -> FixedSlot:
         """Each layer by its own share."""
         return FixedSlot(retention=shares_kept(chosen), distance=DISTANCE)
+
+    def _share_out(self, layers: Sequence[ObservedLayer], budget: TokenBudget, flat: int = 0) -> list[int]:
+        """Among these layers, and `flat` more whose attention is as flat as can be."""
+        prompt, fewest = layers[0].prompt, min(budget.num_tokens, MIN_KEPT_TOKENS)
+        stays = ~prompt.visual if budget.num_tokens < prompt.num_tokens else torch.zeros_like(prompt.visual)
+        found = [self._mass_before(layer, stays.to(layer.key.device)).cpu() for layer in layers]
+        masses = torch.stack([*found, *[flattest(stays)] * flat])[:, prompt.num_tokens - budget.num_tokens :]
+        masses[:, :fewest] = -1.0
+        return lowest_first(masses, min(masses.numel(), max(budget.total, budget.num_layers * fewest)))
 
     def _mass_before(self, layer: ObservedLayer, stays: torch.Tensor) -> torch.Tensor:
         """Share of the attention that is kept already when the next best token comes, [num_tokens] float64."""
@@ -83,6 +93,17 @@ class PrefixKV(Policy):
         order = scores.argsort(descending=True, stable=True)
         sums = received(layer, self.rows).sum(dim=0).double()[order]
         return functional.pad(sums.cumsum(dim=0)[:-1], (1, 0)) / sums.sum()
+
+
+def flattest(stays: torch.Tensor) -> torch.Tensor:
+    """Masses that those of no layer lie below, [num_tokens] float64: nothing on what stays, the same on all others.
+
+    Args:
+        stays: [num_tokens] bool, tokens that stay besides the two ends.
+    """
+    first = int(with_sinks(stays[None].float(), FIRST)[0, :-1].count_nonzero()) + 1
+    others = torch.arange(len(stays), dtype=torch.float64) - first
+    return (others / max(1, len(stays) - first) - ROUNDING).clamp_min(0.0)
 
 
 def lowest_first(masses: torch.Tensor, total: int) -> list[int]:

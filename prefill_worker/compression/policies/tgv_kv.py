@@ -27,7 +27,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from prefill_worker.compression.attention import LayerAttention
-from prefill_worker.compression.budget import strict_bounds, strict_budget
+from prefill_worker.compression.budget import strict_bounds, strict_budget, strict_lower_bounds
 from prefill_worker.compression.eviction import shares_kept
 from prefill_worker.compression.policy import Policy, TokenBudget
 from prefill_worker.compression.prompt_shape import PromptShape
@@ -40,6 +40,8 @@ from shared.request.params import MIN_KEPT_TOKENS
 SINKS = 4
 # Layer shares are in proportion to masses, and a mass of exactly zero has no proportion.
 FAINTEST_MASS = 1e-9
+# By so much at most a sum of attention in fp32 exceeds what it would be exactly.
+ROUNDING = 1e-3
 
 
 class TextGuidance(NamedTuple):
@@ -103,6 +105,11 @@ class TGVKV(Policy):
     def upper_bounds(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
         """The whole budget, shared out among these."""
         return strict_bounds(self._masses(layers), budget, MIN_KEPT_TOKENS)
+
+    def lower_bounds(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
+        """What is left where each row of the layers to come looks at the image alone."""
+        most = len(self._guided(layers[0].prompt).rows) * (1 + ROUNDING)
+        return strict_lower_bounds([mass / most for mass in self._masses(layers)], budget, MIN_KEPT_TOKENS)
 
     def eviction(self, prompt: PromptShape, chosen: Sequence[torch.Tensor], retention: Fraction) -> TextGuard:
         """Each layer by its own share; without a cap on the text that is counted."""

@@ -21,7 +21,14 @@ from typing import ClassVar
 
 import torch
 
-from prefill_worker.compression.budget import paper_budget, strict_bounds, strict_budget, uniform_budget
+from prefill_worker.compression.budget import (
+    paper_budget,
+    paper_lower_bounds,
+    strict_bounds,
+    strict_budget,
+    strict_lower_bounds,
+    uniform_budget,
+)
 from prefill_worker.compression.policy import Policy, TokenBudget
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rows import MAX_ROWS, post_vision_rows
@@ -32,6 +39,7 @@ from shared.request.params import MIN_KEPT_TOKENS
 BUDGETS = {"strict": strict_budget, "paper": paper_budget, "uniform": uniform_budget}
 # Of `paper`, whose shares are in proportion, and rounded down, the budget of the first layers bounds itself.
 BOUNDS = {"strict": strict_bounds, "paper": paper_budget, "uniform": uniform_budget}
+LOWER_BOUNDS = {"strict": strict_lower_bounds, "paper": paper_lower_bounds, "uniform": uniform_budget}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +86,10 @@ class VLCache(Policy):
     def upper_bounds(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
         """The whole budget, shared out among these."""
         return BOUNDS[self.budget](self._densities(layers), budget, self.min_tokens)[: len(layers)]
+
+    def lower_bounds(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
+        """What is left where no layer to come has an entry below the threshold."""
+        return LOWER_BOUNDS[self.budget](self._densities(layers), budget, self.min_tokens)[: len(layers)]
 
     def select(self, scores: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
         """The highest scores and a recent window."""

@@ -77,6 +77,7 @@ def test_a_committed_picture_is_shown_beside_its_tables(svg: Path) -> None:
         "capacity",
         "cascade",
         "decode_step",
+        "early_shipping",
         "placement",
         "prefill_overhead",
         "quality",

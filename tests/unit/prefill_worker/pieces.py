@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Executor
 from functools import partial
 from typing import Any
 
@@ -100,6 +101,7 @@ class Pieces:
         body: memoryview,
         emit: Callable[[Event], None],
         more_room: Callable[[Budget], memoryview | None],
+        early: Any,
     ) -> Any:
         emit(self.first)
         self.computing.pass_through()
@@ -128,11 +130,16 @@ class Pieces:
         finally:
             self.kept_alive -= 1
 
+    @contextlib.asynccontextmanager
+    async def early(self, ticket: Ticket, thread: Executor) -> AsyncIterator[None]:
+        """Nothing leaves early."""
+        yield None
+
     async def grow(self, ticket: Ticket, kept_tokens_bound: int) -> bool:
         self.asked.append(kept_tokens_bound)
         return self.grants
 
-    async def send(self, parcel: Parcel, ticket: Ticket) -> SendReport:
+    async def send(self, parcel: Parcel, ticket: Ticket, early: None = None) -> SendReport:
         self.sending.reached.set()
         await until(self.sending.open.is_set)
         self.sending.pass_through()

@@ -17,6 +17,12 @@ def test_a_bad_setting_is_refused_by_its_name(wrong: dict[str, Any]) -> None:
         PrefillConfig(model="m", **wrong)
 
 
+def test_nothing_leaves_early_where_nothing_is_certain() -> None:
+    assert PrefillConfig(model="m", cascade=True, early_shipping=True).early_shipping
+    with pytest.raises(ValueError, match="early_shipping needs cascade"):
+        PrefillConfig(model="m", early_shipping=True)
+
+
 @pytest.mark.parametrize(("settings", "retained_mib"), [({}, 20), ({"retained_mib": 0}, 0), ({"retained_mib": 50}, 50)])
 def test_half_of_the_arena_is_for_retained_parcels_unless_told_otherwise(
     settings: dict[str, int], retained_mib: int

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from vlcache.worker.v1 import kv_pb2 as pb
 
-from shared.kv.transport.frames import Chunk, decode_chunk, decode_header
+from shared.kv.transport.frames import Chunk, decode_chunk, decode_first
 
 SERVICE = "vlcache.worker.v1.KVTransferService"
 
@@ -64,7 +64,9 @@ class Receiver:
     def _take(self, frame: bytes) -> None:
         self.frames.append(frame)
         if self.header is None:
-            self.header = decode_header(frame)
+            first = decode_first(frame)
+            assert isinstance(first, pb.PutKVHeader)
+            self.header = first
         else:
             self.chunks.append(decode_chunk(frame))
 

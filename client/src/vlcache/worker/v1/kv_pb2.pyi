@@ -148,12 +148,16 @@ class KVEncoding(_message.Message):
     def __init__(self, bits: _Optional[int] = ..., group: _Optional[int] = ..., residual: _Optional[int] = ..., key_channels: _Optional[int] = ...) -> None: ...
 
 class PutKVRequest(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "opening", "trailer")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    OPENING_FIELD_NUMBER: _ClassVar[int]
+    TRAILER_FIELD_NUMBER: _ClassVar[int]
     header: PutKVHeader
     chunk: KVChunk
-    def __init__(self, header: _Optional[_Union[PutKVHeader, _Mapping]] = ..., chunk: _Optional[_Union[KVChunk, _Mapping]] = ...) -> None: ...
+    opening: PutKVOpening
+    trailer: PutKVTrailer
+    def __init__(self, header: _Optional[_Union[PutKVHeader, _Mapping]] = ..., chunk: _Optional[_Union[KVChunk, _Mapping]] = ..., opening: _Optional[_Union[PutKVOpening, _Mapping]] = ..., trailer: _Optional[_Union[PutKVTrailer, _Mapping]] = ...) -> None: ...
 
 class PutKVHeader(_message.Message):
     __slots__ = ("token", "manifest")
@@ -162,6 +166,20 @@ class PutKVHeader(_message.Message):
     token: bytes
     manifest: KVManifest
     def __init__(self, token: _Optional[bytes] = ..., manifest: _Optional[_Union[KVManifest, _Mapping]] = ...) -> None: ...
+
+class PutKVOpening(_message.Message):
+    __slots__ = ("token", "format_version")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    format_version: int
+    def __init__(self, token: _Optional[bytes] = ..., format_version: _Optional[int] = ...) -> None: ...
+
+class PutKVTrailer(_message.Message):
+    __slots__ = ("manifest",)
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    manifest: KVManifest
+    def __init__(self, manifest: _Optional[_Union[KVManifest, _Mapping]] = ...) -> None: ...
 
 class KVChunk(_message.Message):
     __slots__ = ("offset", "checksum", "data")
