@@ -25,7 +25,7 @@ from benchmarks.stopwatch import interleaved_ms, percentiles
 from prefill_worker.compression.cascade import Cascade
 from prefill_worker.compression.pipeline import Selection, select_tokens, statistics_for
 from prefill_worker.compression.registry import build_policy
-from prefill_worker.engine import Prefilled, PrefillEngine
+from prefill_worker.engine.engine import Prefilled, PrefillEngine
 from shared.model.attention import PREFILL_ATTENTION
 from shared.request.params import Budget
 

@@ -35,8 +35,8 @@ from decode_worker.sequence import Sequence
 from prefill_worker.compression.pipeline import keep_everything, select_tokens, statistics_for
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.prompt_shape import PromptShape
-from prefill_worker.engine import PrefillEngine
-from prefill_worker.parcel_writer import kept_counts, write_body
+from prefill_worker.engine.engine import PrefillEngine
+from prefill_worker.parcel.writer import kept_counts, write_body
 from prefill_worker.prompt import Prompt
 from shared.model.attention import PREFILL_ATTENTION
 from shared.model.packing import pack_linears

@@ -36,7 +36,7 @@ from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compression.registry import DEFAULT_POLICY, build_policy
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.config import PrefillConfig
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.job import Event, FirstToken
 from prefill_worker.prompt import PromptBuilder
 from shared.model.checkpoint import open_checkpoint

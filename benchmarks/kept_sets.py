@@ -30,7 +30,7 @@ from prefill_worker.compression.policies.streaming_llm import StreamingLLM
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.statistics import ObservedLayer
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.prompt import Prompt
 from shared.model.attention import PREFILL_ATTENTION
 from shared.request.params import Budget

@@ -20,7 +20,7 @@ from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.config import PrefillConfig
-from prefill_worker.engine import Prefilled
+from prefill_worker.engine.engine import Prefilled
 from prefill_worker.job import Compressed, Event, PrefillJob
 from prefill_worker.kv_sender import Ticket
 from prefill_worker.prompt import Prompt, PromptBuilder

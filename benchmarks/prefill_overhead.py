@@ -34,8 +34,8 @@ from prefill_worker.compression.pipeline import Selection, select_tokens, statis
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.prompt_shape import PromptShape
-from prefill_worker.engine import Prefilled, PrefillEngine
-from prefill_worker.parcel_writer import kept_counts, write_body
+from prefill_worker.engine.engine import Prefilled, PrefillEngine
+from prefill_worker.parcel.writer import kept_counts, write_body
 from prefill_worker.prompt import Prompt
 from shared.kernels.dispatch import Kernels, kernels_for
 from shared.kernels.reference.statistics import PostVisionStatistics

@@ -23,15 +23,15 @@ from prefill_worker.compression.pipeline import (
     statistics_for,
 )
 from prefill_worker.compression.sparse.prefill import SparsePrefill
-from prefill_worker.early_rows import Early, EarlyRows
-from prefill_worker.engine import Prefilled, PrefillEngine
+from prefill_worker.engine.engine import Prefilled, PrefillEngine
 from prefill_worker.guard import GUARD_TOKENS, MoreRoom, choose, no_more_room, outcome_name
 from prefill_worker.job import Compressed, Event, FirstToken, NextToken, PrefillJob
-from prefill_worker.kept_tokens import kept_report, token_bitmaps
 from prefill_worker.opening import Opening
-from prefill_worker.parcel_writer import kept_counts
+from prefill_worker.parcel.early_rows import Early, EarlyRows
+from prefill_worker.parcel.kept_tokens import kept_report, token_bitmaps
+from prefill_worker.parcel.wire_stage import WrittenBody, write_kept
+from prefill_worker.parcel.writer import kept_counts
 from prefill_worker.prompt import Prompt
-from prefill_worker.wire_stage import WrittenBody, write_kept
 from shared.errors import RequestCancelledError, at_stage
 from shared.kv.eviction import Eviction
 from shared.kv.manifest import Manifest, body_digest, layer_tokens

@@ -20,7 +20,7 @@ from vlcache.v1 import inference_pb2 as public
 
 from prefill_worker.compression.pipeline import Selection, asked_retention, keep_everything, select_tokens
 from prefill_worker.compression.prompt_shape import PromptShape
-from prefill_worker.engine import Prefilled
+from prefill_worker.engine.engine import Prefilled
 from prefill_worker.job import PrefillJob
 from shared.request.params import Budget
 

@@ -14,7 +14,7 @@ import grpc
 from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc
 from vlcache.worker.v1 import prefill_pb2 as pb
 
-from prefill_worker.early_rows import rest_of
+from prefill_worker.parcel.early_rows import rest_of
 from shared.errors import (
     DataLossError,
     FailedPreconditionError,

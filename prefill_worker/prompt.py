@@ -10,7 +10,7 @@ import torch
 from vlcache.v1 import inference_pb2 as pb
 
 from prefill_worker.compression.prompt_shape import PromptShape
-from prefill_worker.image_grid import ImageGrid
+from prefill_worker.preprocess.image_grid import ImageGrid
 from prefill_worker.preprocess.processed import ProcessedPrompt
 from prefill_worker.preprocess.processing import PromptLimits, PromptProcessor
 from shared.model.spec import VLMSpec

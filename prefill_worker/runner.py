@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.job import Event, PrefillJob, Transferred
-from prefill_worker.kept_tokens import check_explainable
 from prefill_worker.kv_sender import KVSender, Ticket
-from prefill_worker.parcel_room import ParcelRoom
-from prefill_worker.parcel_shipper import ParcelShipper
-from prefill_worker.parcel_store import ParcelStore
+from prefill_worker.parcel.kept_tokens import check_explainable
+from prefill_worker.parcel.retained import RetainedParcels
+from prefill_worker.parcel.room import ParcelRoom
+from prefill_worker.parcel.shipper import ParcelShipper
+from prefill_worker.parcel.store import ParcelStore
 from prefill_worker.preprocess.pool import PreprocessPool
 from prefill_worker.prompt import Prompt
-from prefill_worker.retained_parcels import RetainedParcels
 from prefill_worker.scheduler import PrefillScheduler
 from shared.errors import DuplicateRequestError, UnavailableError, at_stage
 from shared.kv.layout import KVLayout

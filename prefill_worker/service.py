@@ -12,7 +12,7 @@ from vlcache.worker.v1 import prefill_pb2_grpc, worker_pb2
 
 from prefill_worker.job import PrefillJob
 from prefill_worker.kv_sender import Ticket
-from prefill_worker.retained_parcels import RetainedParcels
+from prefill_worker.parcel.retained import RetainedParcels
 from prefill_worker.runner import PrefillRunner
 from prefill_worker.scheduler import PrefillScheduler
 from shared.errors import FailedPreconditionError, UnavailableError

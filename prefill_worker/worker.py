@@ -17,15 +17,15 @@ from vlcache.worker.v1 import prefill_pb2_grpc, worker_pb2
 from prefill_worker.compression.registry import CHOICES, DEFAULT_POLICY
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.config import PrefillConfig
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.kv_sender import KVSender
-from prefill_worker.parcel_store import ParcelStore
-from prefill_worker.pinning import pin
+from prefill_worker.parcel.pinning import pin
+from prefill_worker.parcel.retained import RetainedParcels
+from prefill_worker.parcel.store import ParcelStore
 from prefill_worker.preprocess.handle import PreprocessProcess
 from prefill_worker.preprocess.pool import PreprocessPool
 from prefill_worker.preprocess.processing import PromptLimits, PromptProcessor
 from prefill_worker.prompt import prompt_limits
-from prefill_worker.retained_parcels import RetainedParcels
 from prefill_worker.runner import PrefillRunner
 from prefill_worker.scheduler import PrefillScheduler
 from prefill_worker.service import SERVICE_NAME, PrefillServicer

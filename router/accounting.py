@@ -10,10 +10,10 @@ from fractions import Fraction
 
 from vlcache.v1 import inference_pb2 as pb
 
-from router.circuit import CIRCUIT_STATES
-from router.tenant_labels import TenantLabels
-from router.tenants import DEFAULT_TENANT
-from router.worker import STATES, Worker
+from router.admission.tenant_labels import TenantLabels
+from router.admission.tenants import DEFAULT_TENANT
+from router.workers.circuit import CIRCUIT_STATES
+from router.workers.worker import STATES, Worker
 from shared.errors import (
     DeadlineExceededError,
     InternalError,
@@ -156,7 +156,7 @@ class RequestAccount:
             self._interrupted_s = self._accounting.clock()
 
     def goes_on(self, way: str, reason: str) -> None:
-        """It goes on elsewhere, by one of the ways of `router.recovery`."""
+        """It goes on elsewhere, by one of the ways of `router.requests.recovery`."""
         self._metrics.labelled(self._metrics.failovers, kind=way, reason=reason).inc()
 
     def tokens(self, count: int) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from router.admission.tenants import TenantLimits
+from router.admission.waiting import RoomLimits
 from router.placement.catalogue import POLICIES, PlacementName
-from router.tenants import TenantLimits
-from router.waiting import RoomLimits
 from shared.config import Listen
 from shared.registry.location import open_registry
 from shared.rpc.options import MIB

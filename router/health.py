@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from router.accounting import Accounting
-from router.workers import WorkerTable
+from router.workers.table import WorkerTable
 
 
 async def follow_workers(

@@ -9,23 +9,23 @@ from random import Random
 from typing import Any
 
 from router.accounting import Accounting
-from router.admission import Admission
+from router.admission.admission import Admission
+from router.admission.tenants import Tenants
+from router.admission.waiting import Rooms
 from router.background import Background
 from router.config import RouterConfig
-from router.finished import FinishedAnswers
-from router.generations import Generations
 from router.health import follow_workers
-from router.means import Limits, Means
-from router.migration import Migration
-from router.parcels import Parcels
 from router.placement.catalogue import POLICIES
+from router.requests.finished import FinishedAnswers
+from router.requests.generations import Generations
+from router.requests.means import Limits, Means
+from router.requests.migration import Migration
+from router.requests.parcels import Parcels
 from router.service import SERVICE_NAME, InferenceServicer
 from router.shadow import Shadow
-from router.silence import break_silence
-from router.tenants import Tenants
-from router.waiting import Rooms
-from router.worker_client import WorkerClient
-from router.workers import WorkerTable
+from router.workers.client import WorkerClient
+from router.workers.silence import break_silence
+from router.workers.table import WorkerTable
 from shared.registry.location import open_registry
 from shared.rpc.options import MAX_REQUEST_BYTES
 from shared.rpc.server import RpcServer

@@ -9,12 +9,12 @@ from vlcache.v1 import inference_pb2 as pb
 from vlcache.v1 import inference_pb2_grpc
 
 from router.accounting import Accounting
-from router.finished import FinishedAnswers, Key
-from router.generations import Generations
+from router.admission.tenants import tenant_of
+from router.requests.finished import FinishedAnswers, Key
+from router.requests.generations import Generations
 from router.shadow import Shadow
-from router.tenants import tenant_of
-from router.worker import UNREACHABLE, Worker
-from router.workers import WorkerTable
+from router.workers.table import WorkerTable
+from router.workers.worker import UNREACHABLE, Worker
 from shared.errors import ServiceError
 from shared.version import VERSION
 

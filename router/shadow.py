@@ -15,16 +15,16 @@ from vlcache.v1 import inference_pb2 as pb
 
 from router import validation
 from router.accounting import Accounting
-from router.admission import Admission
+from router.admission.admission import Admission
+from router.admission.waiting import Rooms
 from router.background import Background
 from router.deadline import Deadline
-from router.generation import Generation
-from router.means import Limits, Means
-from router.parcels import Parcels
 from router.placement.least_loaded import LeastLoaded
+from router.requests.generation import Generation
+from router.requests.means import Limits, Means
+from router.requests.parcels import Parcels
 from router.validation import AcceptedRequest
-from router.waiting import Rooms
-from router.workers import WorkerTable
+from router.workers.table import WorkerTable
 from shared.errors import ResourceExhaustedError
 from shared.telemetry.metrics import RouterMetrics
 

@@ -13,8 +13,8 @@ import xxhash
 from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import worker_pb2
 
-from router.retention import Offer, offers_of
-from router.tenants import DEFAULT_TENANT
+from router.admission.retention import Offer, offers_of
+from router.admission.tenants import DEFAULT_TENANT
 from shared.errors import InvalidRequestError
 from shared.request.params import Budget, Guard, Sampling, Wire
 from shared.rpc.options import MAX_REQUEST_BYTES

@@ -26,10 +26,10 @@ from prefill_worker.compression.pipeline import statistics_for
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compute import Completion, PrefillCompute
-from prefill_worker.early_rows import Early, EarlyRows
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.job import Event, FirstToken, PrefillJob
 from prefill_worker.kv_sender import KVSender, Ticket
+from prefill_worker.parcel.early_rows import Early, EarlyRows
 from shared.kv.arena import Slot
 from shared.kv.extents import Extent
 from shared.kv.manifest import TransferId

@@ -13,7 +13,7 @@ from vlcache.worker.v1 import worker_pb2
 from benchmarks.placement.views import MODEL
 from router.placement.base import Demand, Group
 from router.placement.catalogue import POLICIES
-from router.worker import DECODE, PREFILL, READY, Worker
+from router.workers.worker import DECODE, PREFILL, READY, Worker
 
 COUNTS = (10, 100, 500)
 DECISIONS = 200

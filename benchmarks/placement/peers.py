@@ -9,7 +9,7 @@ from random import Random
 from benchmarks.placement.servers import DecodeServer, PrefillServer
 from benchmarks.placement.trace import Request
 from router.placement.base import Demand, Group, Pair
-from router.worker import Worker
+from router.workers.worker import Worker
 
 
 class RandomPairs:

@@ -1,4 +1,4 @@
-"""The workers of the simulation as they really are; routers see them through `router.worker.Worker`."""
+"""The workers of the simulation as they really are; routers see them through `router.workers.worker.Worker`."""
 
 from __future__ import annotations
 

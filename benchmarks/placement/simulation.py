@@ -17,7 +17,7 @@ from benchmarks.placement.trace import Request, Trace
 from benchmarks.placement.views import TOKEN_BYTES, View
 from router.placement.base import Pair, Placement
 from router.placement.catalogue import POLICIES
-from router.worker import PROMPT, Worker
+from router.workers.worker import PROMPT, Worker
 
 RANDOM, CLAIRVOYANT = "random", "clairvoyant"
 CONTENDERS = (RANDOM, *POLICIES, CLAIRVOYANT)

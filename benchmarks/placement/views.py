@@ -13,9 +13,9 @@ from benchmarks.placement.servers import DecodeServer, PrefillServer
 from benchmarks.placement.trace import Request
 from router.placement.base import Demand, Pair, Placement
 from router.placement.groups import groups_by_model
-from router.slow_start import SlowStart
-from router.speed import Speed
-from router.worker import DECODE, PREFILL, READY, Worker
+from router.workers.slow_start import SlowStart
+from router.workers.speed import Speed
+from router.workers.worker import DECODE, PREFILL, READY, Worker
 
 MODEL = worker_pb2.ServedModel(
     name="simulated",

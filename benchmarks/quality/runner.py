@@ -20,7 +20,7 @@ from models.shapes_vlm.held_out import draw_any
 from models.shapes_vlm.questions import Sample
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.registry import DEFAULT_POLICY, build_policy
-from prefill_worker.engine import Prefilled
+from prefill_worker.engine.engine import Prefilled
 from prefill_worker.job import PrefillJob
 from prefill_worker.prompt import Prompt
 from shared.request.params import Budget, Guard

@@ -10,7 +10,7 @@ from benchmarks.local_decoding import Track
 from benchmarks.local_pipeline import LocalParcel
 from benchmarks.quality.setting import Setting
 from models.shapes_vlm.questions import Sample
-from prefill_worker.engine import Prefilled
+from prefill_worker.engine.engine import Prefilled
 from prefill_worker.job import PrefillJob
 from prefill_worker.prompt import Prompt
 

@@ -14,7 +14,7 @@ from benchmarks.second_question.text_pass import TextEngine
 from benchmarks.stopwatch import elapsed_ms
 from prefill_worker.compression.pipeline import statistics_for
 from prefill_worker.compression.registry import DEFAULT_POLICY, build_policy
-from prefill_worker.engine import Prefilled
+from prefill_worker.engine.engine import Prefilled
 from prefill_worker.prompt import Prompt
 
 

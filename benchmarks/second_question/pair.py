@@ -23,7 +23,7 @@ from prefill_worker.compression.pipeline import statistics_for
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.registry import DEFAULT_POLICY, build_policy
 from prefill_worker.compression.statistics import Statistic
-from prefill_worker.engine import Prefilled
+from prefill_worker.engine.engine import Prefilled
 from prefill_worker.prompt import Prompt
 from shared.request.params import Budget
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.statistics import Statistic
-from prefill_worker.engine import Prefilled
+from prefill_worker.engine.engine import Prefilled
 from prefill_worker.prompt import Prompt
 
 

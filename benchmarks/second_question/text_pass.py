@@ -15,8 +15,8 @@ from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rotation import Rotation
 from prefill_worker.compression.statistics import Statistic
 from prefill_worker.config import PrefillConfig
-from prefill_worker.engine import Prefilled, PrefillEngine
-from prefill_worker.observer import PrefillObserver
+from prefill_worker.engine.engine import Prefilled, PrefillEngine
+from prefill_worker.engine.observer import PrefillObserver
 from prefill_worker.prompt import Prompt
 from shared.model.checkpoint import open_checkpoint
 from shared.model.loading import load_prefill_model

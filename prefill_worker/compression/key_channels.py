@@ -17,7 +17,7 @@ from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.selection import best_tokens
 from prefill_worker.compression.statistics import Statistic
-from prefill_worker.engine import Prefilled
+from prefill_worker.engine.engine import Prefilled
 from shared.kv.layout import KVLayout
 from shared.request.params import Wire
 

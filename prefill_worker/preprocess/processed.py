@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_worker.image_grid import ImageGrid
+from prefill_worker.preprocess.image_grid import ImageGrid
 
 Array = NDArray[Any]
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from vlcache.v1 import inference_pb2 as pb
 
-from prefill_worker.image_grid import ImageGrid, image_grids
-from prefill_worker.images import open_images
+from prefill_worker.preprocess.image_grid import ImageGrid, image_grids
+from prefill_worker.preprocess.images import open_images
 from prefill_worker.preprocess.processed import Array, ProcessedPrompt
-from prefill_worker.token_kinds import TokenKinds
+from prefill_worker.preprocess.token_kinds import TokenKinds
 from shared.errors import ContextTooLongError, InvalidRequestError
 
 ROLES = ("system", "user", "assistant")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from vlcache.v1 import inference_pb2 as pb
 
-from prefill_worker.image_grid import ImageGrid
+from prefill_worker.preprocess.image_grid import ImageGrid
 from prefill_worker.preprocess.processed import Array, ProcessedPrompt
 from shared.errors import ContextTooLongError, InternalError, InvalidRequestError, ServiceError
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from router.worker import Worker
+from router.workers.worker import Worker
 
 # Transports by which a parcel is handed over in memory.
 IN_MEMORY = ("memory", "local")

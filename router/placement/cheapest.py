@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from router.placement.base import Demand, Group, Pair
 from router.placement.cost import IN_MEMORY_S, decode_cost, noisy_prefill_cost, ranked
-from router.worker import Worker
+from router.workers.worker import Worker
 
 Ranked = Sequence[tuple[float, Worker]]
 

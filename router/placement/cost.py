@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
 from router.placement.base import Demand
-from router.worker import Worker
+from router.workers.worker import Worker
 
 # A decode pool that is full to the last byte weighs as much as so long a queue before prefill.
 FULL_POOL_S = 1.0

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from router.placement.base import Group
-from router.worker import PREFILL, READY, Worker
+from router.workers.worker import PREFILL, READY, Worker
 
 
 def groups_by_model(workers: Iterable[Worker]) -> Mapping[str, Sequence[Group]]:

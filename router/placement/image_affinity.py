@@ -10,7 +10,7 @@ import xxhash
 from router.placement.base import Demand, Group, Pair
 from router.placement.cheapest import cheapest_pairs, pairs_of
 from router.placement.cost import own_time, prefill_cost, ranked
-from router.worker import Worker
+from router.workers.worker import Worker
 
 MAX_DETOUR = 0.5
 

@@ -9,7 +9,7 @@ from random import Random
 from router.placement.base import Demand, Group, Pair
 from router.placement.cheapest import cheapest_pairs
 from router.placement.cost import IN_MEMORY_S, decode_cost, prefill_cost
-from router.worker import Worker
+from router.workers.worker import Worker
 
 CHOICES = 2
 # Draws that may meet a worker that is not ready or has just come, before everybody is looked at.

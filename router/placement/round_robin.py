@@ -7,7 +7,7 @@ from itertools import product
 from random import Random
 
 from router.placement.base import Demand, Group, Pair
-from router.worker import Worker
+from router.workers.worker import Worker
 
 
 class RoundRobin:

@@ -11,7 +11,7 @@ from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc
 
 from models.shapes_vlm.questions import draw_samples
-from router.retention import Offer
+from router.admission.retention import Offer
 from router.validation import accept
 from shared.kv.layout import KVLayout
 from tests.integration.running_stack import RunningStack

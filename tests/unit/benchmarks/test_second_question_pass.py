@@ -21,7 +21,7 @@ from models.shapes_vlm.paths import CHECKPOINT
 from prefill_worker.compression.pipeline import statistics_for
 from prefill_worker.compression.registry import build_policy
 from prefill_worker.config import PrefillConfig
-from prefill_worker.engine import Prefilled
+from prefill_worker.engine.engine import Prefilled
 from prefill_worker.prompt import Prompt
 from shared.request.params import Budget
 from tests.unit.decode_worker.tiny import load_whole

@@ -16,7 +16,7 @@ from prefill_worker.compression.policies.ada_kv import AdaKV
 from prefill_worker.compression.policies.fast_gen import FastGen
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compute import PrefillCompute
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.job import PrefillJob
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.kv.manifest import Manifest

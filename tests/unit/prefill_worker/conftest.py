@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.prompt import PromptBuilder
 from shared.model.loading import load_prefill_model, load_spec
 from shared.model.processor import load_processor

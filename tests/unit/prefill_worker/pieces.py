@@ -15,9 +15,9 @@ from vlcache.v1 import inference_pb2 as public
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
 from prefill_worker.kv_sender import Ticket
-from prefill_worker.parcel_store import ParcelStore
+from prefill_worker.parcel.retained import RetainedParcels
+from prefill_worker.parcel.store import ParcelStore
 from prefill_worker.prompt import Prompt
-from prefill_worker.retained_parcels import RetainedParcels
 from prefill_worker.runner import PrefillRunner
 from prefill_worker.scheduler import PrefillScheduler
 from shared.errors import RequestCancelledError

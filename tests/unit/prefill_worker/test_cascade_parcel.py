@@ -13,7 +13,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefill_worker import engine as prefill_engine
 from prefill_worker.compression.cascade import Cascade
 from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compression.pipeline import statistics_for
@@ -23,10 +22,11 @@ from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.registry import POLICIES, build_policy
 from prefill_worker.compression.statistics import ObservedLayer
 from prefill_worker.compute import PrefillCompute
-from prefill_worker.engine import Prefilled, PrefillEngine
+from prefill_worker.engine import engine as prefill_engine
+from prefill_worker.engine.engine import Prefilled, PrefillEngine
+from prefill_worker.engine.prompt_cache import PromptCache
 from prefill_worker.job import Event, PrefillJob
 from prefill_worker.prompt import Prompt, PromptBuilder
-from prefill_worker.prompt_cache import PromptCache
 from shared.errors import RequestCancelledError
 from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity

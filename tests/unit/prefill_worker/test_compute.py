@@ -18,7 +18,7 @@ from prefill_worker.compression.policies.snap_kv import SnapKV
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compute import PrefillCompute
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import RequestCancelledError

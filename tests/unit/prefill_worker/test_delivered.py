@@ -14,7 +14,7 @@ from prefill_worker.compression.policies.look_ahead import LookAheadPolicy
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compute import PrefillCompute
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.job import Event, FirstToken, NextToken, PrefillJob
 from prefill_worker.opening import DrawnToken, Opening
 from prefill_worker.prompt import Prompt, PromptBuilder

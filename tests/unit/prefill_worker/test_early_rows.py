@@ -19,9 +19,9 @@ from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.registry import POLICIES, build_policy
 from prefill_worker.compute import PrefillCompute
-from prefill_worker.early_rows import Early
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.job import Event, PrefillJob
+from prefill_worker.parcel.early_rows import Early
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import RequestCancelledError
 from shared.kv.manifest import Manifest

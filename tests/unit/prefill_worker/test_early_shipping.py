@@ -19,13 +19,13 @@ from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.registry import build_policy
 from prefill_worker.compute import PrefillCompute
-from prefill_worker.early_rows import EarlyRows
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob, Retained, Transferred
 from prefill_worker.kv_sender import KVSender, Ticket
-from prefill_worker.parcel_store import ParcelStore
+from prefill_worker.parcel.early_rows import EarlyRows
+from prefill_worker.parcel.retained import RetainedParcels
+from prefill_worker.parcel.store import ParcelStore
 from prefill_worker.prompt import Prompt, PromptBuilder
-from prefill_worker.retained_parcels import RetainedParcels
 from prefill_worker.runner import PrefillRunner
 from prefill_worker.scheduler import PrefillScheduler
 from shared.errors import AbortedError, DataLossError, ServiceError

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from prefill_worker.compression.pipeline import statistics_for
 from prefill_worker.compression.policies.vl_cache import VLCache
-from prefill_worker.engine import Prefilled, PrefillEngine
+from prefill_worker.engine.engine import Prefilled, PrefillEngine
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import RequestCancelledError
 from tests.unit.decode_worker.tiny import HEAD_DIM, KV_HEADS, LAYERS

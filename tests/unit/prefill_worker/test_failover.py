@@ -15,7 +15,7 @@ from vlcache.v1 import inference_pb2 as public
 from vlcache.worker.v1 import prefill_pb2 as pb
 
 from prefill_worker.config import PrefillConfig
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.worker import LoadedModel, load_model
 from shared.errors import DataLossError, InternalError, ServiceError
 from tests.unit.prefill_worker.pieces import until

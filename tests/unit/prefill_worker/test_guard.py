@@ -16,7 +16,7 @@ from prefill_worker.compression.policies.look_ahead import LookAheadPolicy
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.registry import POLICIES, build_policy
 from prefill_worker.compute import PrefillCompute
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.guard import dropped_attention, larger_budgets
 from prefill_worker.job import Compressed, Event, NextToken, PrefillJob
 from prefill_worker.prompt import Prompt, PromptBuilder

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from prefill_worker.image_grid import ImageGrid, image_grids
+from prefill_worker.preprocess.image_grid import ImageGrid, image_grids
 
 SIZES = [(400, 400), (500, 300), (300, 420)]
 PLAIN: dict[str, Any] = {"do_normalize": False, "resample": Image.Resampling.BILINEAR}

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from prefill_worker import images
-from prefill_worker.images import open_image, open_images
+from prefill_worker.preprocess import images
+from prefill_worker.preprocess.images import open_image, open_images
 from shared.errors import InvalidRequestError
 from tests.unit.prefill_worker.prompts import encoded, picture
 

@@ -18,9 +18,9 @@ from prefill_worker.compression.policies.look_ahead import LookAheadPolicy
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compute import PrefillCompute
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.job import Compressed, Event, PrefillJob
-from prefill_worker.kept_tokens import MAX_EXPLAINED_BYTES, check_explainable
+from prefill_worker.parcel.kept_tokens import MAX_EXPLAINED_BYTES, check_explainable
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import InvalidRequestError
 from shared.kv.layout import KVLayout
@@ -141,7 +141,7 @@ def test_the_report_of_the_longest_prompt_has_its_size() -> None:
 
 
 def test_a_prompt_too_long_to_explain_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefill_worker.kept_tokens.MAX_EXPLAINED_BYTES", TOKENS - 1)
+    monkeypatch.setattr("prefill_worker.parcel.kept_tokens.MAX_EXPLAINED_BYTES", TOKENS - 1)
 
     async def body(pieces: Pieces) -> None:
         with pytest.raises(InvalidRequestError, match="explain"):

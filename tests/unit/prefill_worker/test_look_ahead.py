@@ -13,7 +13,7 @@ from vlcache.v1 import inference_pb2 as public
 
 from prefill_worker.compression.policies.look_ahead import LookAheadPolicy
 from prefill_worker.compute import PrefillCompute
-from prefill_worker.engine import Prefilled, PrefillEngine
+from prefill_worker.engine.engine import Prefilled, PrefillEngine
 from prefill_worker.job import Compressed, Event, FirstToken, NextToken, PrefillJob
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import InvalidRequestError, RequestCancelledError

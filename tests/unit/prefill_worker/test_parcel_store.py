@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefill_worker.parcel_store import ParcelStore
+from prefill_worker.parcel.store import ParcelStore
 from shared.errors import TooLargeError
 from shared.kv.arena import Arena, Slot
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefill_worker.compression.pipeline import Selection, keep_everything
-from prefill_worker.engine import Prefilled
-from prefill_worker.parcel_writer import kept_counts, write_body
+from prefill_worker.engine.engine import Prefilled
+from prefill_worker.parcel.writer import kept_counts, write_body
 from shared.kv.arena import Arena
 from shared.kv.layout import KVLayout
 

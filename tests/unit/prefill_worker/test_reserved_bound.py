@@ -17,7 +17,7 @@ from prefill_worker.compression.pipeline import asked_retention, keep_everything
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policy import TokenBudget
 from prefill_worker.compression.prompt_shape import PromptShape
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.prompt import PromptBuilder
 from router.validation import AcceptedRequest, accept
 from shared.errors import ServiceError

@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from prefill_worker.parcel_store import ParcelStore
-from prefill_worker.retained_parcels import RetainedParcels
+from prefill_worker.parcel.retained import RetainedParcels
+from prefill_worker.parcel.store import ParcelStore
 from shared.errors import NotFoundError
 from shared.kv.arena import Arena
 from shared.kv.transport.base import Parcel

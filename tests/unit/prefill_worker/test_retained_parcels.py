@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from prefill_worker.parcel_room import ParcelRoom
-from prefill_worker.parcel_store import ParcelStore
-from prefill_worker.retained_parcels import RetainedParcels
+from prefill_worker.parcel.retained import RetainedParcels
+from prefill_worker.parcel.room import ParcelRoom
+from prefill_worker.parcel.store import ParcelStore
 from shared.errors import NotFoundError
 from shared.kv.arena import Arena
 from shared.kv.transport.base import Parcel

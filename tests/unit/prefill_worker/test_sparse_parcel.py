@@ -17,9 +17,9 @@ from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policies.zip_vl import ZipVL
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compute import PrefillCompute
-from prefill_worker.engine import Prefilled, PrefillEngine
+from prefill_worker.engine.engine import Prefilled, PrefillEngine
 from prefill_worker.job import FirstToken, PrefillJob
-from prefill_worker.parcel_writer import kept_counts, write_body
+from prefill_worker.parcel.writer import kept_counts, write_body
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.kernels.dispatch import kernels_for
 from shared.model.identity import ModelIdentity
@@ -101,7 +101,7 @@ def test_layers_of_one_length_are_gathered_at_once(
         kernels.gather_rows(keys, *others)  # type: ignore[arg-type]
 
     probed = dataclasses.replace(kernels, gather_rows=watched)
-    monkeypatch.setattr("prefill_worker.parcel_writer.kernels_for", lambda _: probed)
+    monkeypatch.setattr("prefill_worker.parcel.writer.kernels_for", lambda _: probed)
     for policy, expected in ((FastV(layer=1), [1, 2]), (ZipVL(), [3])):
         work = job(policy, 0.85)
         prefilled = sparse_pass(engine, prompt, work)

@@ -19,9 +19,9 @@ from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rows import probe_rows
 from prefill_worker.compression.sparse.fast_v import LastRow
-from prefill_worker.engine import Prefilled, PrefillEngine
+from prefill_worker.engine.engine import Prefilled, PrefillEngine
+from prefill_worker.engine.sparse_pass import with_own_layers
 from prefill_worker.prompt import Prompt, PromptBuilder
-from prefill_worker.sparse_pass import with_own_layers
 from shared.errors import RequestCancelledError
 from shared.model.attention import PREFILL_ATTENTION
 from shared.model.loading import load_prefill_model

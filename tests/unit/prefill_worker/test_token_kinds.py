@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefill_worker.token_kinds import TokenKinds
+from prefill_worker.preprocess.token_kinds import TokenKinds
 from tests.unit.decode_worker.tiny import tokenizer
 
 IMAGE = tokenizer().convert_tokens_to_ids("<image>")

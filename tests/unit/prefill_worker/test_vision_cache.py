@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill_worker.content_cache import ContentCache
-from prefill_worker.content_key import ContentKeys
-from prefill_worker.engine import Prefilled, PrefillEngine
+from prefill_worker.engine.content_cache import ContentCache
+from prefill_worker.engine.content_key import ContentKeys
+from prefill_worker.engine.engine import Prefilled, PrefillEngine
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import RequestCancelledError
 from shared.model.loading import load_prefill_model

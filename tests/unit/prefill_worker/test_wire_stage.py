@@ -11,9 +11,9 @@ import torch
 
 from prefill_worker.compression.key_channels import QUERIES
 from prefill_worker.compression.pipeline import Selection
-from prefill_worker.engine import Prefilled
-from prefill_worker.parcel_writer import kept_counts
-from prefill_worker.wire_stage import WrittenBody, write_kept
+from prefill_worker.engine.engine import Prefilled
+from prefill_worker.parcel.wire_stage import WrittenBody, write_kept
+from prefill_worker.parcel.writer import kept_counts
 from shared.kv.layout import KVLayout
 from shared.model.kv_codec import decode
 from shared.model.spec import TORCH_DTYPES

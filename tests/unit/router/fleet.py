@@ -8,7 +8,7 @@ from typing import Any
 from vlcache.worker.v1 import worker_pb2
 
 from router.placement.base import Demand, Group, Pair
-from router.worker import Worker
+from router.workers.worker import Worker
 from tests.unit.router.fakes import served_model
 
 CAPACITY = 1 << 20

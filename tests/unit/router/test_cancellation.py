@@ -10,7 +10,7 @@ import grpc
 import pytest
 from vlcache.v1 import inference_pb2 as pb
 
-from router.finished import FinishedAnswers
+from router.requests.finished import FinishedAnswers
 from router.service import InferenceServicer
 from shared import errors
 from shared.rpc.status import from_rpc_error

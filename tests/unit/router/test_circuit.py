@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from router.circuit import CLOSED, HALF_OPEN, MAX_CONSECUTIVE, MIN_CALLS, OPEN, OPEN_S, WINDOW_S, Circuit
+from router.workers.circuit import CLOSED, HALF_OPEN, MAX_CONSECUTIVE, MIN_CALLS, OPEN, OPEN_S, WINDOW_S, Circuit
 from tests.unit.router.fleet import Clock
 
 

@@ -11,7 +11,7 @@ from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import decode_pb2, prefill_pb2
 
 from router.accounting import Accounting
-from router.delivery import Delivery
+from router.requests.delivery import Delivery
 from shared.errors import InternalError
 from shared.request.params import Budget
 from shared.telemetry.metrics import RouterMetrics

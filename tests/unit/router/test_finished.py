@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vlcache.v1 import inference_pb2 as pb
 
-from router import finished
-from router.finished import FinishedAnswers, Key
+from router.requests import finished
+from router.requests.finished import FinishedAnswers, Key
 from shared import errors
 from tests.unit.router.fakes import ask, bench, kinds, run
 from tests.unit.router.test_failures import error_of

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import decode_pb2
 
-from router.inbox import MAX_RUN_TOKENS, Inbox, PrefillEnded
+from router.requests.inbox import MAX_RUN_TOKENS, Inbox, PrefillEnded
 from tests.unit.router.fakes import TIMEOUT_S, bench, rest, run
 
 A, B = object(), object()

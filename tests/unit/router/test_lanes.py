@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from router.lanes import AGEING_S, MAX_STALE, Lanes, Rank
+from router.admission.lanes import AGEING_S, MAX_STALE, Lanes, Rank
 from tests.unit.router.fleet import Clock
 
 RANKS = st.builds(

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from router.background import Background
-from router.parcels import Parcels
+from router.requests.parcels import Parcels
 from shared import errors
 from tests.unit.router.fakes import FakePrefill, bench, compression, first_token, forever, hang, retained, run, transfer
 from tests.unit.router.test_failures import error_of

@@ -26,9 +26,9 @@ from router.placement.image_affinity import ImageAffinity, affinity
 from router.placement.least_loaded import LeastLoaded
 from router.placement.power_of_two import MAX_DRAWS, PowerOfTwo
 from router.placement.round_robin import RoundRobin
-from router.slow_start import SlowStart
 from router.validation import accept
-from router.worker import CALLS, READY, UNREACHABLE, Worker
+from router.workers.slow_start import SlowStart
+from router.workers.worker import CALLS, READY, UNREACHABLE, Worker
 from shared.config import parse_config
 from shared.errors import InternalError, ResourceExhaustedError, ServiceError, TooLargeError
 from tests.unit.router.fakes import FakeDecode, FakePrefill, bench, first_token, run, served_model

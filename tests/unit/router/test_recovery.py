@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from router.recovery import REPREFILL, RESEND, Loss, Recovery, way_after
+from router.requests.recovery import REPREFILL, RESEND, Loss, Recovery, way_after
 from shared import errors
 
 

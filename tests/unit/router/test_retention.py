@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import decode_pb2, prefill_pb2
 
-from router.retention import STEP, offers_of
+from router.admission.retention import STEP, offers_of
 from shared import errors
 from shared.request.params import Budget, BudgetScope
 from tests.unit.router.fakes import (

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from vlcache.v1 import inference_pb2 as pb
 
-from router.tenant_labels import MAX_LABELS, TenantLabels
-from router.tenants import DEFAULT_TENANT, Stay, TenantLimits, Tenants, tenant_of
+from router.admission.tenant_labels import MAX_LABELS, TenantLabels
+from router.admission.tenants import DEFAULT_TENANT, Stay, TenantLimits, Tenants, tenant_of
 from router.validation import accept
 from shared.errors import InvalidRequestError, ResourceExhaustedError, ServiceError
 from tests.unit.router.fakes import Bench, ask, bench, forever, kinds, run, served_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.vacancies import LONGEST_S, RECENT, SHORTEST_S, Vacancies
+from router.admission.vacancies import LONGEST_S, RECENT, SHORTEST_S, Vacancies
 from tests.unit.router.fleet import Clock
 
 

@@ -9,8 +9,8 @@ import grpc
 import pytest
 from vlcache.worker.v1 import decode_pb2
 
-from router.lanes import Rank
-from router.waiting import RoomLimits, WaitingRoom
+from router.admission.lanes import Rank
+from router.admission.waiting import RoomLimits, WaitingRoom
 from shared.errors import ResourceExhaustedError
 from shared.rpc.status import from_rpc_error
 from tests.unit.router.fakes import Bench, bench, go_on, run

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from vlcache.worker.v1 import worker_pb2
 
-from router.circuit import CLOSED, HALF_OPEN, OPEN, OPEN_S
-from router.speed import DECAY, FIRST_TOKENS_PER_S, Speed
-from router.worker import PROMPT, READY, RESERVE, TOKENS, UNREACHABLE
+from router.workers.circuit import CLOSED, HALF_OPEN, OPEN, OPEN_S
+from router.workers.speed import DECAY, FIRST_TOKENS_PER_S, Speed
+from router.workers.worker import PROMPT, READY, RESERVE, TOKENS, UNREACHABLE
 from shared.errors import (
     DeadlineExceededError,
     FailedPreconditionError,

@@ -13,8 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from vlcache.v1 import inference_pb2 as pb
 
 from router.background import Background
-from router.worker_client import WorkerClient
-from router.workers import WorkerTable
+from router.workers.client import WorkerClient
+from router.workers.table import WorkerTable
 from shared.errors import InternalError
 from tests.unit.router.fakes import Bench, FakeDecode, FakePrefill, bench, kinds, run
 from tests.unit.router.fleet import Clock

@@ -16,7 +16,7 @@ from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policy import Policy, TokenBudget
 from prefill_worker.compression.registry import POLICIES, build_policy
 from prefill_worker.compression.statistics import ObservedLayer
-from prefill_worker.prompt_cache import WORTHWHILE, PromptCache
+from prefill_worker.engine.prompt_cache import WORTHWHILE, PromptCache
 from shared.request.params import Budget, BudgetScope
 from tests.unit.prefill_worker.compression.observing import observe, prompt_shape, random_attention
 

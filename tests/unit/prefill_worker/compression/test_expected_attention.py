@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from prefill_worker.compression.pipeline import select_tokens, statistics_for
 from prefill_worker.compression.policies.expected_attention import ExpectedAttention
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import InvalidRequestError
 from shared.request.params import Budget

@@ -8,7 +8,7 @@ import torch
 from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.key_channels import LAST_QUERIES, QUERIES, QuerySquares, sent_channels, wire_statistics
 from prefill_worker.compression.statistics import measure_all
-from prefill_worker.engine import Prefilled
+from prefill_worker.engine.engine import Prefilled
 from shared.kv.layout import KVLayout
 from shared.request.params import Wire
 from tests.unit.prefill_worker.compression.observing import prompt_shape, random_attention

@@ -12,7 +12,7 @@ import torch
 from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.rotation import Rotation
 from prefill_worker.compression.statistics import Statistic
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.prompt import PromptBuilder
 from tests.unit.decode_worker.tiny import HEAD_DIM, LAYERS, QUERY_HEADS
 from tests.unit.prefill_worker.prompts import QUESTION, encoded, picture, user

@@ -11,7 +11,7 @@ import torch
 from prefill_worker.compression.pipeline import Selection, select_tokens, statistics_for
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.statistics import ObservedLayer
-from prefill_worker.engine import PrefillEngine
+from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.request.params import Budget
 from tests.unit.decode_worker.tiny import KV_HEADS, LAYERS, tokenizer

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from prefill_worker.image_grid import ImageGrid
+from prefill_worker.preprocess.image_grid import ImageGrid
 from prefill_worker.preprocess.processed import ProcessedPrompt
 from prefill_worker.preprocess.wire import (
     DTYPES,

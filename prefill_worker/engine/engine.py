@@ -1,0 +1,246 @@
+"""The full-attention pass over one prompt. Runs in the model thread; knows nothing of requests or transport."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from prefill_worker.compression.cascade import Cascade
+from prefill_worker.compression.prompt_shape import PromptShape
+from prefill_worker.compression.rotation import Rotation
+from prefill_worker.compression.sparse.prefill import SparsePrefill
+from prefill_worker.compression.statistics import ObservedLayer, Statistic
+from prefill_worker.engine.content_cache import ContentCache
+from prefill_worker.engine.content_key import ContentKeys
+from prefill_worker.engine.look_ahead import Draw, LookAhead
+from prefill_worker.engine.observer import CascadeObserver, PrefillObserver
+from prefill_worker.engine.prefix import Prefix, prefix_tokens, suffices
+from prefill_worker.engine.prompt_cache import PromptCache
+from prefill_worker.engine.sparse_pass import SparseObserver, with_own_layers
+from prefill_worker.engine.vision import VisionEncoder
+from prefill_worker.parcel.early_rows import EarlyRows
+from prefill_worker.prompt import Prompt
+from shared.errors import RequestCancelledError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """The outcome of one pass.
+
+    Attributes:
+        logits: [vocab] fp32, of the first generated token.
+        keys: Per layer [num_kv_heads, num_tokens, head_dim], rotated; only of survivors where a sparse pass dropped
+            the others; with those of the answer's first tokens behind them after looking ahead. After a cascade
+            [rows, head_dim], head after head.
+        values: As `keys`.
+        measured: Per layer, each statistic's value; empty when nothing was observed.
+        seconds: Duration of the stages vision_encode, prefill, statistics, and cascade where there was one.
+        peak_kv_bytes: Most KV that there was during the pass.
+        survivors: [num_tokens] bool, the tokens that reached the last layer of a sparse pass; None when all did.
+        ahead: Per layer what the answer's first tokens attended to, see `ObservedLayer`; empty without looking ahead.
+        peaks: Per layer the largest of their weights, see `LookAhead`; as `ahead`.
+        held: Per layer which tokens the rows of `keys` are, [num_kv_heads, num_tokens] bool; empty without a cascade.
+        scored: The layers as the policy of the cascade saw and scored them; empty without one.
+        known_images: Images of the prompt that an earlier one has shown, so that the vision tower was spared.
+        known_tokens: Tokens of the prompt that an earlier one began with, so that the whole model was spared.
+        early: What has left already; None where nothing could.
+    """
+
+    logits: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    measured: list[dict[Statistic[Any], Any]]
+    seconds: dict[str, float]
+    peak_kv_bytes: int = 0
+    survivors: torch.Tensor | None = None
+    ahead: Sequence[torch.Tensor | None] = ()
+    peaks: Sequence[torch.Tensor] = ()
+    held: Sequence[torch.Tensor] = ()
+    scored: Sequence[ObservedLayer] = ()
+    known_images: int = 0
+    known_tokens: int = 0
+    early: EarlyRows | None = None
+
+    def observed(self, prompt: PromptShape) -> list[ObservedLayer]:
+        """The layers as a policy sees them: the prompt's tokens alone."""
+        if self.scored:
+            return list(self.scored)
+        seen, ahead = slice(prompt.num_tokens), self.ahead or [None] * len(self.keys)
+        return [
+            ObservedLayer(
+                prompt=prompt,
+                key=key[:, seen],
+                value=value[:, seen],
+                measured=measured,
+                survivors=self.survivors,
+                ahead=attention,
+            )
+            for key, value, measured, attention in zip(self.keys, self.values, self.measured, ahead, strict=True)
+        ]
+
+
+class PrefillEngine:
+    """Runs prompts one at a time: a CPU gains nothing from batching prefills, and nothing is padded.
+
+    Args:
+        vision_cache_bytes: Features of images that may be kept for later prompts, on the model's device.
+        prefix_cache_bytes: KV of prompts up to their last image that may be kept there, too.
+
+    Attributes:
+        prefixes: The latter.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, vision_cache_bytes: int = 0, prefix_cache_bytes: int = 0) -> None:
+        self._model = model
+        self._content = ContentKeys()
+        self.prefixes: ContentCache[Prefix] = ContentCache(prefix_cache_bytes)
+        self._vision = VisionEncoder(model, vision_cache_bytes)
+        # tells the rotary embedding in which precision and where to answer
+        self._fp32 = torch.empty(0, device=model.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._model.device
+
+    @property
+    def features(self) -> ContentCache[torch.Tensor]:
+        """Features of images that are kept."""
+        return self._vision.cache
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        prompt: Prompt,
+        statistics: Collection[Statistic[Any]],
+        cancelled: threading.Event,
+        sparse: SparsePrefill | None = None,
+        cascade: Cascade | None = None,
+        early: EarlyRows | None = None,
+    ) -> Prefilled:
+        """One pass.
+
+        Args:
+            prompt: One unpadded prompt.
+            statistics: What is measured in each layer; none at retention 1.
+            cancelled: Checked at the start, before every image and before every layer.
+            sparse: What a policy changes in the pass.
+            cascade: Begins the selection of the one policy that the pass is for; a fresh one, and not with `sparse`.
+            early: Takes what that cascade is certain to keep.
+
+        Raises:
+            RequestCancelledError: `cancelled` was set.
+        """
+        if cancelled.is_set():
+            # while it waited in the queue
+            raise RequestCancelledError("cancelled before it began")
+        started = time.monotonic()
+        model, rotation = self._model, self._rotation(prompt)
+        image_keys = self._image_keys(prompt)
+        name = self._prefix_key(prompt, image_keys) if sparse is None else None
+        known = self.prefixes.get(name) if name is not None else None
+        prefix = known if suffices(statistics, prompt.shape) else None
+        keeps = prefix_tokens(prompt.shape) if name is not None and known is None else 0
+        # sliding layers, too, keep every token until the selection
+        cache = PromptCache(cascade, prefix, kept_tokens=keeps, early=early)
+        observer = PrefillObserver(prompt.shape, statistics, cancelled, rotation)
+        if cascade is not None:
+            assert sparse is None, "a layer of a sparse pass has not all tokens"
+            observer = CascadeObserver(prompt.shape, statistics, cancelled, rotation, cache.passed)
+        if sparse is not None:
+            model = self._sparse_model
+            observer = SparseObserver(prompt.shape, statistics, cancelled, rotation, sparse)
+        first = cache.get_seq_length()
+        embeddings, known_images = self._embed(prompt, first, image_keys, cancelled)
+        output = model(
+            inputs_embeds=embeddings,
+            position_ids=prompt.position_ids[:, first:].to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            vlc=observer,
+        )
+        if name is not None and keeps:
+            self.prefixes.put(name, cache.begins)
+        return Prefilled(
+            logits=output.logits[0, -1].float(),
+            keys=cache.keys,
+            values=cache.values,
+            measured=observer.measured,
+            seconds=_stage_seconds(started, observer),
+            peak_kv_bytes=cache.peak_bytes,
+            survivors=observer.survivors,
+            held=cache.held,
+            scored=cascade.layers if cascade else (),
+            known_images=known_images,
+            known_tokens=first,
+            early=early,
+        )
+
+    def look_ahead(self, prefilled: Prefilled, token: int, position: int, steps: int, draw: Draw) -> Prefilled:
+        """Decodes the answer's first tokens over the full KV of a pass, which stays as it is.
+
+        Args:
+            prefilled: A pass whose tokens all reached the last layer.
+            token: The first of them, at `position`.
+            steps: Tokens that are fed at most.
+
+        Returns:
+            The pass with the KV of what was fed, and what it attended to.
+        """
+        assert prefilled.survivors is None, "a sparse pass has no full KV"
+        ahead = LookAhead(self._model, prefilled.keys, prefilled.values, steps)
+        ahead.run(token, position, steps, draw)
+        return replace(prefilled, keys=ahead.keys(), values=ahead.values(), ahead=ahead.attention, peaks=ahead.peaks)
+
+    def _image_keys(self, prompt: Prompt) -> list[bytes]:
+        """Names of the prompt's images; none where nothing is kept."""
+        if not (self.features.on or self.prefixes.on):
+            return []
+        return [self._content.of_image(prompt.tenant, image) for image in prompt.images]
+
+    def _prefix_key(self, prompt: Prompt, image_keys: Sequence[bytes]) -> bytes | None:
+        """The name of the prompt's beginning; None where it is not worth keeping, or nothing is kept."""
+        tokens = prefix_tokens(prompt.shape)
+        if not (self.prefixes.on and tokens and image_keys):
+            return None
+        return self._content.of_prefix(prompt.tenant, prompt.inputs["input_ids"][0, :tokens], image_keys)
+
+    def _embed(
+        self, prompt: Prompt, first: int, image_keys: Sequence[bytes], cancelled: threading.Event
+    ) -> tuple[torch.Tensor, int]:
+        """The embeddings of the tokens from `first` on, and how many images the vision tower was spared."""
+        if first:
+            return self._vision.embed_text(prompt.inputs["input_ids"][:, first:]), len(image_keys)
+        return self._vision.embed(prompt, image_keys, cancelled)
+
+    @cached_property
+    def _sparse_model(self) -> PreTrainedModel:
+        return with_own_layers(self._model)
+
+    def _rotation(self, prompt: Prompt) -> Rotation:
+        positions = prompt.position_ids[0].to(self._model.device)
+        return Rotation(angles=self._angles, positions=positions, next_position=prompt.next_position)
+
+    def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self._model.get_decoder().rotary_emb(self._fp32, positions[None])
+        return cos[0], sin[0]
+
+
+def _stage_seconds(started: float, observer: PrefillObserver) -> dict[str, float]:
+    now = time.monotonic()
+    first_layer = observer.first_layer_at or now
+    cascade = {"cascade": observer.seconds_after} if isinstance(observer, CascadeObserver) else {}
+    return {
+        "vision_encode": first_layer - started,
+        "prefill": now - first_layer - observer.seconds - sum(cascade.values()),
+        "statistics": observer.seconds,
+        **cascade,
+    }
