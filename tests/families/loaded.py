@@ -36,8 +36,9 @@ class Loaded:
             {"role": "user", "content": parts},
         ]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = self.processor(text=text, images=list(images) or None, add_special_tokens=False, return_tensors="pt")
-        return dict(inputs)
+        # one list per conversation: some families show several images of one in less detail
+        shown = [list(images)] if images else None
+        return dict(self.processor(text=[text], images=shown, add_special_tokens=False, return_tensors="pt"))
 
     def features(self, inputs: dict[str, Any]) -> torch.Tensor:
         """What the language model reads of the images, [num_visual_tokens, hidden]."""
