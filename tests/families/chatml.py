@@ -1,0 +1,20 @@
+"""The chat format that several families share."""
+
+from __future__ import annotations
+
+START, END = "<|im_start|>", "<|im_end|>"
+
+
+def chatml(image: str) -> str:
+    """A Jinja template of `<|im_start|>role`, content and `<|im_end|>`, with `image` for every image."""
+    return (
+        "{%- for message in messages -%}"
+        "{{- '<|im_start|>' ~ message.role ~ '\\n' -}}"
+        "{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
+        "{%- for part in message.content -%}"
+        "{{- '" + image.replace("\n", "\\n") + "' if part.type == 'image' else part.text -}}"
+        "{%- endfor -%}{%- endif -%}"
+        "{{- '<|im_end|>\\n' -}}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    )

@@ -1,0 +1,21 @@
+"""Checkpoints are made once per session; pytest runs all tests of a family before the next one's."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.families.catalogue import FAMILIES
+from tests.families.family import Family
+from tests.families.loaded import Loaded, load
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="session")
+def loaded(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    folder = tmp_path_factory.mktemp(family.name)
+    family.save(folder)
+    return load(folder)
