@@ -11,7 +11,7 @@ from tests.chaos.crowd import Answer, Crowd, Question, ask, check_same
 from tests.chaos.failovers import failovers
 from tests.integration.running_stack import RunningStack
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_sigterm_of_a_decode_worker_moves_its_sequences(
@@ -55,7 +55,6 @@ def test_sigterm_of_the_router_lets_its_requests_finish(
     asyncio.run(main())
 
 
-@pytest.mark.timeout(240)
 def test_a_rolling_restart_under_load_loses_nothing(
     stack: RunningStack, questions: list[Question], undisturbed: list[Answer]
 ) -> None:
