@@ -49,7 +49,7 @@ serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C dr
 
 # one thread each: processes whose threads outnumber the cores wait for each other
 test: setup ## the test suite, in JOBS processes (TESTS=folder or file: a part of it)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: setup ## style, import contracts
 	$(BIN)/ruff check .

@@ -49,7 +49,7 @@ def stack(running: RunningStack, capsys: pytest.CaptureFixture[str]) -> Iterator
     """Two workers of each role. Whatever died is started again; then nothing may be left of the test."""
     sessions = {running.child(name).pid for name in ("router", *WORKERS)}
     yield running
-    dead = [name for name in ("router", *WORKERS) if not is_alive(running.child(name).pid)]
+    dead = [name for name in ("router", *WORKERS) if name in running.killed or not is_alive(running.child(name).pid)]
     running.restart(*dead)
     alive = {running.child(name).pid for name in ("router", *WORKERS)}
     running.wait_idle(PATIENCE_S)

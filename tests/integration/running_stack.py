@@ -29,6 +29,8 @@ class RunningStack:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._config = config
+        self.killed: set[str] = set()
+        """Names of processes that are dead, or dying still."""
 
     def __enter__(self) -> RunningStack:
         self._thread.start()
@@ -74,9 +76,13 @@ class RunningStack:
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Sends a signal to one process; its own children have to notice by themselves."""
         os.kill(self.child(name).pid, number)
+        if number == signal.SIGKILL:
+            self.killed.add(name)
 
     def restart(self, *names: str) -> list[int]:
         """Starts processes again where they listened before; those that still run drain first. Their exit codes."""
+
+        self.killed.difference_update(names)
 
         async def all_of_them() -> list[int]:
             return await asyncio.gather(*(self._stack.restart(name) for name in names))

@@ -14,7 +14,7 @@ from benchmarks.early_shipping import __main__ as early_shipping
 from benchmarks.early_shipping.__main__ import EarlyShippingConfig, measure
 from benchmarks.early_shipping.certain import certain_shares
 from benchmarks.early_shipping.slow_link import SlowLink
-from prefill_worker import early_rows
+from prefill_worker.parcel import early_rows
 from shared.request.params import Budget
 from tests.unit.benchmarks.tiny_models import FLAGS, SIZES
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,9 @@ async def _serve(stack: contextlib.AsyncExitStack, worker: Any) -> tuple[RpcServ
     return server, await stack.enter_async_context(grpc.aio.insecure_channel(server.address))
 
 
-def run(loaded: LoadedModel, sockets: Path, body: Callable[[Host], Awaitable[None]], **settings: Any) -> None:
-    config = CombinedConfig(model="tiny", arena_mib=1, kv_memory_mib=1, socket_dir=sockets, **settings)
-
-    async def main() -> None:
+def run(loaded: LoadedModel, body: Callable[[Host], Awaitable[None]], **settings: Any) -> None:
+    async def main(sockets: Path) -> None:
+        config = CombinedConfig(model="tiny", arena_mib=1, kv_memory_mib=1, socket_dir=sockets, **settings)
         async with contextlib.AsyncExitStack() as stack:
             prefill, decode = build_workers(config, loaded)
             elsewhere = DecodeConfig(model="tiny", kv_memory_mib=1)
@@ -128,7 +128,9 @@ def run(loaded: LoadedModel, sockets: Path, body: Callable[[Host], Awaitable[Non
             for each in served:
                 await each.nothing_is_held()
 
-    asyncio.run(main())
+    # pytest's own folders may be too deep for a socket
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(main(Path(directory)))
 
 
 def test_both_go_on_with_the_same_tokens(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_both_go_on_with_the_same_tokens(loaded: LoadedModel, tmp_path: Path) ->
             assert await host.tokens(served, ticket) == expected
         await host.release(parcel)
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
 def test_a_hand_over_to_a_reservation_that_has_ended_leaves_the_parcel(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_a_hand_over_to_a_reservation_that_has_ended_leaves_the_parcel(loaded: L
         assert await host.tokens(host.own, again) == await host.tokens(host.own, first)
         await host.release(parcel)
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
 AHEAD = struct_pb2.Struct()
@@ -181,7 +183,7 @@ def test_a_parcel_never_runs_ahead_of_the_promise(
         assert len(await host.tokens(host.own, ticket)) == MAX_NEW_TOKENS - ahead
         await host.release(secret_in(events))
 
-    run(loaded, tmp_path, body, promised_tokens=promised_tokens)
+    run(loaded, body, promised_tokens=promised_tokens)
 
 
 def test_a_ticket_that_says_nothing_of_its_promise_may_be_refused(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -192,4 +194,4 @@ def test_a_ticket_that_says_nothing_of_its_promise_may_be_refused(loaded: Loaded
         assert (error.reason, error.stage) == ("AHEAD_OF_PROMISE", "transfer")
         await host.own.decode.Release(decode_pb2.ReleaseRequest(token=ticket.token))
 
-    run(loaded, tmp_path, body, promised_tokens=6)
+    run(loaded, body, promised_tokens=6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -143,11 +144,11 @@ async def failure(call: Awaitable[Any]) -> ServiceError:
     raise AssertionError("the call succeeded")
 
 
-def run(loaded: LoadedModel, directory: Path, body: Callable[[Stack], Awaitable[None]], **settings: Any) -> None:
+def run(loaded: LoadedModel, body: Callable[[Stack], Awaitable[None]], **settings: Any) -> None:
     """Runs a test against a fresh worker named p."""
 
-    async def main() -> None:
-        values = {"arena_mib": 1, "socket_dir": directory / "arenas", "max_images": 2, "preprocess_processes": 1}
+    async def main(sockets: Path) -> None:
+        values = {"arena_mib": 1, "socket_dir": sockets, "max_images": 2, "preprocess_processes": 1}
         worker = PrefillWorker(PrefillConfig(model="tiny", **(values | settings)), loaded)
         server = await RpcServer.start(name="p", host="127.0.0.1", port=0, register=worker.register, services=[])
         async with contextlib.AsyncExitStack() as servers:
@@ -163,4 +164,6 @@ def run(loaded: LoadedModel, directory: Path, body: Callable[[Stack], Awaitable[
                 await server.stop(0)
                 await worker.close()
 
-    asyncio.run(main())
+    # pytest's own folders may be too deep for a socket
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(main(Path(directory)))

@@ -13,7 +13,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefill_worker import early_rows
 from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policy import Policy
@@ -21,6 +20,7 @@ from prefill_worker.compression.registry import POLICIES, build_policy
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.job import Event, PrefillJob
+from prefill_worker.parcel import early_rows
 from prefill_worker.parcel.early_rows import Early
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import RequestCancelledError

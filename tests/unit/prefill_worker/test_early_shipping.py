@@ -14,7 +14,6 @@ import torch
 
 from decode_worker.config import DecodeConfig
 from decode_worker.worker import LoadedModel, load_model
-from prefill_worker import early_rows
 from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.registry import build_policy
@@ -22,6 +21,7 @@ from prefill_worker.compute import PrefillCompute
 from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.job import Compressed, Event, FirstToken, PrefillJob, Retained, Transferred
 from prefill_worker.kv_sender import KVSender, Ticket
+from prefill_worker.parcel import early_rows
 from prefill_worker.parcel.early_rows import EarlyRows
 from prefill_worker.parcel.retained import RetainedParcels
 from prefill_worker.parcel.store import ParcelStore

@@ -93,9 +93,7 @@ def same_but_for_the_attempt(sink: Sink, *attempts: int) -> None:
 
 
 @pytest.mark.parametrize("first", ["grpc", "memory"])
-def test_the_same_parcel_goes_out_over_any_transport_as_often_as_asked(
-    loaded: LoadedModel, tmp_path: Path, first: str
-) -> None:
+def test_the_same_parcel_goes_out_over_any_transport_as_often_as_asked(loaded: LoadedModel, first: str) -> None:
     async def body(stack: Stack) -> None:
         request = stack.request(*PARTS, ticket=stack.ticket(stack.sink, transport=first))
         parcel = retained_in(await stack.prefill(request))
@@ -108,10 +106,10 @@ def test_the_same_parcel_goes_out_over_any_transport_as_often_as_asked(
         await stack.release(parcel)
         stack.nothing_is_held()
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
-def test_several_get_it_at_the_same_time(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_several_get_it_at_the_same_time(loaded: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
         sinks = [await stack.decode_worker() for _ in range(3)]
         for sink in sinks:
@@ -128,12 +126,12 @@ def test_several_get_it_at_the_same_time(loaded: LoadedModel, tmp_path: Path) ->
         assert {sink.parcels[0][2] for sink in sinks} == {stack.sink.parcels[0][2]}
         stack.nothing_is_held()
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
 @pytest.mark.parametrize("how", ["killed", "released"])
 def test_a_decode_worker_that_is_lost_during_the_pass_does_not_end_it(
-    loaded: LoadedModel, tmp_path: Path, gate: Gate, how: str
+    loaded: LoadedModel, gate: Gate, how: str
 ) -> None:
     async def body(stack: Stack) -> None:
         request = stack.request(*PARTS, ticket=stack.ticket(stack.sink, decode_worker="d7", lease_s=1.2))
@@ -158,12 +156,12 @@ def test_a_decode_worker_that_is_lost_during_the_pass_does_not_end_it(
         await stack.release(followed.parcel)
         stack.nothing_is_held()
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
 @pytest.mark.parametrize("transport", ["grpc", "memory"])
 def test_a_decode_worker_that_is_lost_during_the_transfer_leaves_the_parcel(
-    loaded: LoadedModel, tmp_path: Path, transport: str
+    loaded: LoadedModel, transport: str
 ) -> None:
     async def body(stack: Stack) -> None:
         stack.sink.taking.clear()
@@ -178,10 +176,10 @@ def test_a_decode_worker_that_is_lost_during_the_transfer_leaves_the_parcel(
         await stack.release(followed.parcel)
         stack.nothing_is_held()
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
-def test_a_lost_decode_worker_can_be_told_from_the_prefill_worker(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_lost_decode_worker_can_be_told_from_the_prefill_worker(loaded: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
         error = await failure(stack.prefill(stack.request("hi " * 600)))
         assert (error.stage, error.worker) == ("preprocess", "p")
@@ -189,10 +187,10 @@ def test_a_lost_decode_worker_can_be_told_from_the_prefill_worker(loaded: Loaded
         error = await failure(stack.prefill(stack.request("hi")))
         assert (error.stage, error.worker) == ("transfer", "d")
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
-def test_a_parcel_that_was_damaged_is_sent_once_more(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_parcel_that_was_damaged_is_sent_once_more(loaded: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
         stack.sink.refusals = [DataLossError("broken", reason="CHUNK_CHECKSUM")]
         events = await stack.prefill(stack.request(*PARTS))
@@ -205,13 +203,11 @@ def test_a_parcel_that_was_damaged_is_sent_once_more(loaded: LoadedModel, tmp_pa
         counted = {reason: metrics.labelled(metrics.resends, reason=reason) for reason in ("data_loss", "failover")}
         assert {reason: metric._value.get() for reason, metric in counted.items()} == {"data_loss": 2, "failover": 1}
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
 @pytest.mark.parametrize("where", ["pass", "transfer"])
-def test_a_client_that_leaves_takes_everything_along(
-    loaded: LoadedModel, tmp_path: Path, gate: Gate, where: str
-) -> None:
+def test_a_client_that_leaves_takes_everything_along(loaded: LoadedModel, gate: Gate, where: str) -> None:
     async def body(stack: Stack) -> None:
         stack.sink.taking.clear()
         if where == "transfer":
@@ -231,10 +227,10 @@ def test_a_client_that_leaves_takes_everything_along(
         await until(lambda: not stack.worker.runner._jobs)
         stack.nothing_is_held()
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
-def test_a_resend_that_is_cancelled_reaches_the_decode_worker(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_resend_that_is_cancelled_reaches_the_decode_worker(loaded: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
         parcel = retained_in(await stack.prefill(stack.request(*PARTS)))
         stack.sink.taking.clear()
@@ -247,10 +243,10 @@ def test_a_resend_that_is_cancelled_reaches_the_decode_worker(loaded: LoadedMode
         await stack.release(parcel)
         stack.nothing_is_held()
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
-def test_a_resend_keeps_its_reservation_alive(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_resend_keeps_its_reservation_alive(loaded: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
         parcel = retained_in(await stack.prefill(stack.request(*PARTS)))
         other = await stack.decode_worker()
@@ -260,25 +256,23 @@ def test_a_resend_keeps_its_reservation_alive(loaded: LoadedModel, tmp_path: Pat
         other.taking.set()
         await resend
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
 BAD_TICKETS = [({"lease_s": 0}, "INVALID_ARGUMENT"), ({"transport": "pigeon"}, "FAILED_PRECONDITION")]
 
 
 @pytest.mark.parametrize(("ticket", "code"), BAD_TICKETS)
-def test_a_bad_ticket_is_refused_and_the_parcel_stays(
-    loaded: LoadedModel, tmp_path: Path, ticket: dict[str, Any], code: str
-) -> None:
+def test_a_bad_ticket_is_refused_and_the_parcel_stays(loaded: LoadedModel, ticket: dict[str, Any], code: str) -> None:
     async def body(stack: Stack) -> None:
         parcel = retained_in(await stack.prefill(stack.request(*PARTS)))
         assert (await failure(stack.resend(parcel, stack.sink, **ticket))).code == code
         assert await stack.gone(parcel) == []
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
-def test_what_is_gone_is_said(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_what_is_gone_is_said(loaded: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
         parcel = retained_in(await stack.prefill(stack.request(*PARTS)))
         assert await stack.gone(b"never", parcel, b"") == [b"never", b""]
@@ -288,12 +282,10 @@ def test_what_is_gone_is_said(loaded: LoadedModel, tmp_path: Path) -> None:
         assert (error.code, error.reason, error.worker) == ("NOT_FOUND", "NO_PARCEL", "p")
         stack.nothing_is_held()
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
-def test_a_parcel_lives_while_it_is_renewed(
-    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_parcel_lives_while_it_is_renewed(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prefill_worker.worker.EXPIRY_PERIOD_S", 0.02)
 
     async def body(stack: Stack) -> None:
@@ -310,10 +302,10 @@ def test_a_parcel_lives_while_it_is_renewed(
         metrics = stack.worker.metrics
         assert metrics.labelled(metrics.lease_expired, side="prefill")._value.get() == 1
 
-    run(loaded, tmp_path, body, parcel_lease_s=12.5)
+    run(loaded, body, parcel_lease_s=12.5)
 
 
-def test_bytes_are_shown_by_state(loaded: LoadedModel, tmp_path: Path, gate: Gate) -> None:
+def test_bytes_are_shown_by_state(loaded: LoadedModel, gate: Gate) -> None:
     async def body(stack: Stack) -> None:
         def shown() -> dict[str, float]:
             labels = {"role": "prefill", "worker": stack.worker.name, "model": loaded.identity.name}
@@ -334,20 +326,20 @@ def test_bytes_are_shown_by_state(loaded: LoadedModel, tmp_path: Path, gate: Gat
         await stack.release(parcel)
         assert shown() == {"filling": 0, "retained": 0}
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
-def test_a_worker_that_retains_nothing_says_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_worker_that_retains_nothing_says_nothing(loaded: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
         events = await stack.prefill(stack.request(*PARTS))
         assert [event.WhichOneof("event") for event in events] == ["first_token", "compression", "transfer"]
         await until(lambda: not stack.worker.runner._jobs)
         stack.nothing_is_held()
 
-    run(loaded, tmp_path, body, retained_mib=0)
+    run(loaded, body, retained_mib=0)
 
 
-def test_a_draining_worker_still_resends(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_draining_worker_still_resends(loaded: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
         parcel = retained_in(await stack.prefill(stack.request(*PARTS)))
         stack.worker.servicer.start_draining()
@@ -357,7 +349,7 @@ def test_a_draining_worker_still_resends(loaded: LoadedModel, tmp_path: Path) ->
         stack.nothing_is_held()
         assert await stack.gone(parcel) == [parcel]
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
 def sampled(**sampling: Any) -> public.SamplingParams:
@@ -366,7 +358,7 @@ def sampled(**sampling: Any) -> public.SamplingParams:
 
 @pytest.mark.parametrize("sampling", [sampled(), sampled(temperature=1.5, seed=11)])
 def test_a_new_pass_that_knows_the_answer_makes_the_same_parcel(
-    loaded: LoadedModel, tmp_path: Path, sampling: public.SamplingParams
+    loaded: LoadedModel, sampling: public.SamplingParams
 ) -> None:
     async def body(stack: Stack) -> None:
         request = stack.request(*PARTS)
@@ -379,21 +371,21 @@ def test_a_new_pass_that_knows_the_answer_makes_the_same_parcel(
         assert [event for event in after if event.WhichOneof("event") in ("first_token", "compression")] == before[:2]
         same_but_for_the_attempt(stack.sink, 1, 2)
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
 @pytest.mark.parametrize("delivered", [[1 << 20], [5] * 8, [5] * 9])
-def test_what_cannot_have_been_delivered_is_refused(loaded: LoadedModel, tmp_path: Path, delivered: list[int]) -> None:
+def test_what_cannot_have_been_delivered_is_refused(loaded: LoadedModel, delivered: list[int]) -> None:
     async def body(stack: Stack) -> None:
         error = await failure(stack.prefill(stack.request("hi", delivered=delivered)))
         assert (error.code, error.reason) == ("INVALID_ARGUMENT", "DELIVERED")
         stack.nothing_is_held()
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
 @pytest.mark.parametrize("rpc", ["prefill", "resend"])
-def test_a_drain_ends_what_is_late_with_an_answer(loaded: LoadedModel, tmp_path: Path, rpc: str) -> None:
+def test_a_drain_ends_what_is_late_with_an_answer(loaded: LoadedModel, rpc: str) -> None:
     async def body(stack: Stack) -> None:
         parcel = retained_in(await stack.prefill(stack.request(*PARTS)))
         stack.sink.taking.clear()
@@ -405,4 +397,4 @@ def test_a_drain_ends_what_is_late_with_an_answer(loaded: LoadedModel, tmp_path:
         stack.nothing_is_held()
         assert (await late).reason == "DRAINING"
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)

@@ -31,7 +31,7 @@ def keeping(checkpoint: Path) -> LoadedModel:
     return load_model(PrefillConfig(model=str(checkpoint), dtype="fp32", prefix_cache_mib=4))
 
 
-def test_each_tenant_is_spared_its_own_images_alone(keeping: LoadedModel, tmp_path: Path) -> None:
+def test_each_tenant_is_spared_its_own_images_alone(keeping: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
         for tenant, question in (("a", QUESTION), ("a", "Is there a red one? Say yes or no."), ("b", QUESTION)):
             await stack.prefill(stack.request(PICTURE, question, tenant=tenant))
@@ -42,10 +42,10 @@ def test_each_tenant_is_spared_its_own_images_alone(keeping: LoadedModel, tmp_pa
         await stack.prefill(stack.request("No picture.", tenant="a"))
         assert hits_and_misses(stack, "prefix") == (1, 2)
 
-    run(keeping, tmp_path, body)
+    run(keeping, body)
 
 
-def test_by_default_features_are_kept_and_prefixes_are_not(checkpoint: Path, tmp_path: Path) -> None:
+def test_by_default_features_are_kept_and_prefixes_are_not(checkpoint: Path) -> None:
     loaded = load_model(PrefillConfig(model=str(checkpoint), dtype="fp32"))
 
     async def body(stack: Stack) -> None:
@@ -54,7 +54,7 @@ def test_by_default_features_are_kept_and_prefixes_are_not(checkpoint: Path, tmp
         assert hits_and_misses(stack, "vision") == (1, 1)
         assert hits_and_misses(stack, "prefix") == (0, 2)
 
-    run(loaded, tmp_path, body)
+    run(loaded, body)
 
 
 @pytest.mark.parametrize(
