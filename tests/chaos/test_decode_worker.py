@@ -12,7 +12,7 @@ from tests.chaos.crowd import Answer, Crowd, Question, check_same
 from tests.chaos.failovers import failovers
 from tests.integration.running_stack import RunningStack
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 
 def test_decode_worker_dies_and_its_streams_go_on_elsewhere(

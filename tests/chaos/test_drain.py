@@ -11,7 +11,7 @@ from tests.chaos.crowd import Answer, Crowd, Question, ask, check_same
 from tests.chaos.failovers import failovers
 from tests.integration.running_stack import RunningStack
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 
 def test_sigterm_of_a_decode_worker_moves_its_sequences(

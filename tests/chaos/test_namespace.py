@@ -12,7 +12,7 @@ import pytest
 
 from deploy.local.processes import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 # Packets that come faster than this and find 32 KB waiting are dropped.
 LIMITED = "ip link set lo mtu 1500 up && tc qdisc add dev lo root tbf rate 40mbit burst 16kb limit 32kb"

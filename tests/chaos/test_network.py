@@ -18,7 +18,7 @@ from tests.integration.conftest import stack_config
 from tests.integration.redis_server import RedisServer
 from tests.integration.running_stack import RunningStack
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

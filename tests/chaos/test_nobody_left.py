@@ -11,7 +11,7 @@ import vlcache
 from tests.chaos.crowd import Answer, Crowd, Question, ask, check_same
 from tests.integration.running_stack import RunningStack
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 AT_ONCE_S = 10.0
 ONCE = vlcache.RetryPolicy(max_attempts=1)

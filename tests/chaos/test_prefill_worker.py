@@ -13,7 +13,7 @@ from tests.chaos.crowd import Answer, Crowd, Question, check_same
 from tests.chaos.failovers import failovers
 from tests.integration.running_stack import RunningStack
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 DECODE_WORKERS = ("decode-0", "decode-1")
 

@@ -11,7 +11,7 @@ from models.shapes_vlm.questions import draw_samples
 from tests.chaos.crowd import TIMEOUT, Answer, Crowd, Question, ask, check_same
 from tests.integration.running_stack import RunningStack
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 REJECTED = "vlcache_reservation_rejected_total{"
 # Of 256 MiB such an answer is promised 31, and most end after a few tokens.

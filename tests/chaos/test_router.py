@@ -15,7 +15,7 @@ from router.router import Router
 from tests.chaos.crowd import TIMEOUT, Answer, Question, check_same
 from tests.integration.running_stack import RunningStack
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 REQUEST_ID = "asked-twice"
 
