@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import grpc
+from vlcache.worker.v1 import decode_pb2 as pb
 
 from decode_worker.config import DecodeConfig
 from decode_worker.engine import DecodeEngine, EagerEngine
@@ -15,6 +19,7 @@ from decode_worker.worker import LoadedModel
 from shared.kernels.dispatch import kernels_for
 from shared.kv.manifest import Manifest, TransferId
 from shared.request.params import Sampling
+from shared.rpc.status import from_rpc_error
 from tests.unit.decode_worker.parcels import manifest_of
 from tests.unit.decode_worker.pools import CPU, block_pool, poison
 from tests.unit.decode_worker.sequences import LAYOUT, advance, pooled, sequence, some
@@ -117,7 +122,8 @@ async def go_on(
         announced: Delivered tokens that the reservation speaks of; without it those that there are.
     """
     name, how = str(handle), how or sampling()
-    promise = await served.reserve(
+    promise = await reserve(
+        served,
         request_id=name,
         attempt=2,
         max_new_tokens=how.max_new_tokens,
@@ -130,6 +136,17 @@ async def go_on(
     if not early:
         await stream.attach(handle, promise.token, delivered)
     return promise.token
+
+
+async def reserve(served: Served, **changes: Any) -> pb.ReserveResponse:
+    """Asks again while sequences that have outgrown their room are waiting for theirs."""
+    while True:
+        try:
+            return await served.reserve(**changes)
+        except grpc.aio.AioRpcError as error:
+            if from_rpc_error(error).reason != "KV_FULL":
+                raise
+            await asyncio.sleep(0.01)
 
 
 async def uninterrupted(
