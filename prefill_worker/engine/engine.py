@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,10 +18,10 @@ from prefill_worker.compression.rotation import Rotation
 from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.compression.statistics import ObservedLayer, Statistic
 from prefill_worker.engine.content_cache import ContentCache
-from prefill_worker.engine.content_key import ContentKeys
 from prefill_worker.engine.look_ahead import Draw, LookAhead
+from prefill_worker.engine.memory import Memory
 from prefill_worker.engine.observer import CascadeObserver, PrefillObserver
-from prefill_worker.engine.prefix import Prefix, prefix_tokens, suffices
+from prefill_worker.engine.prefix import Prefix
 from prefill_worker.engine.prompt_cache import PromptCache
 from prefill_worker.engine.sparse_pass import SparseObserver, with_own_layers
 from prefill_worker.engine.vision import VisionEncoder
@@ -99,9 +99,9 @@ class PrefillEngine:
 
     def __init__(self, model: PreTrainedModel, *, vision_cache_bytes: int = 0, prefix_cache_bytes: int = 0) -> None:
         self._model = model
-        self._content = ContentKeys()
         self.prefixes: ContentCache[Prefix] = ContentCache(prefix_cache_bytes)
         self._vision = VisionEncoder(model, vision_cache_bytes)
+        self._memory = Memory(self.features, self.prefixes)
         # tells the rotary embedding in which precision and where to answer
         self._fp32 = torch.empty(0, device=model.device)
 
@@ -142,35 +142,16 @@ class PrefillEngine:
             # while it waited in the queue
             raise RequestCancelledError("cancelled before it began")
         started = time.monotonic()
-        model, rotation = self._model, self._rotation(prompt)
-        image_keys = self._image_keys(prompt)
-        name = self._prefix_key(prompt, image_keys) if sparse is None else None
-        known = self.prefixes.get(name) if name is not None else None
-        prefix = known if suffices(statistics, prompt.shape) else None
-        keeps = prefix_tokens(prompt.shape) if name is not None and known is None else 0
+        recalled = self._memory.recall(prompt, statistics, sparse=sparse is not None)
         # sliding layers, too, keep every token until the selection
-        cache = PromptCache(cascade, prefix, kept_tokens=keeps, early=early)
-        observer = PrefillObserver(prompt.shape, statistics, cancelled, rotation)
-        if cascade is not None:
-            assert sparse is None, "a layer of a sparse pass has not all tokens"
-            observer = CascadeObserver(prompt.shape, statistics, cancelled, rotation, cache.passed)
-        if sparse is not None:
-            model = self._sparse_model
-            observer = SparseObserver(prompt.shape, statistics, cancelled, rotation, sparse)
-        first = cache.get_seq_length()
-        embeddings, known_images = self._embed(prompt, first, image_keys, cancelled)
-        output = model(
-            inputs_embeds=embeddings,
-            position_ids=prompt.position_ids[:, first:].to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            vlc=observer,
-        )
-        if name is not None and keeps:
-            self.prefixes.put(name, cache.begins)
+        cache = PromptCache(cascade, recalled.prefix, kept_tokens=recalled.kept_tokens, early=early)
+        observer = self._observer(prompt, statistics, cancelled, sparse, cache.passed if cascade else None)
+        embeddings, known_images = self._embed(prompt, cache.get_seq_length(), recalled.image_keys, cancelled)
+        model = self._model if sparse is None else self._sparse_model
+        logits = self._pass(model, prompt, embeddings, cache, observer)
+        self._memory.keep(recalled, cache.begins)
         return Prefilled(
-            logits=output.logits[0, -1].float(),
+            logits=logits,
             keys=cache.keys,
             values=cache.values,
             measured=observer.measured,
@@ -180,7 +161,7 @@ class PrefillEngine:
             held=cache.held,
             scored=cascade.layers if cascade else (),
             known_images=known_images,
-            known_tokens=first,
+            known_tokens=cache.get_seq_length(),
             early=early,
         )
 
@@ -200,18 +181,41 @@ class PrefillEngine:
         ahead.run(token, position, steps, draw)
         return replace(prefilled, keys=ahead.keys(), values=ahead.values(), ahead=ahead.attention, peaks=ahead.peaks)
 
-    def _image_keys(self, prompt: Prompt) -> list[bytes]:
-        """Names of the prompt's images; none where nothing is kept."""
-        if not (self.features.on or self.prefixes.on):
-            return []
-        return [self._content.of_image(prompt.tenant, image) for image in prompt.images]
+    def _observer(
+        self,
+        prompt: Prompt,
+        statistics: Collection[Statistic[Any]],
+        cancelled: threading.Event,
+        sparse: SparsePrefill | None,
+        passed: Callable[[ObservedLayer], None] | None,
+    ) -> PrefillObserver:
+        """What attends in the pass and measures it; `passed` takes each layer of a cascade."""
+        rotation = self._rotation(prompt)
+        if sparse is not None:
+            assert passed is None, "a layer of a sparse pass has not all tokens"
+            return SparseObserver(prompt.shape, statistics, cancelled, rotation, sparse)
+        if passed is not None:
+            return CascadeObserver(prompt.shape, statistics, cancelled, rotation, passed)
+        return PrefillObserver(prompt.shape, statistics, cancelled, rotation)
 
-    def _prefix_key(self, prompt: Prompt, image_keys: Sequence[bytes]) -> bytes | None:
-        """The name of the prompt's beginning; None where it is not worth keeping, or nothing is kept."""
-        tokens = prefix_tokens(prompt.shape)
-        if not (self.prefixes.on and tokens and image_keys):
-            return None
-        return self._content.of_prefix(prompt.tenant, prompt.inputs["input_ids"][0, :tokens], image_keys)
+    def _pass(
+        self,
+        model: PreTrainedModel,
+        prompt: Prompt,
+        embeddings: torch.Tensor,
+        cache: PromptCache,
+        observer: PrefillObserver,
+    ) -> torch.Tensor:
+        """The logits [vocab] fp32 behind the prompt; only what the cache does not begin with passes."""
+        output = model(
+            inputs_embeds=embeddings,
+            position_ids=prompt.position_ids[:, cache.get_seq_length() :].to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            vlc=observer,
+        )
+        return output.logits[0, -1].float()
 
     def _embed(
         self, prompt: Prompt, first: int, image_keys: Sequence[bytes], cancelled: threading.Event
