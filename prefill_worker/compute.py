@@ -318,4 +318,4 @@ def _steps_ahead(job: PrefillJob, prompt: Prompt, prefilled: Prefilled) -> int:
 
 def _complete(draft: Manifest, written: WrittenBody) -> Manifest:
     written.arrival()
-    return replace(draft, digest=body_digest(written.body))
+    return replace(draft, digest=body_digest(written.body, draft.seen_tokens))

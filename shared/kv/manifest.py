@@ -59,6 +59,9 @@ class Manifest:
     kept_tokens: tuple[bytes, ...] = ()
     """Which tokens the rows are: entries as in `num_kept`, each a bitmap over the `logical_length` tokens, the first in
     the lowest bit; empty unless the request wants it explained."""
+    seen_tokens: tuple[bytes, ...] = ()
+    """Which tokens the rows of layers with a window are: head after head of each such layer a bitmap over the last
+    tokens, those that the next one sees, the oldest in the lowest bit."""
 
     @property
     def kv_bytes(self) -> int:
@@ -94,6 +97,7 @@ class Manifest:
         _require(0 < len(self.generated) <= min(self.num_kept) + 1, "as many rows as tokens that were fed are needed")
         self._check_eviction()
         self._check_kept_tokens()
+        self._check_seen_tokens()
 
     def check_compatible(self, *, compatibility: str, layout: KVLayout) -> None:
         """Refuses a parcel of another model.
@@ -110,7 +114,7 @@ class Manifest:
         Raises:
             DataLossError: Bytes were lost or changed.
         """
-        if body_digest(body) != self.digest:
+        if body_digest(body, self.seen_tokens) != self.digest:
             raise DataLossError("the parcel's digest does not match its bytes", reason="PARCEL_DIGEST")
 
     @classmethod
@@ -145,6 +149,7 @@ class Manifest:
             encoding=Encoding.from_proto(message.encoding) if message.HasField("encoding") else None,
             eviction=_eviction(message),
             kept_tokens=tuple(message.kept_tokens),
+            seen_tokens=tuple(message.seen_tokens),
         )
         _require(message.score_bytes == manifest.score_bytes, "kept counts and scores disagree")
         manifest.check()
@@ -177,10 +182,12 @@ class Manifest:
             eviction=self.eviction.to_proto() if self.eviction else None,
             score_bytes=self.score_bytes,
             kept_tokens=self.kept_tokens,
+            seen_tokens=self.seen_tokens,
         )
 
     def _check_eviction(self) -> None:
         if self.eviction is not None:
+            _require(not self.layout.windows, "rows of a layer with a window must stay in order: nothing is evicted")
             # tables of the decode worker give every head as many places as the largest one needs
             _require(max(self.num_kept) * len(self.num_kept) <= MAX_TABLE_ROWS, "too many rows to evict from")
             try:
@@ -198,6 +205,17 @@ class Manifest:
             _require(bits.bit_length() <= self.logical_length, "a kept token is none of the prompt's")
             _require(bits.bit_count() == kept, "kept tokens and kept counts disagree")
 
+    def _check_seen_tokens(self) -> None:
+        layers, heads = self.layout.windowed_layers, self.layout.num_kv_heads
+        _require(len(self.seen_tokens) == len(layers) * heads, "one bitmap per windowed layer and KV head is needed")
+        for number, bitmap in enumerate(self.seen_tokens):
+            layer, head = layers[number // heads], number % heads
+            seen = min(self.layout.windows[layer] - 1, self.logical_length)
+            _require(len(bitmap) == -(-seen // 8), "a bitmap is as long as the window needs")
+            bits = int.from_bytes(bitmap, "little")
+            _require(bits.bit_length() <= seen, "a row is no token of the prompt's")
+            _require(bits.bit_count() == self.num_kept[layer * heads + head], "seen tokens and kept counts disagree")
+
 
 def check_format(version: int) -> None:
     """Refuses a parcel that is written otherwise.
@@ -209,9 +227,12 @@ def check_format(version: int) -> None:
         raise FailedPreconditionError(f"parcel format {version} is not {FORMAT_VERSION}", reason="PARCEL_FORMAT")
 
 
-def body_digest(body: memoryview) -> bytes:
-    """xxh3-128 of a parcel body: integrity against faults, not against an attacker."""
-    return xxhash.xxh3_128_digest(body)
+def body_digest(body: memoryview, seen_tokens: Sequence[bytes] = ()) -> bytes:
+    """xxh3-128 of a parcel body and of what says which rows are seen: integrity against faults, not attackers."""
+    digest = xxhash.xxh3_128(body)
+    for bitmap in seen_tokens:
+        digest.update(bitmap)
+    return digest.digest()
 
 
 def layer_tokens(num_kept: Sequence[int], layout: KVLayout) -> list[int]:
