@@ -94,7 +94,7 @@ class Manifest:
             self.encoding.check(self.layout, self.num_kept)
         _require(self.body_bytes == self.kv_bytes + self.score_bytes, "body size and kept counts disagree")
         _require(0 < self.next_position <= 2 * MAX_LOGICAL_LENGTH, "next position out of range")
-        _require(0 < len(self.generated) <= min(self.num_kept) + 1, "as many rows as tokens that were fed are needed")
+        self._check_generated()
         self._check_eviction()
         self._check_kept_tokens()
         self._check_seen_tokens()
@@ -184,6 +184,14 @@ class Manifest:
             kept_tokens=self.kept_tokens,
             seen_tokens=self.seen_tokens,
         )
+
+    def _check_generated(self) -> None:
+        _require(len(self.generated) > 0, "the answer's first token is missing")
+        fed, heads = len(self.generated) - 1, self.layout.num_kv_heads
+        for layer, window in enumerate(self.layout.windows or (0,) * self.layout.num_layers):
+            least = min(fed, window - 1) if window else fed
+            kept = self.num_kept[layer * heads : (layer + 1) * heads]
+            _require(min(kept) >= least, "as many rows as tokens that were fed are needed")
 
     def _check_eviction(self) -> None:
         if self.eviction is not None:
