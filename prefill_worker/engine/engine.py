@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from prefill_worker.compression.cascade import Cascade
 from prefill_worker.compression.prompt_shape import PromptShape
-from prefill_worker.compression.rotation import Rotation
 from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.compression.statistics import ObservedLayer, Statistic
 from prefill_worker.engine.content_cache import ContentCache
+from prefill_worker.engine.layer_kinds import VISUAL_TYPES, LayerKinds
 from prefill_worker.engine.look_ahead import Draw, LookAhead
 from prefill_worker.engine.memory import Memory
 from prefill_worker.engine.observer import CascadeObserver, PrefillObserver
@@ -27,7 +27,7 @@ from prefill_worker.engine.sparse_pass import SparseObserver, with_own_layers
 from prefill_worker.engine.vision import VisionEncoder
 from prefill_worker.parcel.early_rows import EarlyRows
 from prefill_worker.prompt import Prompt
-from shared.errors import RequestCancelledError
+from shared.errors import InvalidRequestError, RequestCancelledError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +102,7 @@ class PrefillEngine:
         self.prefixes: ContentCache[Prefix] = ContentCache(prefix_cache_bytes)
         self._vision = VisionEncoder(model, vision_cache_bytes)
         self._memory = Memory(self.features, self.prefixes)
-        # tells the rotary embedding in which precision and where to answer
-        self._fp32 = torch.empty(0, device=model.device)
+        self._kinds = LayerKinds(model)
 
     @property
     def device(self) -> torch.device:
@@ -137,18 +136,21 @@ class PrefillEngine:
 
         Raises:
             RequestCancelledError: `cancelled` was set.
+            InvalidRequestError: A sparse pass that the model does not allow.
         """
         if cancelled.is_set():
             # while it waited in the queue
             raise RequestCancelledError("cancelled before it began")
+        if sparse is not None:
+            self._check_sparse()
         started = time.monotonic()
         recalled = self._memory.recall(prompt, statistics, sparse=sparse is not None)
         # sliding layers, too, keep every token until the selection
         cache = PromptCache(cascade, recalled.prefix, kept_tokens=recalled.kept_tokens, early=early)
         observer = self._observer(prompt, statistics, cancelled, sparse, cache.passed if cascade else None)
-        embeddings, known_images = self._embed(prompt, cache.get_seq_length(), recalled.image_keys, cancelled)
+        inputs, known_images = self._read(prompt, cache.get_seq_length(), recalled.image_keys, cancelled)
         model = self._model if sparse is None else self._sparse_model
-        logits = self._pass(model, prompt, embeddings, cache, observer)
+        logits = self._pass(model, prompt, inputs, cache, observer)
         self._memory.keep(recalled, cache.begins)
         return Prefilled(
             logits=logits,
@@ -177,7 +179,7 @@ class PrefillEngine:
             The pass with the KV of what was fed, and what it attended to.
         """
         assert prefilled.survivors is None, "a sparse pass has no full KV"
-        ahead = LookAhead(self._model, prefilled.keys, prefilled.values, steps)
+        ahead = LookAhead(self._model, self._kinds.windows, prefilled.keys, prefilled.values, steps)
         ahead.run(token, position, steps, draw)
         return replace(prefilled, keys=ahead.keys(), values=ahead.values(), ahead=ahead.attention, peaks=ahead.peaks)
 
@@ -190,26 +192,29 @@ class PrefillEngine:
         passed: Callable[[ObservedLayer], None] | None,
     ) -> PrefillObserver:
         """What attends in the pass and measures it; `passed` takes each layer of a cascade."""
-        rotation = self._rotation(prompt)
+        rotations, causal = self._kinds.rotations(prompt), self._kinds.causal
         if sparse is not None:
             assert passed is None, "a layer of a sparse pass has not all tokens"
-            return SparseObserver(prompt.shape, statistics, cancelled, rotation, sparse)
+            return SparseObserver(prompt.shape, statistics, cancelled, rotations, sparse)
         if passed is not None:
-            return CascadeObserver(prompt.shape, statistics, cancelled, rotation, passed)
-        return PrefillObserver(prompt.shape, statistics, cancelled, rotation)
+            return CascadeObserver(prompt.shape, statistics, cancelled, rotations, passed, causal=causal)
+        return PrefillObserver(prompt.shape, statistics, cancelled, rotations, causal=causal)
 
     def _pass(
         self,
         model: PreTrainedModel,
         prompt: Prompt,
-        embeddings: torch.Tensor,
+        inputs: Mapping[str, Any],
         cache: PromptCache,
         observer: PrefillObserver,
     ) -> torch.Tensor:
         """The logits [vocab] fp32 behind the prompt; only what the cache does not begin with passes."""
+        passes = slice(cache.get_seq_length(), None)
+        if self._kinds.bidirectional:
+            inputs = {**inputs, VISUAL_TYPES: prompt.shape.visual[None, passes].to(self.device, torch.long)}
         output = model(
-            inputs_embeds=embeddings,
-            position_ids=prompt.position_ids[:, cache.get_seq_length() :].to(self.device),
+            **inputs,
+            position_ids=prompt.position_ids[..., passes].to(self.device),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -217,25 +222,26 @@ class PrefillEngine:
         )
         return output.logits[0, -1].float()
 
-    def _embed(
+    def _read(
         self, prompt: Prompt, first: int, image_keys: Sequence[bytes], cancelled: threading.Event
-    ) -> tuple[torch.Tensor, int]:
-        """The embeddings of the tokens from `first` on, and how many images the vision tower was spared."""
+    ) -> tuple[dict[str, Any], int]:
+        """The model's inputs from token `first` on, and how many images the vision tower was spared."""
         if first:
-            return self._vision.embed_text(prompt.inputs["input_ids"][:, first:]), len(image_keys)
-        return self._vision.embed(prompt, image_keys, cancelled)
+            return self._vision.read_text(prompt.inputs["input_ids"][:, first:]), len(image_keys)
+        return self._vision.read(prompt, image_keys, cancelled)
+
+    def _check_sparse(self) -> None:
+        why = None
+        if self._vision.deepstack:
+            why = "its deeper layers read of images, too, and expect every token of them"
+        elif not self._kinds.causal:
+            why = "not every token of it sees all before it and nothing else"
+        if why:
+            raise InvalidRequestError(f"the policy changes the pass, which this model does not allow: {why}")
 
     @cached_property
     def _sparse_model(self) -> PreTrainedModel:
         return with_own_layers(self._model)
-
-    def _rotation(self, prompt: Prompt) -> Rotation:
-        positions = prompt.position_ids[0].to(self._model.device)
-        return Rotation(angles=self._angles, positions=positions, next_position=prompt.next_position)
-
-    def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self._model.get_decoder().rotary_emb(self._fp32, positions[None])
-        return cos[0], sin[0]
 
 
 def _stage_seconds(started: float, observer: PrefillObserver) -> dict[str, float]:

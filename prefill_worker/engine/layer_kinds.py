@@ -45,9 +45,7 @@ class LayerKinds:
         """How each layer rotates the queries and keys of a prompt."""
         positions = prompt.rotary_positions.to(self._model.device)
         kinds = {
-            kind: Rotation(
-                angles=partial(self._angles, kind), positions=positions, next_position=prompt.next_position
-            )
+            kind: Rotation(angles=partial(self._angles, kind), positions=positions, next_position=prompt.next_position)
             for kind in dict.fromkeys(self._types)
         }
         return [kinds[kind] for kind in self._types]

@@ -96,7 +96,8 @@ class PromptProcessor:
             for images in ([sample], [])
         )
         # the marker of the last image is the longest one: it may carry the image's number
-        return with_image - without + self._marker_bytes(self._limits.max_images) - self._marker_bytes(1)
+        longer = self._marker_bytes(self._limits.max_images) - self._marker_bytes(1)
+        return with_image - without + max(0, longer)
 
     def _marker_bytes(self, image: int) -> int:
         """What the template writes for one more image."""
@@ -106,12 +107,11 @@ class PromptProcessor:
 
     def _text_bound(self, inputs: dict[str, Array]) -> int:
         """Upper bound of the tokens of a prompt's text wherever it stands: its bytes, whatever they merge with."""
-        tokenizer, visual = self._processor.tokenizer, self._visual(inputs)
-        added, rest = tokenizer.added_tokens_decoder, list[int]()
-        for token in inputs["input_ids"][0][~visual].tolist():
-            if token not in added:
-                rest.append(token)
-        return int((~visual).sum()) - len(rest) + len(tokenizer.decode(rest).encode())
+        tokenizer = self._processor.tokenizer
+        added, tokens = tokenizer.added_tokens_decoder, inputs["input_ids"][0][~self._visual(inputs)].tolist()
+        words = [token for token in tokens if token not in added]
+        text = tokenizer.decode(words, clean_up_tokenization_spaces=False)
+        return len(tokens) - len(words) + len(text.encode())
 
     def _check_messages(self, messages: Sequence[pb.Message]) -> None:
         # joined: the template puts the parts of a message together, and so would a reserved token that was cut in two
