@@ -29,10 +29,10 @@ def load_processor(path: Path) -> Any:
 def images_only(base: type[Any]) -> type[Any]:
     """A subclass of a processor, under its name, that neither loads, keeps nor saves a video processor."""
 
-    def get_attributes(_cls: type[Any]) -> list[str]:
+    def get_attributes(_cls: type[Any], /) -> list[str]:
         return [name for name in base.get_attributes() if name != VIDEO]
 
-    def from_args_and_dict(_cls: type[Any], args: Any, fields: dict[str, Any], **kwargs: Any) -> Any:
+    def from_args_and_dict(_cls: type[Any], /, args: Any, fields: dict[str, Any], **kwargs: Any) -> Any:
         # SmolVLM has no default for it
         return base.from_args_and_dict.__func__(_cls, args, {**fields, VIDEO: None}, **kwargs)
 
