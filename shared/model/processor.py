@@ -21,9 +21,15 @@ COUNTS = "_get_num_multimodal_tokens"
 
 
 def load_processor(path: Path) -> Any:
-    """Tokenizer and image processor. Always the PIL backend: the torchvision one resizes slightly differently."""
-    base = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
-    return images_only(base).from_pretrained(path, backend="pil")
+    """Tokenizer and image processor. Always the PIL backend: the torchvision one resizes slightly differently.
+
+    Raises:
+        ValueError: transformers has none for this kind of model.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if type(config) not in PROCESSOR_MAPPING:
+        raise ValueError(f"transformers has no processor for {config.model_type}")
+    return images_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(path, backend="pil")
 
 
 def images_only(base: type[Any]) -> type[Any]:
