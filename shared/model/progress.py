@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 LOG_PERIOD_S = 10.0
 
 
-class LoggedProgress(tqdm[Any]):
+class LoggedProgress(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
     """In place of a bar that nobody watches: a line in the log every `LOG_PERIOD_S`, and one at the end."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
