@@ -27,11 +27,15 @@ class DecodeConfig(WorkerConfig):
     """Sequences in one step at most; more wait their turn."""
     lease_s: float = 30.0
     """Life of a reservation without renewal, seconds."""
+    step_timeout_s: float = 30.0
+    """A worker whose step takes longer fails its polls until the step has ended, so that routers give it up."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("kv_memory_mib", "max_batch", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.step_timeout_s <= 0:
+            raise ValueError(f"step_timeout_s must be greater than 0, not {self.step_timeout_s}")
         if self.promised_tokens is not None and self.promised_tokens < 1:
             raise ValueError(f"promised_tokens must be at least 1, not {self.promised_tokens}")

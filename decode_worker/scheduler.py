@@ -12,12 +12,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from decode_worker.engine import DecodeEngine
 from decode_worker.sequence import FinishReason, Sequence
 from shared.telemetry.metrics import DecodeMetrics
 
 log = logging.getLogger(__name__)
+
+Fed = TypeVar("Fed")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class DecodeScheduler:
         self._stopping = False
         # first come, first served: a sequence is stepped until it ends, so none starves
         self._running: list[Sequence] = []
+        self._pass_since: float | None = None
         self._thread = threading.Thread(target=self._loop, name="step", daemon=True)
         self._thread.start()
 
@@ -85,6 +89,12 @@ class DecodeScheduler:
     def waiting(self) -> int:
         """Sequences that wait for a place in the batch."""
         return len(self._joining)
+
+    @property
+    def pass_s(self) -> float:
+        """For how long the model has been at its present pass, seconds; 0 between passes."""
+        since = self._pass_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def join(self, sequence: Sequence, *, first: bool = False) -> None:
         """Adds a sequence before the next step in which there is a place; it has room for that one.
@@ -129,11 +139,18 @@ class DecodeScheduler:
             self._deliver(StepOutcome(left=left))
         replaying = next((sequence for sequence in self._running if sequence.replays), None)
         if replaying is not None:
-            self._deliver(self._replay(replaying))
+            self._deliver(self._timed(self._replay, replaying))
         batch = [sequence for sequence in self._running if not sequence.replays]
         if batch:
-            self._deliver(self._step(batch))
+            self._deliver(self._timed(self._step, batch))
         return True
+
+    def _timed(self, run: Callable[[Fed], StepOutcome], fed: Fed) -> StepOutcome:
+        self._pass_since = time.monotonic()
+        try:
+            return run(fed)
+        finally:
+            self._pass_since = None
 
     def _admit(self) -> list[Sequence] | None:
         """Waits for work; returns the sequences that left, or None when the scheduler is closed."""

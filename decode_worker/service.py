@@ -50,6 +50,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         runner: DecodeRunner,
         scheduler: DecodeScheduler,
         arenas: ArenaDirectory | None,
+        step_timeout_s: float,
     ) -> None:
         self._name = name
         self._epoch = epoch
@@ -59,6 +60,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._runner = runner
         self._scheduler = scheduler
         self._arenas = arenas
+        self._step_timeout_s = step_timeout_s
         self._outboxes: set[TokenOutbox] = set()
         self._draining = False
 
@@ -72,7 +74,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     async def GetWorkerInfo(  # noqa: N802
         self, request: worker_pb2.GetWorkerInfoRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.WorkerInfo:
-        """See the proto file."""
+        """See the proto file. A loop that turns says little of a model that hangs on its device."""
+        if self._scheduler.pass_s > self._step_timeout_s:
+            raise UnavailableError(f"a step has not ended after {self._scheduler.pass_s:.0f} s", reason="STEP_TIMEOUT")
         return self.info()
 
     def info(self) -> worker_pb2.WorkerInfo:

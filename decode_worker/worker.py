@@ -132,6 +132,7 @@ class DecodeWorker:
             runner=self.runner,
             scheduler=scheduler,
             arenas=self._arenas,
+            step_timeout_s=config.step_timeout_s,
         )
         self._expiry = loop.create_task(self._expire_leases())
         for stage in Stage:

@@ -15,6 +15,7 @@ from prefill_worker.kv_sender import Ticket
 from prefill_worker.opening import DrawnToken
 from shared.errors import InvalidRequestError
 from shared.kv.manifest import TransferId
+from shared.kv.secret import SECRET_BYTES
 from shared.request.params import Budget, Guard, Sampling, Wire
 
 
@@ -22,8 +23,9 @@ from shared.request.params import Budget, Guard, Sampling, Wire
 class PrefillJob:
     """A checked request.
 
-    `delivered` is how the answer begins, where a lost attempt has delivered some of it. `explain` says which tokens
-    were kept, `cancelled` stops it at the next layer.
+    `delivered` is how the answer begins, where a lost attempt has delivered some of it. `parcel` is the secret under
+    which its parcel is retained, empty where it is not. `explain` says which tokens were kept, `cancelled` stops it at
+    the next layer.
     """
 
     transfer: TransferId
@@ -34,6 +36,7 @@ class PrefillJob:
     ticket: Ticket
     delivered: tuple[int, ...] = ()
     tenant: str = ""
+    parcel: bytes = b""
     wire: Wire = field(default_factory=Wire)
     guard: Guard = field(default_factory=Guard)
     explain: bool = False
@@ -53,8 +56,8 @@ class PrefillJob:
         """Reads and checks a message.
 
         Raises:
-            InvalidRequestError: A parameter is out of its range, the policy is unknown, or what was delivered is not
-                the beginning of an answer.
+            InvalidRequestError: A parameter is out of its range, the policy is unknown, what was delivered is not the
+                beginning of an answer, or the parcel's secret has another length.
         """
         request = message.request
         compression = request.compression
@@ -67,6 +70,7 @@ class PrefillJob:
             policy=build_policy(compression.policy, _parameters(compression)),
             ticket=Ticket.from_proto(message.ticket),
             tenant=message.tenant,
+            parcel=_parcel(message),
             delivered=_delivered(message, vocabulary, sampling),
             wire=Wire.from_proto(compression.wire),
             guard=Guard.from_proto(compression, default=default_max_dropped_attention),
@@ -98,6 +102,12 @@ def _delivered(message: pb.PrefillRequest, vocabulary: int, sampling: Sampling) 
     if any(token >= vocabulary for token in delivered):
         raise InvalidRequestError("a delivered token is not in the vocabulary", reason="DELIVERED")
     return delivered
+
+
+def _parcel(message: pb.PrefillRequest) -> bytes:
+    if len(message.parcel) not in (0, SECRET_BYTES):
+        raise InvalidRequestError(f"the parcel's secret must have {SECRET_BYTES} bytes", reason="PARCEL")
+    return message.parcel
 
 
 def _parameters(compression: public.CompressionParams) -> dict[str, object]:
@@ -174,14 +184,13 @@ class Compressed:
 
 @dataclass(frozen=True, kw_only=True)
 class Retained:
-    """The parcel is complete, and stays after its transfer. `parcel` is its secret, `lease_s` its life unrenewed."""
+    """The parcel is complete, and stays after its transfer. `lease_s` is its life unrenewed."""
 
-    parcel: bytes
     lease_s: float
 
     def to_proto(self) -> pb.PrefillEvent:
         """The event on the wire."""
-        return pb.PrefillEvent(retained=pb.Retained(parcel=self.parcel, lease_s=self.lease_s))
+        return pb.PrefillEvent(retained=pb.Retained(lease_s=self.lease_s))
 
 
 @dataclass(frozen=True, kw_only=True)

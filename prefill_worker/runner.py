@@ -71,11 +71,12 @@ class PrefillRunner:
 
         Raises:
             ServiceError: What ended the job.
-            DuplicateRequestError: The same attempt is running already.
+            DuplicateRequestError: The same attempt is running already, or its parcel's secret is in use.
         """
         key = (job.transfer.request_id, job.transfer.attempt)
         if key in self._jobs:
             raise DuplicateRequestError(f"request {job.transfer.request_id!r} is already being prefilled")
+        self._retained.expect(job.parcel)
         events: asyncio.Queue[Event | None] = asyncio.Queue()
         task = asyncio.create_task(self._run(job, events.put_nowait))
         self._jobs[key] = (job, task)
@@ -131,13 +132,14 @@ class PrefillRunner:
     def check_integrity(self) -> None:
         """Asserts that an idle worker holds nothing but what it retains."""
         self._store.check_integrity()
-        self._retained.check_integrity()
+        self._retained.check_integrity(idle=not self._jobs)
         if not self._jobs:
             assert self._retained.filling_bytes == 0, "a slot outlived its request"
             assert self._scheduler.outstanding_tokens == 0
 
     def _forget(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
-        del self._jobs[key]
+        job, _ = self._jobs.pop(key)
+        self._retained.expect_no_more(job.parcel)
         _look(task)
 
     async def _run(self, job: PrefillJob, emit: Callable[[Event | None], None]) -> None:
@@ -159,7 +161,7 @@ class PrefillRunner:
                 async with self._sender.early(job.ticket, self._parcel_thread) as early:
                     manifest = await self._compute_parcel(job, prompt, room, emit, early)
                     if manifest is not None:
-                        await self._shipper.ship(room, manifest, job.ticket, emit, early)
+                        await self._shipper.ship(room, manifest, job, emit, early)
             finally:
                 room.free()
 

@@ -90,7 +90,7 @@ class Router:
             accounting=self.accounting,
             min_retention=config.min_retention,
         )
-        self._migration = Migration(self.generations.running, self._background)
+        self._migration = Migration(self.table, self.generations.running, self._background)
         self._parcels = parcels
         self._finished = FinishedAnswers()
         self._running = contextlib.AsyncExitStack()

@@ -67,7 +67,7 @@ class SlotTables:
 
     def first_seen(self, layer: int) -> torch.Tensor | None:
         """First row of a layer in sight, [slots + 1, num_kv_heads] int32; None where all are."""
-        return self.windows and self.windows.first(layer)
+        return self.windows.first(layer) if self.windows else None
 
     def blocks_of(self, kv: SequenceKV) -> torch.Tensor:
         """The block table of a sequence of the batch, [num_layers, num_kv_heads, max_blocks] int32."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prefill_worker.parcel.store import ParcelStore
-from shared.errors import NotFoundError
+from shared.errors import DuplicateRequestError, NotFoundError
 from shared.kv.transport.base import Parcel
-
-SECRET_BYTES = 16
 
 
 @dataclass(eq=False, kw_only=True)
@@ -32,11 +29,15 @@ class _Held:
 class RetainedParcels:
     """Owner of complete parcels and of their slots. Lives on the event loop.
 
+    A parcel's secret is chosen by who asks for it, who may give it up before it is there: the secret is known from the
+    beginning of its call (`expect`) until call and parcel have ended (`expect_no_more`), and nobody else can have it.
+
     A parcel ends when it is released, when its lease is over, or when the store needs its memory: those go first that
     were used the longest time ago, renewals included, and none that is being sent. One that ends while it is sent is
     unknown at once, and its memory follows.
 
     Conservation law: `used_bytes` are those of the parcels that are known or still being sent, at most `capacity`.
+    Secrets of parcels to come are those of running calls.
 
     Args:
         capacity: Bytes that may be retained; 0 retains nothing.
@@ -48,6 +49,8 @@ class RetainedParcels:
         self._capacity = capacity
         # the least recently used first
         self._by_secret: dict[bytes, _Held] = {}
+        # of running calls: whether a parcel may still come
+        self._expected: dict[bytes, bool] = {}
         # ended, but still being sent
         self._lingering: set[_Held] = set()
         # counted, not summed up: the metrics' thread reads it at any time
@@ -65,22 +68,35 @@ class RetainedParcels:
         """Bytes in the store's other slots: those of parcels under way."""
         return self._store.used_bytes - self._used
 
-    def retain(self, parcel: Parcel, now: float) -> bytes | None:
+    def expect(self, secret: bytes) -> None:
+        """A call begins whose parcel is to be retained under `secret`; an empty one says that it is not.
+
+        Raises:
+            DuplicateRequestError: Another call, or its parcel, has the secret.
+        """
+        if secret in self._expected or secret in self._by_secret:
+            raise DuplicateRequestError("the parcel's secret is in use", reason="PARCEL_IN_USE")
+        if secret:
+            self._expected[secret] = True
+
+    def expect_no_more(self, secret: bytes) -> None:
+        """The call is over that `expect` has begun. What it has retained stays."""
+        self._expected.pop(secret, None)
+
+    def retain(self, secret: bytes, parcel: Parcel, now: float) -> bool:
         """Takes over a complete parcel and its slot; others go where both are more than may be retained.
 
         Returns:
-            Its secret; None, and the slot stays the caller's, where it is too large, or too much is being sent.
+            False, and the slot stays the caller's, where it was not expected or was given up before it came, where it
+            is too large, or too much is being sent.
         """
-        nbytes = parcel.slot.extent.nbytes
-        if nbytes > self._capacity:
-            return None
-        while self._used + nbytes > self._capacity:
-            if not self.evict():
-                return None
-        held = _Held(secret=secrets.token_bytes(SECRET_BYTES), parcel=parcel, expires_at=now + self.lease_s)
-        self._by_secret[held.secret] = held
-        self._used += nbytes
-        return held.secret
+        if not self._expected.get(secret) or not self._make_room(parcel.slot.extent.nbytes):
+            return False
+        self._expected[secret] = False
+        held = _Held(secret=secret, parcel=parcel, expires_at=now + self.lease_s)
+        self._by_secret[secret] = held
+        self._used += held.nbytes
+        return True
 
     @contextlib.contextmanager
     def sending(self, secret: bytes, now: float) -> Iterator[Parcel]:
@@ -109,7 +125,9 @@ class RetainedParcels:
         return held is not None
 
     def release(self, secret: bytes) -> None:
-        """Gives a parcel up. Idempotent."""
+        """Gives a parcel up, also one that is still to come. Idempotent."""
+        if secret in self._expected:
+            self._expected[secret] = False
         if secret in self._by_secret:
             self._end(self._by_secret[secret])
 
@@ -132,13 +150,23 @@ class RetainedParcels:
         for held in list(self._by_secret.values()):
             self._end(held)
 
-    def check_integrity(self) -> None:
-        """Asserts the conservation law."""
+    def check_integrity(self, *, idle: bool = False) -> None:
+        """Asserts the conservation law; `idle` says that no call runs."""
+        assert not (idle and self._expected), "a parcel is expected of nobody"
+        assert not any(self._expected.get(secret) for secret in self._by_secret), "a parcel may come twice"
         held = [*self._by_secret.values(), *self._lingering]
         assert self._used == sum(each.nbytes for each in held), "a slot has no owner"
         assert self._used <= self._capacity, "more is retained than may be"
         assert all(each.ended and each.senders for each in self._lingering)
         assert not any(each.ended for each in self._by_secret.values())
+
+    def _make_room(self, nbytes: int) -> bool:
+        if nbytes > self._capacity:
+            return False
+        while self._used + nbytes > self._capacity:
+            if not self.evict():
+                return False
+        return True
 
     def _use(self, held: _Held, now: float) -> None:
         held.expires_at = now + self.lease_s

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from prefill_worker.job import Event, Retained, Transferred
+from prefill_worker.job import Event, PrefillJob, Retained, Transferred
 from prefill_worker.kv_sender import KVSender, Ticket
 from prefill_worker.parcel.retained import RetainedParcels
 from prefill_worker.parcel.room import ParcelRoom
@@ -30,7 +30,7 @@ class ParcelShipper:
         self,
         room: ParcelRoom,
         manifest: Manifest,
-        ticket: Ticket,
+        job: PrefillJob,
         emit: Callable[[Event | None], None],
         early: EarlyStream | None = None,
     ) -> None:
@@ -39,23 +39,23 @@ class ParcelShipper:
         When the caller is cancelled, it goes at once: nobody is left who would ask for it.
 
         Args:
+            job: Whose ticket it is sent by and whose secret it is retained under.
             early: Where a part of it has left already, perhaps.
 
         Raises:
             ServiceError: The transfer failed.
         """
         parcel = room.parcel(manifest)
-        secret = self._retained.retain(parcel, time.monotonic())
-        if secret is None:
-            emit(await self._send(parcel, ticket, early))
+        if not self._retained.retain(job.parcel, parcel, time.monotonic()):
+            emit(await self._send(parcel, job.ticket, early))
             return
         room.hand_over()
-        emit(Retained(parcel=secret, lease_s=self._retained.lease_s))
-        with self._retained.sending(secret, time.monotonic()):
+        emit(Retained(lease_s=self._retained.lease_s))
+        with self._retained.sending(job.parcel, time.monotonic()):
             try:
-                emit(await self._send(parcel, ticket, early))
+                emit(await self._send(parcel, job.ticket, early))
             except asyncio.CancelledError:
-                self._retained.release(secret)
+                self._retained.release(job.parcel)
                 raise
 
     async def resend(self, secret: bytes, attempt: int, ticket: Ticket) -> Transferred:

@@ -11,7 +11,7 @@ from router.background import Background
 from router.requests.inbox import Inbox
 from router.stages import DECODE
 from router.workers.token_stream import STREAM_BROKE, Attachment
-from router.workers.worker import DRAINING, TOKENS, Worker
+from router.workers.worker import TOKENS, Worker
 from shared.errors import ServiceError
 
 
@@ -43,11 +43,6 @@ class Attempt:
     def attached(self) -> bool:
         """Whether the decode worker was asked."""
         return self._attachment is not None
-
-    @property
-    def worker_leaves(self) -> bool:
-        """Whether the decode worker has said, here or there, that its sequences should go on elsewhere."""
-        return self.worker.state == DRAINING or self.worker.tokens.draining
 
     def attach(self, delivered: Sequence[int]) -> None:
         """Asks the decode worker for the tokens behind `delivered`."""

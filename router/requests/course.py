@@ -98,7 +98,7 @@ class Course:
             return False
         parcel, attempt = self._call.parcel, self._attempt
         has_parcel = self._call.ended and parcel is not None and not parcel.gone
-        return has_parcel and attempt.is_open and attempt.attached and attempt.worker_leaves
+        return has_parcel and attempt.is_open and attempt.attached and attempt.worker.leaves
 
     async def leave(self) -> pb.Transfer | None:
         """Goes on at another decode worker that has room at once; the old one works on until the parcel is there.

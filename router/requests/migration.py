@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 from router.background import Background
 from router.requests.generation import Generation
+from router.workers.table import WorkerTable
 from shared.errors import ServiceError
 
 log = logging.getLogger(__name__)
@@ -23,8 +24,9 @@ AT_ONCE = 8
 class Migration:
     """Goes in rounds over the requests whose decode worker is leaving; those that find no room stay for the next."""
 
-    def __init__(self, running: Callable[[], Iterable[Generation]], background: Background) -> None:
-        """Prepares; `running` gives the requests in flight."""
+    def __init__(self, table: WorkerTable, running: Callable[[], Iterable[Generation]], background: Background) -> None:
+        """Prepares; `running` gives the requests in flight, which are asked only while some worker leaves."""
+        self._table = table
         self._running = running
         self._background = background
 
@@ -32,6 +34,8 @@ class Migration:
         """Until cancelled."""
         while True:
             await asyncio.sleep(LOOK_S)
+            if not self._table.anyone_leaves:
+                continue
             leaving = [generation for generation in self._running() if generation.can_leave]
             if leaving and not await self._round(leaving):
                 await asyncio.sleep(BACKOFF_S)

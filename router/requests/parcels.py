@@ -1,15 +1,15 @@
-"""Retained parcels of the requests in flight: their leases are kept, and they are given up with the request."""
+"""Parcels of the requests in flight: named by us, their leases are kept, and they are given up with their requests."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-
-from vlcache.worker.v1 import prefill_pb2
+import secrets
 
 from router.background import Background
 from router.workers.worker import Worker
 from shared.errors import ServiceError
+from shared.kv.secret import SECRET_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -22,22 +22,24 @@ MIN_PERIOD_S = 0.02
 
 
 class Parcels:
-    """Owner of the secrets of all parcels that may be sent again. One task per prefill worker that holds any.
+    """Owner of the secrets of all parcels that workers have, or may have. One task per prefill worker with any.
 
-    Invariant (`check_integrity`): a worker has a task exactly while something is held there or waits for its release.
+    The secret is ours, so that a parcel can be given up whatever was heard of it.
+
+    Invariant (`check_integrity`): a worker has a task exactly while something is named there or waits for its release.
     """
 
     def __init__(self, background: Background) -> None:
         self._background = background
         self._shelves: dict[Worker, _Shelf] = {}
 
-    def hold(self, worker: Worker, retained: prefill_pb2.Retained) -> Parcel:
-        """Keeps the lease of a parcel at `worker` until it is released."""
+    def name(self, worker: Worker) -> Parcel:
+        """A parcel that `worker` is about to make; to be released, whether it makes one or not."""
         shelf = self._shelves.get(worker)
         if shelf is None:
             shelf = self._shelves[worker] = _Shelf(worker)
             self._background.spawn(self._keep(shelf))
-        return shelf.add(retained)
+        return shelf.add()
 
     def check_integrity(self, *, idle: bool = False) -> None:
         """Asserts the invariant; `idle` says that no request is in flight and no release on its way."""
@@ -53,11 +55,14 @@ class Parcels:
 
 
 class Parcel:
-    """One retained parcel. It is `gone` when its worker said so; one that cannot be reached may still have it."""
+    """One parcel, from its naming on. It is `retained` and later `gone` when its worker has said so; one that cannot be
+    reached may still have it.
+    """
 
-    def __init__(self, shelf: _Shelf, secret: bytes) -> None:
+    def __init__(self, shelf: _Shelf) -> None:
         self._shelf = shelf
-        self.secret = secret
+        self.secret = secrets.token_bytes(SECRET_BYTES)
+        self.retained = False
         self.gone = False
 
     @property
@@ -65,9 +70,19 @@ class Parcel:
         """Who holds it."""
         return self._shelf.worker
 
+    def keep(self, lease_s: float) -> None:
+        """Its worker retains it: the lease is renewed from now on."""
+        self.retained = True
+        self._shelf.keep(lease_s)
+
+    def lose(self) -> None:
+        """Its worker has said that it has none, or none any more: there is nothing to release."""
+        self.gone = True
+        self._shelf.forget(self)
+
     def release(self) -> None:
         """Gives it up. Idempotent; does not wait."""
-        self._shelf.remove(self)
+        self._shelf.release(self)
 
 
 class _Shelf:
@@ -75,56 +90,73 @@ class _Shelf:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self._held: dict[bytes, Parcel] = {}
+        self._named: dict[bytes, Parcel] = {}
         self._released: list[bytes] = []
-        self._something_released = asyncio.Event()
-        self._renew_at_s = float("inf")
+        self._news = asyncio.Event()
+        self._renew_at_s: float | None = None
         self._period_s = float("inf")
 
     @property
     def is_empty(self) -> bool:
-        return not (self._held or self._released)
+        return not (self._named or self._released)
 
-    def add(self, retained: prefill_pb2.Retained) -> Parcel:
-        parcel = self._held[retained.parcel] = Parcel(self, retained.parcel)
-        self._period_s = max(MIN_PERIOD_S, retained.lease_s / RENEWALS_PER_LEASE)
-        self._renew_at_s = min(self._renew_at_s, asyncio.get_running_loop().time() + self._period_s)
+    def add(self) -> Parcel:
+        parcel = Parcel(self)
+        self._named[parcel.secret] = parcel
         return parcel
 
-    def remove(self, parcel: Parcel) -> None:
-        if self._held.pop(parcel.secret, None) is not None:
+    def keep(self, lease_s: float) -> None:
+        self._period_s = max(MIN_PERIOD_S, lease_s / RENEWALS_PER_LEASE)
+        at_s = asyncio.get_running_loop().time() + self._period_s
+        if self._renew_at_s is None or at_s < self._renew_at_s:
+            self._renew_at_s = at_s
+            self._news.set()
+
+    def forget(self, parcel: Parcel) -> bool:
+        """Whether it was still named."""
+        self._news.set()
+        return self._named.pop(parcel.secret, None) is not None
+
+    def release(self, parcel: Parcel) -> None:
+        if self.forget(parcel):
             self._released.append(parcel.secret)
-            self._something_released.set()
 
     async def turn(self) -> None:
-        """Waits for what comes first, a release or the next renewal, and does it."""
-        left_s = self._renew_at_s - asyncio.get_running_loop().time()
+        """Waits for what comes first, news or the next renewal, and does it."""
         try:
-            await asyncio.wait_for(self._something_released.wait(), min(max(0.0, left_s), self._period_s))
+            await asyncio.wait_for(self._news.wait(), self._left_s())
         # asyncio.TimeoutError is not the built-in one before Python 3.11
         except asyncio.TimeoutError:
             await self._renew()
         else:
-            await self._release()
+            self._news.clear()
+            if self._released:
+                await self._release()
+
+    def _left_s(self) -> float | None:
+        """To the next renewal; None where nothing is retained yet."""
+        if self._renew_at_s is None:
+            return None
+        return max(0.0, self._renew_at_s - asyncio.get_running_loop().time())
 
     async def _renew(self) -> None:
-        self._renew_at_s = asyncio.get_running_loop().time() + self._period_s
-        if not self._held:
+        retained = [secret for secret, parcel in self._named.items() if parcel.retained]
+        self._renew_at_s = asyncio.get_running_loop().time() + self._period_s if retained else None
+        if not retained:
             return
         try:
-            gone = await self.worker.client.renew_parcels(list(self._held))
+            gone = await self.worker.client.renew_parcels(retained)
         except ServiceError as error:
             # a hiccup: the lease outlives several missed renewals, and a resend will tell
             log.warning("%s did not renew its parcels: %s", self.worker.info.name, error.message)
             return
         for secret in gone:
-            parcel = self._held.pop(secret, None)
+            parcel = self._named.get(secret)
             if parcel is not None:
-                parcel.gone = True
+                parcel.lose()
 
     async def _release(self) -> None:
         await asyncio.sleep(GATHER_S)
-        self._something_released.clear()
         released = list(self._released)
         try:
             await self.worker.client.release_parcels(released)

@@ -18,8 +18,6 @@ from router.validation import AcceptedRequest
 from router.workers.worker import PROMPT, TOKENS, UNREACHABLE, Worker
 from shared.errors import ServiceError, UnavailableError
 
-# From a compression to the secret of its parcel: writing the parcel, and the way here.
-LINGER_S = 0.5
 LOOKS_PER_TIMEOUT = 10
 
 
@@ -33,8 +31,6 @@ class PrefillCall:
     """
 
     def __init__(self, lease: Lease, inbox: Inbox, means: Means) -> None:
-        self.parcel: Parcel | None = None
-        """What can be sent again, once the worker holds it."""
         self.ended = False
         """Whether the request has taken `PrefillEnded`, or gone on without it."""
         self.committed = False
@@ -42,8 +38,7 @@ class PrefillCall:
         self._lease = lease
         self._inbox = inbox
         self._means = means
-        self._compressed = False
-        self._closed = False
+        self._parcel: Parcel | None = None
         self._pump: asyncio.Task[None] | None = None
         self._clock: asyncio.TimerHandle | None = None
         self._looks_in_vain = 0
@@ -53,12 +48,18 @@ class PrefillCall:
         """The prefill worker."""
         return self._lease.pair.prefill
 
+    @property
+    def parcel(self) -> Parcel | None:
+        """What can be sent again, once the worker holds it."""
+        return self._parcel if self._parcel is not None and self._parcel.retained else None
+
     def start(self, asked: AcceptedRequest, delivered: Sequence[int], deadline: Deadline) -> None:
         """Sends the prompt, with the budget that memory was promised for.
 
         Args:
             delivered: The answer as the client has it: its tokens are not drawn anew.
         """
+        self._parcel = self._means.parcels.name(self.worker)
         request = prefill_pb2.PrefillRequest(
             request=asked.message,
             attempt=self._lease.attempt,
@@ -66,10 +67,11 @@ class PrefillCall:
             epoch=self.worker.info.epoch,
             delivered=delivered,
             tenant=asked.tenant,
+            parcel=self._parcel.secret,
         )
         self._lease.offer.budget.write_to(request.request.compression)
         self._set_clock(PREFILL, self._means.limits.prefill_timeout_s)
-        self._pump = self._means.background.spawn(self._read(request, deadline.remaining_s()))
+        self._pump = self._means.background.spawn(self._read(request, self._parcel, deadline.remaining_s()))
 
     def commit(self) -> None:
         """The decode worker has the parcel: nothing that happens to this call can take it back."""
@@ -85,29 +87,26 @@ class PrefillCall:
         """Cancels what still runs and gives the parcel up. Idempotent; does not wait.
 
         Once the prompt is computed, the worker may end the call before it hears of the cancellation, and keep a parcel
-        whose secret nobody has read: so it is read before.
+        of which nobody has read: so it is given up in any case.
         """
-        self._closed = True
         self._stop_clock()
         self._lease.prefill_charge.end()
-        if self.parcel is not None:
-            self.parcel.release()
-        if self._pump is None or self._pump.done():
-            return
-        if self._compressed and self.parcel is None:
-            self._clock = asyncio.get_running_loop().call_later(LINGER_S, self._pump.cancel)
-        else:
+        if self._pump is not None:
             self._pump.cancel()
+        if self._parcel is not None:
+            self._parcel.release()
 
-    async def _read(self, request: prefill_pb2.PrefillRequest, timeout_s: float | None) -> None:
+    async def _read(self, request: prefill_pb2.PrefillRequest, parcel: Parcel, timeout_s: float | None) -> None:
         error: ServiceError | None = None
         events = self.worker.client.prefill(request, timeout_s=timeout_s)
         try:
             async with contextlib.aclosing(events):
                 async for event in events:
-                    self._note(event)
+                    self._note(event, parcel)
                     self._inbox.put_nowait((self, event))
             self._lease.prefill_charge.succeeded(PROMPT)
+            if not parcel.retained:
+                parcel.lose()
         except ServiceError as service_error:
             error = service_error
             self._failed(error.at(PREFILL, self.worker.info.name))
@@ -116,17 +115,13 @@ class PrefillCall:
         self._stop_clock()
         self._say(PrefillEnded(error))
 
-    def _note(self, event: prefill_pb2.PrefillEvent) -> None:
+    def _note(self, event: prefill_pb2.PrefillEvent, parcel: Parcel) -> None:
         """What must not wait until the request has read its inbox."""
         if event.HasField("compression"):
-            self._compressed = True
             self._set_clock(TRANSFER, self._means.limits.transfer_timeout_s)
         elif event.HasField("retained"):
-            # whoever leaves now must release it: the worker may have ended the call already
-            self.parcel = self._means.parcels.hold(self.worker, event.retained)
-            if self._closed:
-                self.close()
-        elif event.HasField("transfer") and not self._closed:
+            parcel.keep(event.retained.lease_s)
+        elif event.HasField("transfer"):
             self._stop_clock()
 
     def _set_clock(self, stage: str, timeout_s: float) -> None:

@@ -87,6 +87,11 @@ class WorkerTable:
         """Every worker that was ever seen and is still in its seat."""
         return (seat.worker for seat in self._seats.values() if seat.worker is not None)
 
+    @property
+    def anyone_leaves(self) -> bool:
+        """Whether some worker's sequences should go on elsewhere."""
+        return any(worker.leaves for worker in self.workers())
+
     def unseen(self) -> list[str]:
         """Addresses at which no worker has answered yet."""
         return [address for address, seat in self._seats.items() if seat.worker is None]

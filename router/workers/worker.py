@@ -118,6 +118,11 @@ class Worker:
         return self.state == READY and (self.circuits.admits or not self.has_stand_in(self))
 
     @property
+    def leaves(self) -> bool:
+        """Whether it has said, to a poll or in its token stream, that its sequences should go on elsewhere."""
+        return self.state == DRAINING or self.tokens.draining
+
+    @property
     def share(self) -> float:
         """Of what it would get otherwise, in (0, 1]: less while it is new."""
         if self._is_new:

@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 LOG_PERIOD_S = 10.0
 
 
-class LoggedProgress(tqdm):
+class LoggedProgress(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
     """In place of a bar that nobody watches: a line in the log every `LOG_PERIOD_S`, and one at the end."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -35,7 +35,7 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-def progress_class() -> type[tqdm]:
+def progress_class() -> type[tqdm[Any]]:
     """A bar for whoever takes tqdm's."""
     return tqdm if on_terminal() else LoggedProgress
 

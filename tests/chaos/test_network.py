@@ -20,6 +20,8 @@ from tests.integration.running_stack import RunningStack
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
+ALWAYS = 1_000_000
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RedisServer]:
@@ -59,8 +61,8 @@ def expected(network: RunningStack, few: list[Question]) -> list[Answer]:
 
 
 @contextlib.asynccontextmanager
-async def through_proxies(network: RunningStack) -> AsyncIterator[tuple[str, list[Proxy]]]:
-    """The address of a router to which the decode workers are behind proxies, also for parcels."""
+async def through_proxies(network: RunningStack) -> AsyncIterator[tuple[Router, list[Proxy]]]:
+    """A router to which the decode workers are behind proxies, also for parcels."""
     addresses = [service.address for service in network.services if service.role == "prefill"]
     decode = [service.address for service in network.services if service.role == "decode"]
     async with contextlib.AsyncExitStack() as stack:
@@ -71,7 +73,7 @@ async def through_proxies(network: RunningStack) -> AsyncIterator[tuple[str, lis
         stack.push_async_callback(router.stop)
         async with vlcache.AsyncClient(router.address) as client:
             await client.wait_ready(20)
-        yield router.address, proxies
+        yield router, proxies
         await router.settle(5.0)
         router.check_integrity()
 
@@ -79,10 +81,9 @@ async def through_proxies(network: RunningStack) -> AsyncIterator[tuple[str, lis
 @pytest.mark.usefixtures("idle_afterwards")
 def test_corrupted_chunk_is_sent_again(network: RunningStack, few: list[Question], expected: list[Answer]) -> None:
     async def main() -> None:
-        async with through_proxies(network) as (address, proxies):
-            for proxy in proxies:
-                proxy.flips = 1
-            check_same(await ask(address, few), expected)
+        async with through_proxies(network) as (router, proxies):
+            damage(proxies, 1)
+            check_same(await ask(router.address, few), expected)
             assert not any(proxy.flips for proxy in proxies)
 
     before = data_losses(network)
@@ -91,9 +92,40 @@ def test_corrupted_chunk_is_sent_again(network: RunningStack, few: list[Question
 
 
 @pytest.mark.usefixtures("idle_afterwards")
+def test_what_is_damaged_twice_is_computed_anew(
+    network: RunningStack, few: list[Question], expected: list[Answer]
+) -> None:
+    async def main() -> None:
+        async with through_proxies(network) as (router, proxies):
+            damage(proxies, ALWAYS)
+            asked = asyncio.create_task(ask(router.address, few[:1]))
+            while not asked.done():
+                if reprefills(router):
+                    break
+                await asyncio.sleep(0.005)
+            damage(proxies, 0)
+            check_same(await asked, expected[:1])
+            assert reprefills(router) > 0
+
+    before = data_losses(network)
+    asyncio.run(main())
+    assert data_losses(network) > before
+
+
+def damage(proxies: list[Proxy], flips: int) -> None:
+    for proxy in proxies:
+        proxy.flips = flips
+
+
+def reprefills(router: Router) -> float:
+    samples = [sample for family in router.metrics.failovers.collect() for sample in family.samples]
+    return sum(each.value for each in samples if each.name.endswith("_total") and each.labels["kind"] == "reprefill")
+
+
+@pytest.mark.usefixtures("idle_afterwards")
 def test_cut_connections_cost_no_answer(network: RunningStack, few: list[Question], expected: list[Answer]) -> None:
     async def main() -> None:
-        async with through_proxies(network) as (address, proxies), Crowd(address, few) as crowd:
+        async with through_proxies(network) as (router, proxies), Crowd(router.address, few) as crowd:
             await crowd.reached(vlcache.Delta, 20)
             assert sum(proxy.cut() for proxy in proxies) > 0
             check_same(await crowd.answers(), expected)

@@ -9,6 +9,7 @@ import vlcache
 
 from models.shapes_vlm.questions import draw_samples
 from tests.chaos.crowd import TIMEOUT, Answer, Crowd, Question, ask, check_same
+from tests.chaos.failovers import failovers
 from tests.integration.running_stack import RunningStack
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
@@ -40,6 +41,29 @@ def test_decode_pool_full_while_one_of_two_dies(stack: RunningStack) -> None:
     before = rejected(stack)
     asyncio.run(main())
     assert rejected(stack) > before
+
+
+def test_overloaded_workers_are_no_lost_ones(stack: RunningStack) -> None:
+    """protocol: "worker overloaded": load is a signal of its own, polls are answered, and nobody is given up."""
+    samples = draw_samples(seed=990_033, count=2 * MORE_THAN_FIT)
+    questions = [Question(sample, vlcache.Sampling(max_new_tokens=60, ignore_eos=True)) for sample in samples]
+
+    async def main() -> tuple[set[str], int]:
+        async with vlcache.AsyncClient(stack.address) as client, Crowd(stack.address, questions) as crowd:
+            answering, states, waiting = asyncio.create_task(crowd.answers()), set(), 0
+            while not answering.done():
+                workers = (await client.info()).workers
+                states |= {worker.state for worker in workers}
+                waiting = max(waiting, sum(worker.requests_waiting for worker in workers))
+                await asyncio.sleep(0.05)
+            await answering
+        return states, waiting
+
+    before = [failovers(stack, kind) for kind in ("resend", "reprefill")]
+    states, waiting = asyncio.run(main())
+    assert states == {"ready"}
+    assert waiting > 0, "nobody was overloaded"
+    assert [failovers(stack, kind) for kind in ("resend", "reprefill")] == before
 
 
 def test_a_slow_reader_misses_nothing_when_its_worker_dies(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from decode_worker.config import DecodeConfig
 from decode_worker.worker import DecodeWorker, build_engine
 from deploy.combined.config import CombinedConfig
 from deploy.combined.worker import LoadedModel, build_workers, load_model
+from shared.kv.secret import SECRET_BYTES
 from shared.rpc.server import RpcServer
 from tests.unit.decode_worker import tiny
 from tests.unit.decode_worker.serving import Served, failure
@@ -51,6 +53,8 @@ class Host:
         self._prefill, self._info = prefill, info
         self.own, self.other = own, other
         self._attempts = 0
+        self.parcel = b""
+        """Secret of the last one."""
 
     async def promise(self, served: Served) -> tuple[int, pb.Ticket]:
         """A reservation: its attempt, and the ticket for it."""
@@ -78,7 +82,10 @@ class Host:
             sampling=public.SamplingParams(max_new_tokens=MAX_NEW_TOKENS, ignore_eos=True),
             compression=public.CompressionParams(retention=0.5, **compression),
         )
-        request = pb.PrefillRequest(request=message, attempt=attempt, ticket=ticket, epoch=self._info.epoch)
+        self.parcel = secrets.token_bytes(SECRET_BYTES)
+        request = pb.PrefillRequest(
+            request=message, attempt=attempt, ticket=ticket, epoch=self._info.epoch, parcel=self.parcel
+        )
         return [event async for event in self._prefill.Prefill(request)]
 
     async def resend(self, parcel: bytes, attempt: int, ticket: pb.Ticket) -> public.Transfer:
@@ -94,11 +101,6 @@ class Host:
         await self._prefill.ReleaseParcels(pb.ReleaseParcelsRequest(parcels=[parcel]))
         kv = (await self._prefill.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest())).kv
         assert (kv.filling, kv.retained) == (0, 0)
-
-
-def secret_in(events: list[pb.PrefillEvent]) -> bytes:
-    (secret,) = (event.retained.parcel for event in events if event.HasField("retained"))
-    return secret
 
 
 async def _serve(stack: contextlib.AsyncExitStack, worker: Any) -> tuple[RpcServer, grpc.aio.Channel]:
@@ -138,7 +140,7 @@ def test_both_go_on_with_the_same_tokens(loaded: LoadedModel, tmp_path: Path) ->
         attempt, first = await host.promise(host.own)
         events = await host.prefill(attempt, first)
         assert events[-1].transfer.transport == "local"
-        parcel = secret_in(events)
+        parcel = host.parcel
         expected = await host.tokens(host.own, first)
         assert len(expected) == MAX_NEW_TOKENS - 1
         for served, transport in ((host.own, "local"), (host.other, "memory"), (host.own, "local")):
@@ -153,7 +155,8 @@ def test_both_go_on_with_the_same_tokens(loaded: LoadedModel, tmp_path: Path) ->
 def test_a_hand_over_to_a_reservation_that_has_ended_leaves_the_parcel(loaded: LoadedModel, tmp_path: Path) -> None:
     async def body(host: Host) -> None:
         attempt, first = await host.promise(host.own)
-        parcel = secret_in(await host.prefill(attempt, first))
+        await host.prefill(attempt, first)
+        parcel = host.parcel
         attempt, lost = await host.promise(host.own)
         await host.own.decode.Release(decode_pb2.ReleaseRequest(token=lost.token))
         error = await failure(host.resend(parcel, attempt, lost))
@@ -181,7 +184,7 @@ def test_a_parcel_never_runs_ahead_of_the_promise(
         kinds = [event.WhichOneof("event") for event in events]
         assert kinds == ["first_token", *["next_token"] * (ahead - 1), "compression", "retained", "transfer"]
         assert len(await host.tokens(host.own, ticket)) == MAX_NEW_TOKENS - ahead
-        await host.release(secret_in(events))
+        await host.release(host.parcel)
 
     run(loaded, body, promised_tokens=promised_tokens)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Executor
@@ -23,6 +24,7 @@ from prefill_worker.scheduler import PrefillScheduler
 from shared.errors import RequestCancelledError
 from shared.kv.arena import Arena
 from shared.kv.manifest import Manifest, TransferId
+from shared.kv.secret import SECRET_BYTES
 from shared.kv.transport.base import Parcel, SendReport
 from shared.request.params import Budget, Sampling
 from shared.telemetry.metrics import PrefillMetrics
@@ -148,7 +150,8 @@ class Pieces:
         return SendReport(transport="grpc", sent_bytes=len(parcel.body), seconds=0.1)
 
 
-def job(request_id: str = "r", attempt: int = 1) -> PrefillJob:
+def job(request_id: str = "r", attempt: int = 1, parcel: bytes | None = None) -> PrefillJob:
+    """Its parcel is retained under a secret of its own, unless it is told another one."""
     return PrefillJob(
         transfer=TransferId(request_id=request_id, attempt=attempt, prefill_epoch="e"),
         messages=(),
@@ -156,6 +159,7 @@ def job(request_id: str = "r", attempt: int = 1) -> PrefillJob:
         budget=Budget(retention=0.5),
         policy=VLCache(),
         ticket=ticket(),
+        parcel=secrets.token_bytes(SECRET_BYTES) if parcel is None else parcel,
     )
 
 

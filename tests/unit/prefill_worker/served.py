@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import LoadedModel, PrefillWorker
 from shared.errors import NotFoundError, ServiceError
 from shared.kv.manifest import Manifest
+from shared.kv.secret import SECRET_BYTES
 from shared.kv.transport.frames import CHUNK_BYTES
 from shared.rpc.server import RpcServer
 from shared.rpc.status import from_rpc_error
@@ -109,11 +111,23 @@ class Stack:
     def request(self, *parts: str | bytes, **changes: Any) -> pb.PrefillRequest:
         sampling = public.SamplingParams(max_new_tokens=8, ignore_eos=True)
         message = public.GenerateRequest(request_id="r", messages=[user(*parts)], sampling=sampling)
-        values = {"request": message, "attempt": 1, "ticket": self.ticket(self.sink), "epoch": self.info.epoch}
+        values = {
+            "request": message,
+            "attempt": 1,
+            "ticket": self.ticket(self.sink),
+            "epoch": self.info.epoch,
+            "parcel": secrets.token_bytes(SECRET_BYTES),
+        }
         return pb.PrefillRequest(**(values | changes))
 
     async def prefill(self, request: pb.PrefillRequest) -> list[pb.PrefillEvent]:
         return [event async for event in self.stub.Prefill(request)]
+
+    async def retained(self, *parts: str | bytes, **changes: Any) -> bytes:
+        """Has a prompt computed; the secret of its parcel."""
+        request = self.request(*parts, **changes)
+        assert any(event.HasField("retained") for event in await self.prefill(request))
+        return request.parcel
 
     async def resend(self, parcel: bytes, sink: Sink, *, attempt: int = 2, **ticket: Any) -> public.Transfer:
         request = pb.ResendRequest(parcel=parcel, attempt=attempt, ticket=self.ticket(sink, **ticket))

@@ -55,6 +55,7 @@ class Followed:
     """A call that runs to its end by itself: what came, and the error."""
 
     def __init__(self, stack: Stack, request: pb.PrefillRequest) -> None:
+        self.parcel = request.parcel
         self.call = stack.stub.Prefill(request)
         self.events: list[pb.PrefillEvent] = []
         self.task = asyncio.create_task(failure(self._follow()))
@@ -69,16 +70,6 @@ class Followed:
     @property
     def kinds(self) -> list[str | None]:
         return [event.WhichOneof("event") for event in self.events]
-
-    @property
-    def parcel(self) -> bytes:
-        (secret,) = (event.retained.parcel for event in self.events if event.HasField("retained"))
-        return secret
-
-
-def retained_in(events: list[pb.PrefillEvent]) -> bytes:
-    (secret,) = (event.retained.parcel for event in events if event.HasField("retained"))
-    return secret
 
 
 def same_but_for_the_attempt(sink: Sink, *attempts: int) -> None:
@@ -95,8 +86,7 @@ def same_but_for_the_attempt(sink: Sink, *attempts: int) -> None:
 @pytest.mark.parametrize("first", ["grpc", "memory"])
 def test_the_same_parcel_goes_out_over_any_transport_as_often_as_asked(loaded: LoadedModel, first: str) -> None:
     async def body(stack: Stack) -> None:
-        request = stack.request(*PARTS, ticket=stack.ticket(stack.sink, transport=first))
-        parcel = retained_in(await stack.prefill(request))
+        parcel = await stack.retained(*PARTS, ticket=stack.ticket(stack.sink, transport=first))
         for attempt, transport in ((2, "grpc"), (3, "memory"), (7, "grpc")):
             report = await stack.resend(parcel, stack.sink, attempt=attempt, transport=transport, token=b"other")
             assert report.transport == transport
@@ -114,7 +104,7 @@ def test_several_get_it_at_the_same_time(loaded: LoadedModel) -> None:
         sinks = [await stack.decode_worker() for _ in range(3)]
         for sink in sinks:
             sink.taking.clear()
-        parcel = retained_in(await stack.prefill(stack.request(*PARTS)))
+        parcel = await stack.retained(*PARTS)
         sending = [asyncio.create_task(stack.resend(parcel, sink)) for sink in sinks]
         for sink in sinks:
             await sink.begun.wait()
@@ -193,11 +183,10 @@ def test_a_lost_decode_worker_can_be_told_from_the_prefill_worker(loaded: Loaded
 def test_a_parcel_that_was_damaged_is_sent_once_more(loaded: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
         stack.sink.refusals = [DataLossError("broken", reason="CHUNK_CHECKSUM")]
-        events = await stack.prefill(stack.request(*PARTS))
-        assert events[-1].HasField("transfer")
+        parcel = await stack.retained(*PARTS)
         same_but_for_the_attempt(stack.sink, 1)
         stack.sink.refusals = [DataLossError("broken", reason="CHUNK_CHECKSUM") for _ in range(2)]
-        error = await failure(stack.resend(retained_in(events), stack.sink))
+        error = await failure(stack.resend(parcel, stack.sink))
         assert (error.code, error.reason, error.stage) == ("DATA_LOSS", "CHUNK_CHECKSUM", "transfer")
         metrics = stack.worker.metrics
         counted = {reason: metrics.labelled(metrics.resends, reason=reason) for reason in ("data_loss", "failover")}
@@ -232,7 +221,7 @@ def test_a_client_that_leaves_takes_everything_along(loaded: LoadedModel, gate: 
 
 def test_a_resend_that_is_cancelled_reaches_the_decode_worker(loaded: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
-        parcel = retained_in(await stack.prefill(stack.request(*PARTS)))
+        parcel = await stack.retained(*PARTS)
         stack.sink.taking.clear()
         stack.sink.begun.clear()
         call = stack.stub.Resend(pb.ResendRequest(parcel=parcel, attempt=2, ticket=stack.ticket(stack.sink)))
@@ -248,7 +237,7 @@ def test_a_resend_that_is_cancelled_reaches_the_decode_worker(loaded: LoadedMode
 
 def test_a_resend_keeps_its_reservation_alive(loaded: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
-        parcel = retained_in(await stack.prefill(stack.request(*PARTS)))
+        parcel = await stack.retained(*PARTS)
         other = await stack.decode_worker()
         other.taking.clear()
         resend = asyncio.create_task(stack.resend(parcel, other, lease_s=0.06))
@@ -265,7 +254,7 @@ BAD_TICKETS = [({"lease_s": 0}, "INVALID_ARGUMENT"), ({"transport": "pigeon"}, "
 @pytest.mark.parametrize(("ticket", "code"), BAD_TICKETS)
 def test_a_bad_ticket_is_refused_and_the_parcel_stays(loaded: LoadedModel, ticket: dict[str, Any], code: str) -> None:
     async def body(stack: Stack) -> None:
-        parcel = retained_in(await stack.prefill(stack.request(*PARTS)))
+        parcel = await stack.retained(*PARTS)
         assert (await failure(stack.resend(parcel, stack.sink, **ticket))).code == code
         assert await stack.gone(parcel) == []
 
@@ -274,7 +263,7 @@ def test_a_bad_ticket_is_refused_and_the_parcel_stays(loaded: LoadedModel, ticke
 
 def test_what_is_gone_is_said(loaded: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
-        parcel = retained_in(await stack.prefill(stack.request(*PARTS)))
+        parcel = await stack.retained(*PARTS)
         assert await stack.gone(b"never", parcel, b"") == [b"never", b""]
         await stack.release(parcel, b"never", parcel)
         assert await stack.gone(parcel) == [parcel]
@@ -289,9 +278,10 @@ def test_a_parcel_lives_while_it_is_renewed(loaded: LoadedModel, monkeypatch: py
     monkeypatch.setattr("prefill_worker.worker.EXPIRY_PERIOD_S", 0.02)
 
     async def body(stack: Stack) -> None:
-        events = await stack.prefill(stack.request(*PARTS))
-        assert next(event for event in events if event.HasField("retained")).retained.lease_s == 12.5
-        parcel, retained = retained_in(events), stack.worker.runner._retained
+        request = stack.request(*PARTS)
+        (told,) = (event.retained for event in await stack.prefill(request) if event.HasField("retained"))
+        assert told.lease_s == 12.5
+        parcel, retained = request.parcel, stack.worker.runner._retained
         ends_at = retained._by_secret[parcel].expires_at
         assert await stack.gone(parcel) == []
         assert retained._by_secret[parcel].expires_at > ends_at
@@ -312,14 +302,14 @@ def test_bytes_are_shown_by_state(loaded: LoadedModel, gate: Gate) -> None:
             read = partial(stack.worker.metrics.registry.get_sample_value, "vlcache_kv_resident_bytes")
             return {state: read({**labels, "state": state}) or 0.0 for state in ("filling", "retained")}
 
-        call = asyncio.create_task(stack.prefill(stack.request(*PARTS)))
+        call = asyncio.create_task(stack.retained(*PARTS))
         await until(gate.reached.is_set)
         kv = await stack.kv()
         assert kv.filling > 0
         assert kv.retained == 0
         assert shown() == {"filling": kv.filling, "retained": 0}
         gate.open.set()
-        parcel = retained_in(await call)
+        parcel = await call
         kept = len(stack.sink.parcels[0][2])
         assert 0 <= (await stack.kv()).retained - kept < 64
         assert shown() == {"filling": 0, "retained": (await stack.kv()).retained}
@@ -329,19 +319,22 @@ def test_bytes_are_shown_by_state(loaded: LoadedModel, gate: Gate) -> None:
     run(loaded, body)
 
 
-def test_a_worker_that_retains_nothing_says_nothing(loaded: LoadedModel) -> None:
+@pytest.mark.parametrize(("settings", "asked"), [({"retained_mib": 0}, {}), ({}, {"parcel": b""})])
+def test_a_worker_that_retains_nothing_says_nothing(
+    loaded: LoadedModel, settings: dict[str, Any], asked: dict[str, Any]
+) -> None:
     async def body(stack: Stack) -> None:
-        events = await stack.prefill(stack.request(*PARTS))
+        events = await stack.prefill(stack.request(*PARTS, **asked))
         assert [event.WhichOneof("event") for event in events] == ["first_token", "compression", "transfer"]
         await until(lambda: not stack.worker.runner._jobs)
         stack.nothing_is_held()
 
-    run(loaded, body, retained_mib=0)
+    run(loaded, body, **settings)
 
 
 def test_a_draining_worker_still_resends(loaded: LoadedModel) -> None:
     async def body(stack: Stack) -> None:
-        parcel = retained_in(await stack.prefill(stack.request(*PARTS)))
+        parcel = await stack.retained(*PARTS)
         stack.worker.servicer.start_draining()
         await stack.resend(parcel, stack.sink)
         same_but_for_the_attempt(stack.sink, 1, 2)
@@ -366,7 +359,7 @@ def test_a_new_pass_that_knows_the_answer_makes_the_same_parcel(
         before = await stack.prefill(request)
         # what followed the first token came from the decode worker
         request.delivered.extend([before[0].first_token.token_id, 7, 9])
-        request.attempt = 2
+        request.attempt, request.parcel = 2, b"another secret.."
         after = await stack.prefill(request)
         assert [event for event in after if event.WhichOneof("event") in ("first_token", "compression")] == before[:2]
         same_but_for_the_attempt(stack.sink, 1, 2)
@@ -387,7 +380,7 @@ def test_what_cannot_have_been_delivered_is_refused(loaded: LoadedModel, deliver
 @pytest.mark.parametrize("rpc", ["prefill", "resend"])
 def test_a_drain_ends_what_is_late_with_an_answer(loaded: LoadedModel, rpc: str) -> None:
     async def body(stack: Stack) -> None:
-        parcel = retained_in(await stack.prefill(stack.request(*PARTS)))
+        parcel = await stack.retained(*PARTS)
         stack.sink.taking.clear()
         stack.sink.begun.clear()
         call = stack.prefill(stack.request(*PARTS)) if rpc == "prefill" else stack.resend(parcel, stack.sink)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from prefill_worker.job import Event, Retained, Transferred
+from prefill_worker.job import Event, PrefillJob, Retained, Transferred
 from shared.errors import DataLossError, InvalidRequestError, NotFoundError, ServiceError, UnavailableError
 from tests.unit.prefill_worker.manifests import manifest
 from tests.unit.prefill_worker.pieces import BOUND, Pieces, Stage, collect, idle, job, reached, run, ticket, until
@@ -17,29 +16,20 @@ from tests.unit.prefill_worker.pieces import BOUND, Pieces, Stage, collect, idle
 BODY = manifest().body_bytes
 
 
-def secret_in(events: list[Event]) -> bytes:
-    (retained,) = (event for event in events if isinstance(event, Retained))
-    return retained.parcel
-
-
-async def follow(stream: AsyncIterator[Event], events: list[Event]) -> None:
-    """Collects what comes, also before an error."""
-    async for event in stream:
-        events.append(event)
-
-
 async def retained(pieces: Pieces, request_id: str = "r") -> bytes:
-    return secret_in(await collect(pieces, job(request_id)))
+    work = job(request_id)
+    assert any(isinstance(event, Retained) for event in await collect(pieces, work))
+    return work.parcel
 
 
-async def until_retained(pieces: Pieces, what: Any) -> tuple[Any, bytes]:
+async def until_retained(pieces: Pieces, what: PrefillJob) -> tuple[Any, bytes]:
     """A job up to its transfer, which is held: its stream, and the secret of its parcel."""
     pieces.sending.block()
     stream, events = pieces.runner.stream(what), list[Event]()
     while not (events and isinstance(events[-1], Retained)):
         events.append(await anext(stream))
     await reached(pieces.sending)
-    return stream, secret_in(events)
+    return stream, what.parcel
 
 
 def test_a_parcel_stays_when_its_prefill_is_over() -> None:
@@ -78,12 +68,12 @@ def test_the_lease_of_the_configuration_is_told() -> None:
 def test_it_stays_when_its_transfer_fails_and_the_error_says_where(error: ServiceError) -> None:
     async def body(pieces: Pieces) -> None:
         pieces.sending.error = error
-        events: list[Event] = []
+        work = job()
         with pytest.raises(type(error)) as caught:
-            await follow(pieces.runner.stream(job()), events)
+            await collect(pieces, work)
         assert (caught.value.stage, caught.value.worker) == ("transfer", "d")
         pieces.sending.error = None
-        await pieces.runner.resend(secret_in(events), 2, ticket("e"))
+        await pieces.runner.resend(work.parcel, 2, ticket("e"))
         assert pieces.sent == [b"k" * BODY]
 
     run(body)

@@ -12,13 +12,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from prefill_worker.parcel.retained import RetainedParcels
 from prefill_worker.parcel.store import ParcelStore
-from shared.errors import NotFoundError
+from shared.errors import DuplicateRequestError, NotFoundError
 from shared.kv.arena import Arena
+from shared.kv.secret import SECRET_BYTES
 from shared.kv.transport.base import Parcel
 from tests.unit.prefill_worker.manifests import manifest
 
 ARENA_BYTES = 4096
 LEASE_S = 30.0
+SECRETS = [bytes([number]) * SECRET_BYTES for number in range(8)]
 
 
 @dataclass(eq=False)
@@ -36,13 +38,22 @@ class Model:
 
 
 @dataclass(eq=False)
+class Call:
+    """One that runs: the parcel that it makes, and whether that may be retained."""
+
+    secret: bytes
+    parcel: Parcel | None
+    wanted: bool = True
+
+
+@dataclass(eq=False)
 class Send:
     parcel: Model
     stack: contextlib.ExitStack
 
 
 class Life(RuleBasedStateMachine):
-    """`kept` is in the order of last use; `filling` are slots of parcels that are not complete."""
+    """`kept` is in the order of last use; a call that has handed its parcel over, or given it up, runs on without."""
 
     @initialize(capacity=st.sampled_from([0, 1024, 2048, ARENA_BYTES]))
     def start(self, capacity: int) -> None:
@@ -51,9 +62,8 @@ class Life(RuleBasedStateMachine):
         self.capacity = capacity
         self.held = RetainedParcels(self.store, capacity=capacity, lease_s=LEASE_S)
         self.now = 0.0
-        self.filling: list[Parcel] = []
+        self.calls: list[Call] = []
         self.kept: list[Model] = []
-        self.gone: list[bytes] = [b"never"]
         self.sends: list[Send] = []
 
     def teardown(self) -> None:
@@ -63,11 +73,23 @@ class Life(RuleBasedStateMachine):
             self.held.clear()
             for parcel in self.filling:
                 self.store.free(parcel.slot)
+            for call in self.calls:
+                self.held.expect_no_more(call.secret)
+            self.held.check_integrity(idle=True)
             assert self.store.used_bytes == self.held.used_bytes == 0
             self.arena.close()
 
-    @rule(nbytes=st.integers(1, 1024) | st.integers(1, ARENA_BYTES))
-    def begin_a_parcel(self, nbytes: int) -> None:
+    @rule(nbytes=st.integers(1, 1024) | st.integers(1, ARENA_BYTES), secret=st.sampled_from(SECRETS))
+    def begin_a_call(self, nbytes: int, secret: bytes) -> None:
+        try:
+            self.held.expect(secret)
+        except DuplicateRequestError:
+            assert secret in self.in_use()
+            return
+        assert secret not in self.in_use()
+        self.calls.append(Call(secret, self.begin_a_parcel(nbytes)))
+
+    def begin_a_parcel(self, nbytes: int) -> Parcel | None:
         extents = copy.deepcopy(self.arena._extents)
         given_up: list[Model] = []
         while (fits := extents.allocate(nbytes)) is None and (idle := self.idle(given_up)):
@@ -77,25 +99,31 @@ class Life(RuleBasedStateMachine):
         assert (slot is None) == (fits is None)
         for model in given_up:
             self.end(model)
-        if slot is not None:
-            assert slot.extent == fits
-            self.filling.append(Parcel(manifest=manifest(), body=self.store.view(slot, nbytes), slot=slot))
+        if slot is None:
+            return None
+        assert slot.extent == fits
+        return Parcel(manifest=manifest(), body=self.store.view(slot, nbytes), slot=slot)
+
+    @precondition(lambda self: self.calls)
+    @rule(data=st.data())
+    def end_a_call(self, data: st.DataObject) -> None:
+        call = data.draw(st.sampled_from(self.calls))
+        if call.parcel is not None:
+            self.store.free(call.parcel.slot)
+        self.held.expect_no_more(call.secret)
+        self.calls.remove(call)
 
     @precondition(lambda self: self.filling)
     @rule(data=st.data())
-    def give_up_a_parcel(self, data: st.DataObject) -> None:
-        self.store.free(self.filling.pop(data.draw(st.integers(0, len(self.filling) - 1))).slot)
-
-    @precondition(lambda self: self.filling)
-    @rule()
-    def retain(self) -> None:
-        parcel = self.filling[-1]
-        secret = self.held.retain(parcel, self.now)
-        fits = self.make_room(parcel.slot.extent.nbytes)
-        assert (secret is not None) == fits
-        if secret is not None:
-            self.filling.pop()
-            self.kept.append(Model(secret, parcel, self.now + LEASE_S))
+    def retain(self, data: st.DataObject) -> None:
+        call = data.draw(st.sampled_from([call for call in self.calls if call.parcel is not None]))
+        parcel = call.parcel
+        assert parcel is not None
+        retained = self.held.retain(call.secret, parcel, self.now)
+        assert retained == (call.wanted and self.make_room(parcel.slot.extent.nbytes))
+        if retained:
+            call.parcel, call.wanted = None, False
+            self.kept.append(Model(call.secret, parcel, self.now + LEASE_S))
 
     @precondition(lambda self: self.kept)
     @rule(data=st.data())
@@ -112,7 +140,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def renew(self, data: st.DataObject) -> None:
-        secret = data.draw(st.sampled_from([*self.gone, *(model.secret for model in self.kept)]))
+        secret = data.draw(st.sampled_from([b"never", *SECRETS]))
         model = next((model for model in self.kept if model.secret == secret), None)
         assert self.held.renew(secret, self.now) == (model is not None)
         if model is not None:
@@ -120,8 +148,10 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        secret = data.draw(st.sampled_from([*self.gone, *(model.secret for model in self.kept)]))
+        secret = data.draw(st.sampled_from([b"never", *SECRETS]))
         self.held.release(secret)
+        for call in self.calls:
+            call.wanted = call.wanted and call.secret != secret
         for model in [model for model in self.kept if model.secret == secret]:
             self.end(model)
 
@@ -136,7 +166,8 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data())
     def ask_for_one_that_is_gone(self, data: st.DataObject) -> None:
         try:
-            with self.held.sending(data.draw(st.sampled_from(self.gone)), self.now):
+            gone = {b"never", *SECRETS} - {model.secret for model in self.kept}
+            with self.held.sending(data.draw(st.sampled_from(sorted(gone))), self.now):
                 raise AssertionError("it is still there")
         except NotFoundError:
             pass
@@ -152,6 +183,14 @@ class Life(RuleBasedStateMachine):
         assert self.held.filling_bytes == sum(parcel.slot.extent.nbytes for parcel in self.filling)
         assert self.store.used_bytes == self.held.used_bytes + self.held.filling_bytes
 
+    @property
+    def filling(self) -> list[Parcel]:
+        """Of slots that are still their calls'."""
+        return [call.parcel for call in self.calls if call.parcel is not None]
+
+    def in_use(self) -> set[bytes]:
+        return {each.secret for each in (*self.calls, *self.kept)}
+
     def is_sent(self, model: Model) -> bool:
         return any(send.parcel is model for send in self.sends)
 
@@ -166,7 +205,6 @@ class Life(RuleBasedStateMachine):
     def end(self, model: Model) -> None:
         model.ended = True
         self.kept.remove(model)
-        self.gone.append(model.secret)
 
     def make_room(self, nbytes: int) -> bool:
         """Those that nobody sends go, from the longest unused on, until so many more bytes may be retained."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from secrets import token_bytes
 
 import pytest
 
 from prefill_worker.parcel.retained import RetainedParcels
 from prefill_worker.parcel.room import ParcelRoom
 from prefill_worker.parcel.store import ParcelStore
-from shared.errors import NotFoundError
+from shared.errors import DuplicateRequestError, NotFoundError
 from shared.kv.arena import Arena
+from shared.kv.secret import SECRET_BYTES
 from shared.kv.transport.base import Parcel
 from tests.unit.prefill_worker.manifests import manifest
 
 KIB = 1024
+SECRET = b"s" * SECRET_BYTES
 LEASE_S = 30.0
 
 
@@ -33,9 +36,17 @@ class Retaining:
         return Parcel(manifest=manifest(), body=self.store.view(slot, nbytes), slot=slot)
 
     def retain(self, nbytes: int = KIB, now: float = 0.0) -> bytes:
-        secret = self.held.retain(self.parcel(nbytes), now)
-        assert secret is not None
+        """Of a call that is over; the secret."""
+        secret, parcel = token_bytes(SECRET_BYTES), self.parcel(nbytes)
+        assert self.offer(parcel, secret, now)
         return secret
+
+    def offer(self, parcel: Parcel, secret: bytes = SECRET, now: float = 0.0) -> bool:
+        """Whether the parcel of a call that is over was retained."""
+        self.held.expect(secret)
+        retained = self.held.retain(secret, parcel, now)
+        self.held.expect_no_more(secret)
+        return retained
 
     def known(self, *asked: bytes) -> list[bool]:
         """Which of these are there, without using them."""
@@ -48,7 +59,7 @@ def retaining(capacity: int = 8 * KIB, arena_bytes: int = 8 * KIB) -> Iterator[R
     made = Retaining(arena, capacity)
     try:
         yield made
-        made.held.check_integrity()
+        made.held.check_integrity(idle=True)
         made.held.clear()
         assert (made.store.used_bytes, made.held.used_bytes) == (0, 0)
         made.store.check_integrity()
@@ -56,11 +67,72 @@ def retaining(capacity: int = 8 * KIB, arena_bytes: int = 8 * KIB) -> Iterator[R
         arena.close()
 
 
-def test_every_parcel_has_a_secret_of_its_own() -> None:
+@pytest.mark.parametrize("until", ["call begins", "parcel is there", "call is over", "released"])
+def test_a_secret_in_use_is_refused_and_touches_nothing(until: str) -> None:
     with retaining() as made:
-        secrets = {made.retain() for _ in range(4)}
-        assert len(secrets) == 4
-        assert {len(secret) for secret in secrets} == {16}
+        moments = ["call begins", "parcel is there", "call is over", "released"]
+        reached = moments[: moments.index(until) + 1]
+        made.held.expect(SECRET)
+        if "parcel is there" in reached:
+            assert made.held.retain(SECRET, made.parcel(), 0.0)
+        if "call is over" in reached:
+            made.held.expect_no_more(SECRET)
+        if "released" in reached:
+            made.held.release(SECRET)
+            made.held.expect(SECRET)
+        else:
+            with pytest.raises(DuplicateRequestError) as caught:
+                made.held.expect(SECRET)
+            assert caught.value.reason == "PARCEL_IN_USE"
+            assert made.known(SECRET) == ["parcel is there" in reached]
+        made.held.expect_no_more(SECRET)
+
+
+def test_one_that_is_given_up_before_it_comes_stays_its_owners() -> None:
+    with retaining() as made:
+        made.held.expect(SECRET)
+        made.held.release(SECRET)
+        with pytest.raises(DuplicateRequestError):
+            made.held.expect(SECRET)
+        parcel = made.parcel()
+        assert not made.held.retain(SECRET, parcel, 0.0)
+        assert made.held.filling_bytes == KIB
+        made.store.free(parcel.slot)
+        made.held.expect_no_more(SECRET)
+        made.held.expect(SECRET)
+        assert made.held.retain(SECRET, made.parcel(), 0.0)
+        made.held.expect_no_more(SECRET)
+
+
+def test_a_call_that_is_over_leaves_the_secret_to_whoever_asks_next() -> None:
+    with retaining() as made:
+        made.held.expect(SECRET)
+        made.held.expect_no_more(SECRET)
+        made.held.expect(SECRET)
+        made.held.expect_no_more(SECRET)
+        assert made.known(SECRET) == [False]
+
+
+def test_a_call_retains_one_parcel() -> None:
+    with retaining() as made:
+        made.held.expect(SECRET)
+        first, second = made.parcel(), made.parcel()
+        assert made.held.retain(SECRET, first, 0.0)
+        assert not made.held.retain(SECRET, second, 0.0)
+        with made.held.sending(SECRET, 0.0) as known:
+            assert known is first
+        made.store.free(second.slot)
+        made.held.expect_no_more(SECRET)
+
+
+def test_nothing_is_retained_without_a_secret() -> None:
+    with retaining() as made:
+        made.held.expect(b"")
+        made.held.expect(b"")
+        parcel = made.parcel()
+        assert not made.held.retain(b"", parcel, 0.0)
+        made.store.free(parcel.slot)
+        made.held.expect_no_more(b"")
 
 
 def test_bytes_are_counted_on_the_side_of_their_owner() -> None:
@@ -158,18 +230,17 @@ def test_one_that_fits_only_beside_what_is_being_sent_stays_its_owners() -> None
         first, idle = made.retain(3 * KIB), made.retain(KIB)
         parcel = made.parcel(2 * KIB)
         with made.held.sending(first, 0.0):
-            assert made.held.retain(parcel, 0.0) is None
+            assert not made.offer(parcel)
             assert made.known(first, idle) == [True, False]
-        second = made.held.retain(parcel, 0.0)
-        assert second is not None
-        assert made.known(first, second) == [False, True]
+        assert made.offer(parcel)
+        assert made.known(first, SECRET) == [False, True]
 
 
 @pytest.mark.parametrize("capacity", [0, KIB - 64])
 def test_one_that_is_larger_than_all_that_may_be_stays_its_owners(capacity: int) -> None:
     with retaining(capacity=capacity) as made:
         parcel = made.parcel()
-        assert made.held.retain(parcel, 0.0) is None
+        assert not made.offer(parcel)
         assert (made.held.filling_bytes, made.held.used_bytes) == (KIB, 0)
         made.store.free(parcel.slot)
 
@@ -198,12 +269,11 @@ def test_a_complete_parcel_gives_back_what_its_bound_had_too_much() -> None:
         parcel = room.parcel(complete)
         assert (bytes(parcel.body), parcel.slot.extent.nbytes) == (b"k" * KIB, KIB)
         made.store.free(await asyncio.wait_for(waiting, 5))
-        secret = made.held.retain(parcel, 0.0)
-        assert secret is not None
+        assert made.offer(parcel)
         room.hand_over()
         room.free()
         assert made.store.used_bytes == KIB
-        made.held.release(secret)
+        made.held.release(SECRET)
 
     with retaining() as made:
         asyncio.run(main(made))

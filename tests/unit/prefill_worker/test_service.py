@@ -116,6 +116,8 @@ def test_an_encoded_parcel_is_what_is_sent_and_counted(loaded: LoadedModel) -> N
         (("hi",), {"ticket": pb.Ticket(transport="grpc")}, grpc.StatusCode.INVALID_ARGUMENT),
         (("hi",), {"request": wired(bits=5)}, grpc.StatusCode.INVALID_ARGUMENT),
         (("hi",), {"request": wired(key_channels=2)}, grpc.StatusCode.INVALID_ARGUMENT),
+        (("hi",), {"parcel": b"s" * 15}, grpc.StatusCode.INVALID_ARGUMENT),
+        (("hi",), {"parcel": b"s" * 17}, grpc.StatusCode.INVALID_ARGUMENT),
     ],
 )
 def test_a_bad_request_gets_its_status(

@@ -140,7 +140,7 @@ def transfer() -> prefill_pb2.PrefillEvent:
 
 
 def retained() -> prefill_pb2.PrefillEvent:
-    """The parcel stays; the worker fills in its secret."""
+    """The parcel stays; the worker fills in its lease."""
     return prefill_pb2.PrefillEvent(retained=prefill_pb2.Retained())
 
 
@@ -152,7 +152,8 @@ def prompt_done() -> list[Any]:
 class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer):
     """Says what its script says; a script is a list of events, errors to raise, and awaitables to wait for.
 
-    Parcels that its events retain can be resent until they are released, or their call is cancelled.
+    Parcels that its events retain can be resent until they are released, or their call is cancelled. One that
+    `hears_cancels` too late has always just made the parcel, and said so to nobody.
     """
 
     role = "prefill"
@@ -168,7 +169,8 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer):
         self.time_left_s = 0.0
         self.parcels: set[bytes] = set()
         self.parcel_lease_s = 30.0
-        self._secrets = (f"{name}-parcel-{number}".encode() for number in itertools.count(1))
+        self.given_up: set[bytes] = set()
+        self.hears_cancels = True
 
     def register(self, server: grpc.aio.Server) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)
@@ -177,24 +179,32 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer):
         self.check_epoch(request.epoch)
         self.requests.append(request)
         self.time_left_s = context.time_remaining()
-        secret = next(self._secrets)
         try:
             for step in self.script(request):
                 if isinstance(step, ServiceError):
                     raise step
                 if isinstance(step, prefill_pb2.PrefillEvent):
-                    yield self._retaining(step, secret)
+                    yield self._retaining(step, request)
                 else:
                     await step
         except (asyncio.CancelledError, GeneratorExit):
-            self.parcels.discard(secret)
+            if self.hears_cancels:
+                self.parcels.discard(request.parcel)
+            else:
+                self._retain(request)
             self.cancelled.append(request.request.request_id)
             raise
 
-    def _retaining(self, event: prefill_pb2.PrefillEvent, secret: bytes) -> prefill_pb2.PrefillEvent:
+    def _retain(self, request: prefill_pb2.PrefillRequest) -> None:
+        if request.parcel not in self.given_up:
+            self.parcels.add(request.parcel)
+
+    def _retaining(
+        self, event: prefill_pb2.PrefillEvent, request: prefill_pb2.PrefillRequest
+    ) -> prefill_pb2.PrefillEvent:
         if event.HasField("retained"):
-            self.parcels.add(secret)
-            event.retained.parcel, event.retained.lease_s = secret, self.parcel_lease_s
+            self._retain(request)
+            event.retained.lease_s = self.parcel_lease_s
         return event
 
     async def Resend(self, request: Any, context: Any) -> prefill_pb2.ResendResponse:  # noqa: N802
@@ -213,6 +223,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer):
 
     async def ReleaseParcels(self, request: Any, context: Any) -> prefill_pb2.ReleaseParcelsResponse:  # noqa: N802
         self.parcels.difference_update(request.parcels)
+        self.given_up.update(request.parcels)
         self.parcel_releases.append(list(request.parcels))
         return prefill_pb2.ReleaseParcelsResponse()
 

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from router.background import Background
+from router.requests.migration import Migration
 from shared import errors
 from tests.unit.router.fakes import (
     Bench,
     FakeDecode,
     FakePrefill,
+    Log,
     Stream,
     bench,
     compression,
@@ -254,5 +257,39 @@ def test_a_crowd_moves_a_few_at_a_time() -> None:
             await b.idle()
             assert b.metric("failovers_total", kind="migration", reason="DRAINING") == 30
             assert 1 < most <= 8
+
+    run(main)
+
+
+class Table:
+    """Is asked whether anyone leaves."""
+
+    def __init__(self) -> None:
+        self.leaves = False
+        self.asked = Log()
+
+    @property
+    def anyone_leaves(self) -> bool:
+        self.asked.append(self.leaves)
+        return self.leaves
+
+
+def test_requests_are_looked_at_only_while_a_worker_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.requests.migration.LOOK_S", 0.001)
+
+    async def main() -> None:
+        table, looks = Table(), Log()
+
+        def running() -> list[Any]:
+            looks.append("all")
+            return []
+
+        migrating = asyncio.create_task(Migration(table, running, Background()).run())  # type: ignore[arg-type]
+        await table.asked.reaches(5)
+        assert looks == []
+        table.leaves = True
+        await looks.reaches(2)
+        migrating.cancel()
+        await asyncio.gather(migrating, return_exceptions=True)
 
     run(main)

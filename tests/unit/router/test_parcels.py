@@ -5,10 +5,24 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from router.background import Background
 from router.requests.parcels import Parcels
 from shared import errors
-from tests.unit.router.fakes import FakePrefill, bench, compression, first_token, forever, hang, retained, run, transfer
+from shared.kv.secret import SECRET_BYTES
+from tests.unit.router.fakes import (
+    FakePrefill,
+    bench,
+    compression,
+    first_token,
+    forever,
+    hang,
+    prompt_done,
+    retained,
+    run,
+    transfer,
+)
 from tests.unit.router.test_failures import error_of
 
 
@@ -86,10 +100,9 @@ def test_a_worker_that_does_not_answer_keeps_its_parcels_in_our_books() -> None:
             background = Background()
             parcels = Parcels(background)
             worker = b.worker("prefill-0")
-            event = b.prefill[0]._retaining(retained(), b"secret")
-            event.retained.lease_s = 0.3
             await b.prefill[0].stop()
-            parcel = parcels.hold(worker, event.retained)
+            parcel = parcels.name(worker)
+            parcel.keep(0.3)
             await asyncio.sleep(0.15)
             assert not parcel.gone
             parcels.check_integrity()
@@ -97,45 +110,119 @@ def test_a_worker_that_does_not_answer_keeps_its_parcels_in_our_books() -> None:
             parcel.release()
             await background.settle(5)
             parcels.check_integrity(idle=True)
-            b.prefill[0].parcels.clear()
             await b.prefill[0].start(int(b.prefill[0].address.rpartition(":")[2]))
 
     run(main)
 
 
-def test_a_client_that_leaves_while_the_parcel_is_reported_leaves_none() -> None:
-    """The worker may have ended its call by then: nobody but the router can release it."""
+@pytest.mark.parametrize("hears_cancels", [True, False])
+@pytest.mark.parametrize("said", range(len(prompt_done()) + 1))
+def test_a_client_that_leaves_after_any_event_leaves_no_parcel(said: int, hears_cancels: bool) -> None:
+    """The worker may have made it by then, or be making it, and may not hear of the cancellation before it has."""
 
     async def main() -> None:
-        async with bench() as b:
+        prefill, all_said = FakePrefill(), asyncio.Event()
+
+        async def then_hangs() -> None:
+            all_said.set()
+            await forever()
+
+        prefill.hears_cancels = hears_cancels
+        prefill.script = lambda _: [*prompt_done()[:said], then_hangs()]
+        async with bench([prefill]) as b:
             b.decode[0].script = hang
-            for script in ([retained()], [retained(), transfer()], [retained(), forever()]):
-                b.prefill[0].script = lambda _, script=script: [first_token(), compression(), *script]
-                call = b.ask()
-                await b.decode[0].attached.reaches(len(b.decode[0].attached) + 1)
-                call.cancel()
-                await b.idle()
-                assert b.prefill[0].parcels == set()
+            call = b.ask()
+            await all_said.wait()
+            call.cancel()
+            await asyncio.wait_for(b.idle(), 1.0)
+            assert prefill.parcels == set()
+            assert prefill.cancelled
+            assert prefill.parcel_releases == [[prefill.requests[0].parcel]]
 
     run(main)
 
 
-def test_a_client_that_leaves_before_the_parcel_is_reported_leaves_none() -> None:
-    """The worker ends its call without having heard of that, and keeps what it has made."""
-
+@pytest.mark.parametrize("ends", ["as it should", "with an error"])
+def test_a_client_that_leaves_when_the_prefill_call_is_over_leaves_no_parcel(ends: str) -> None:
     async def main() -> None:
+        refused = errors.AbortedError("released", stage="transfer", worker="decode-0")
+        last = transfer() if ends == "as it should" else refused
         async with bench() as b:
-            goes_on = asyncio.Event()
+            b.prefill[0].script = lambda _: [first_token(), compression(), retained(), last]
             b.decode[0].script = hang
-            b.prefill[0].script = lambda _: [first_token(), compression(), goes_on.wait(), retained()]
             call = b.ask()
             await b.decode[0].attached.reaches(1)
             call.cancel()
-            await asyncio.wait_for(b.router.generations.idle(), 5)
-            goes_on.set()
-            await b.prefill[0].parcel_releases.reaches(1)
-            assert b.prefill[0].cancelled == []
+            await asyncio.wait_for(b.idle(), 1.0)
             assert b.prefill[0].parcels == set()
+
+    run(main)
+
+
+def test_every_run_of_a_prompt_has_a_secret_of_its_own() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            for _ in range(3):
+                await b.answer()
+            secrets = {request.parcel for request in b.prefill[0].requests}
+            assert {len(secret) for secret in secrets} == {SECRET_BYTES}
+            assert len(secrets) == 3
+
+    run(main)
+
+
+def test_where_nothing_was_retained_nothing_is_renewed_and_nothing_released() -> None:
+    async def main() -> None:
+        prefill = FakePrefill()
+        prefill.parcel_lease_s = 0.1
+        prefill.script = lambda _: [first_token(), compression(), transfer()]
+        async with bench([prefill]) as b:
+            assert (await b.answer())[-1].HasField("finished")
+            b.decode[0].script = hang
+            call = b.ask()
+            await b.decode[0].attached.reaches(2)
+            await asyncio.sleep(0.1)
+            call.cancel()
+            await b.idle()
+            assert (prefill.renewals, prefill.parcel_releases) == ([], [])
+
+    run(main)
+
+
+def test_a_parcel_is_not_renewed_before_it_is_there() -> None:
+    async def main() -> None:
+        prefill, made = FakePrefill(), asyncio.Event()
+        prefill.parcel_lease_s = 0.3
+        async with bench([prefill]) as b:
+            b.decode[0].script = hang
+            calls = [b.ask()]
+            await b.decode[0].attached.reaches(1)
+            prefill.script = lambda _: [first_token(), compression(), made.wait(), retained(), transfer()]
+            calls.append(b.ask())
+            await b.decode[0].attached.reaches(2)
+            there, later = (request.parcel for request in prefill.requests)
+            renewed = len(prefill.renewals)
+            assert await prefill.renewals.reaches(renewed + 2) == [there]
+            made.set()
+            while later not in await prefill.renewals.reaches(len(prefill.renewals) + 1):
+                pass
+            for call in calls:
+                call.cancel()
+            await b.idle()
+
+    run(main)
+
+
+def test_a_client_that_leaves_a_worker_that_has_died_holds_nobody_up() -> None:
+    async def main() -> None:
+        async with bench(poll_interval_s=60.0) as b:
+            b.prefill[0].script = lambda _: [first_token(), forever()]
+            call = b.ask()
+            await b.prefill[0].requests.reaches(1)
+            await b.prefill[0].stop()
+            call.cancel()
+            await b.idle()
+            await b.prefill[0].start(int(b.prefill[0].address.rpartition(":")[2]))
 
     run(main)
 

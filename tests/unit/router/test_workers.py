@@ -57,7 +57,7 @@ def test_states_are_shown_to_operators() -> None:
             info = await b.stub.GetServerInfo(pb.GetServerInfoRequest())
             states = {worker.name: worker.state for worker in info.workers}
             assert states == {"prefill-0": "ready", "prefill-1": "draining", "decode-0": "ready"}
-            assert b.metric("worker_state", name="prefill-1", state="draining") == 1
+            await b.becomes(lambda: b.metric("worker_state", name="prefill-1", state="draining") == 1)
             assert b.metric("worker_state", name="prefill-1", state="ready") == 0
             # a draining worker gets no new request
             for _ in range(3):

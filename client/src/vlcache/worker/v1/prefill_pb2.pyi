@@ -9,20 +9,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request", "attempt", "ticket", "epoch", "delivered", "tenant")
+    __slots__ = ("request", "attempt", "ticket", "epoch", "delivered", "tenant", "parcel")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     DELIVERED_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    PARCEL_FIELD_NUMBER: _ClassVar[int]
     request: _inference_pb2.GenerateRequest
     attempt: int
     ticket: Ticket
     epoch: str
     delivered: _containers.RepeatedScalarFieldContainer[int]
     tenant: str
-    def __init__(self, request: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., epoch: _Optional[str] = ..., delivered: _Optional[_Iterable[int]] = ..., tenant: _Optional[str] = ...) -> None: ...
+    parcel: bytes
+    def __init__(self, request: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., epoch: _Optional[str] = ..., delivered: _Optional[_Iterable[int]] = ..., tenant: _Optional[str] = ..., parcel: _Optional[bytes] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("decode_worker", "decode_address", "token", "transport", "lease_s", "promised_tokens")
@@ -55,12 +57,10 @@ class PrefillEvent(_message.Message):
     def __init__(self, first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., compression: _Optional[_Union[_inference_pb2.Compression, _Mapping]] = ..., transfer: _Optional[_Union[_inference_pb2.Transfer, _Mapping]] = ..., next_token: _Optional[_Union[NextToken, _Mapping]] = ..., retained: _Optional[_Union[Retained, _Mapping]] = ...) -> None: ...
 
 class Retained(_message.Message):
-    __slots__ = ("parcel", "lease_s")
-    PARCEL_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("lease_s",)
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
-    parcel: bytes
     lease_s: float
-    def __init__(self, parcel: _Optional[bytes] = ..., lease_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, lease_s: _Optional[float] = ...) -> None: ...
 
 class ResendRequest(_message.Message):
     __slots__ = ("parcel", "attempt", "ticket")

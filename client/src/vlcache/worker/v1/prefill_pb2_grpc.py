@@ -96,7 +96,7 @@ class PrefillServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseParcels(self, request, context):
-        """Gives retained parcels up. Idempotent.
+        """Gives parcels up: retained ones, and those that a running call would still retain. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
