@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,7 @@ class ProcessedPrompt:
             if places and not (min(places) >= 0 and max(places) < ids.size):
                 raise ValueError("a place outside of the prompt")
         self._check_positions(ids.size)
+        self._check_views()
 
     def _check_positions(self, num_tokens: int) -> None:
         positions = self.positions
@@ -59,8 +61,17 @@ class ProcessedPrompt:
         # an image has at least as many tokens as it moves those behind it
         if positions.min() < 0 or positions.max() >= num_tokens:
             raise ValueError("a position outside of the prompt")
+
+    def _check_views(self) -> None:
         if any(count < 1 for count in self.views):
             raise ValueError("an image of nothing")
+        grids = self.inputs.get("image_grid_thw")
+        if grids is None:
+            return
+        # the vision tower makes tables as large as they say
+        fits = grids.dtype == np.int64 and grids.shape == (len(self.views), 3) and grids.min(initial=1) >= 1
+        if not fits or [math.prod(grid) for grid in grids.tolist()] != list(self.views):
+            raise ValueError("grids that are not those of the images")
 
     @property
     def input_ids(self) -> NDArray[np.int64]:

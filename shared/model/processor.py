@@ -24,12 +24,15 @@ def load_processor(path: Path) -> Any:
     """Tokenizer and image processor. Always the PIL backend: the torchvision one resizes slightly differently.
 
     Raises:
-        ValueError: transformers has none for this kind of model.
+        ValueError: transformers has none for this kind of model, or it cuts images so that nobody can tell how often.
     """
     config = AutoConfig.from_pretrained(path)
     if type(config) not in PROCESSOR_MAPPING:
         raise ValueError(f"transformers has no processor for {config.model_type}")
-    return images_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(path, backend="pil")
+    processor = images_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(path, backend="pil")
+    if getattr(processor.image_processor, "do_pan_and_scan", False):
+        raise ValueError("images that are cut by pan and scan are not supported: switch do_pan_and_scan off")
+    return processor
 
 
 def images_only(base: type[Any]) -> type[Any]:

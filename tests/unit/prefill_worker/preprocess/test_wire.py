@@ -137,11 +137,12 @@ def test_absurd_sizes_are_refused_before_there_is_memory_for_them(counts: tuple[
     assert sizes(PREFIX.pack(MAX_HEADER_BYTES, MAX_BODY_BYTES)) == (MAX_HEADER_BYTES, MAX_BODY_BYTES)
 
 
-def checked(ids: Any, positions: Any = None, **places: tuple[int, ...]) -> None:
+def checked(ids: Any, positions: Any = None, grids: Any = None, **places: tuple[int, ...]) -> None:
     values: dict[str, Any] = {"special": (), "punctuation": (), **places}
     ids = np.asarray(ids)
+    inputs = {"input_ids": ids} if grids is None else {"input_ids": ids, "image_grid_thw": np.asarray(grids)}
     values["positions"] = np.arange(ids.size)[None] if positions is None else positions
-    prompt = ProcessedPrompt(inputs={"input_ids": ids}, seed=0, pixels=(), **values)
+    prompt = ProcessedPrompt(inputs=inputs, seed=0, pixels=(), **values)
     prompt.check(vocabulary=10)
 
 
@@ -163,3 +164,10 @@ def test_positions_and_views_that_cannot_be_are_refused() -> None:
     for views in ((0,), (1, -1)):
         with pytest.raises(ValueError):
             checked([[0, 9, 3]], views=views)
+
+
+def test_grids_that_are_not_those_of_the_images_are_refused() -> None:
+    checked([[0, 9, 3]], grids=[[1, 2, 4], [1, 2, 2]], views=(8, 4))
+    for grids in ([[1, 2, 4]], [[1, 2, 4], [1, 2, 3]], [[-1, -2, 4], [1, 2, 2]], [[1.0, 2, 4], [1, 2, 2]], [[8], [4]]):
+        with pytest.raises(ValueError):
+            checked([[0, 9, 3]], grids=grids, views=(8, 4))
