@@ -63,7 +63,7 @@ class NotFound(VlcacheError):
 
 
 class AlreadyExists(VlcacheError):
-    """A request with this id is still in flight."""
+    """A request with this id is still in flight, or another one had it and was answered in the last 60 s."""
 
 
 class ResourceExhausted(VlcacheError):

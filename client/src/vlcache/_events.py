@@ -81,7 +81,7 @@ class Delta:
 class Compressed:
     """What the prefill worker kept of the prompt's KV.
 
-    policy: name of the compression policy.
+    policy: name of the compression policy that ran, which can be another one than the request asked for.
     asked_retention: kept share that the request asked for, in (0, 1].
     requested_retention: what the policy was told to keep: less than asked when memory was short and `min_retention`
         allowed it, more when the quality guard raised it.
