@@ -8,6 +8,7 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import vlcache
 from tqdm import tqdm
 
 from benchmarks.overload.config import OverloadConfig
-from benchmarks.overload.watch import Moment, Watch, growth_mib
+from benchmarks.overload.watch import Moment, growth_mib, watched
 from benchmarks.serve.figures import Outcome, figures, parse_objectives
 from benchmarks.serve.load import OpenLoop
 from benchmarks.serve.prompts import Prompt, draw_prompts
@@ -86,7 +87,7 @@ class Run:
         clock = asyncio.get_running_loop().time
         until_s = clock() + self._config.earlier_s
         outcomes: list[Outcome] = []
-        async with self._client() as client, self._watch(self._config.earlier_s) as watch:
+        async with self._client() as client, self._watched(self._config.earlier_s) as moments:
             asker = Asker(client, self._config)
             with tqdm(unit="answer", file=sys.stderr, desc="capacity") as bar:
 
@@ -98,12 +99,12 @@ class Run:
                 began_s = clock()
                 await asyncio.gather(*(ask() for _ in range(self._config.clients)))
                 duration_s = clock() - began_s
-        return self._row("capacity", outcomes, duration_s, asker, watch.moments)
+        return self._row("capacity", outcomes, duration_s, asker, moments)
 
     async def _open_loop(self, label: str, rate: float, seconds: float) -> dict[str, Any]:
         prompts = list(itertools.islice(self._prompts, max(1, round(rate * seconds))))
         clock = asyncio.get_running_loop().time
-        async with self._client() as client, self._watch(seconds) as watch:
+        async with self._client() as client, self._watched(seconds) as moments:
             asker = Asker(client, self._config)
             with tqdm(total=len(prompts), unit="request", file=sys.stderr, desc=label) as bar:
 
@@ -115,7 +116,7 @@ class Run:
                 began_s = clock()
                 outcomes = await OpenLoop(rate, 1.0).run(send, prompts, self._rng)
                 duration_s = clock() - began_s
-        row = self._row(label, outcomes, duration_s, asker, watch.moments)
+        row = self._row(label, outcomes, duration_s, asker, moments)
         return {"offered_requests_per_s": rate, **row}
 
     def _row(
@@ -137,8 +138,8 @@ class Run:
             self._address, timeout=vlcache.Timeout(total_s=DEADLINE_S), retry=vlcache.RetryPolicy(max_attempts=1)
         )
 
-    def _watch(self, duration_s: float) -> Watch:
-        return Watch(self._pids, self._metrics_address, duration_s=duration_s)
+    def _watched(self, duration_s: float) -> AbstractAsyncContextManager[list[Moment]]:
+        return watched(self._pids, self._metrics_address, duration_s=duration_s)
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -7,13 +7,13 @@ import contextlib
 import os
 import statistics
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.meanwhile import meanwhile
 from shared.rpc.options import MIB
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -33,42 +33,13 @@ class Moment:
     """By process, its children included."""
 
 
-class Watch:
-    """Use as a context manager around a load; `moments` grow meanwhile."""
-
-    def __init__(self, pids: Mapping[str, int], metrics_address: str, *, duration_s: float) -> None:
-        self._pids = pids
-        self._url = f"http://{metrics_address}/metrics"
-        self._interval_s = max(LEAST_INTERVAL_S, duration_s / MAX_MOMENTS)
-        self._watching: asyncio.Task[None]
-        self.moments: list[Moment] = []
-
-    async def __aenter__(self) -> Watch:
-        self._watching = asyncio.create_task(self._watch())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._watching
-
-    async def _watch(self) -> None:
-        clock = asyncio.get_running_loop().time
-        began_s = clock()
-        while True:
-            waiting = await asyncio.to_thread(self._waiting)
-            rss = {name: rss_mib(pid) for name, pid in self._pids.items()}
-            self.moments.append(Moment(at_s=clock() - began_s, waiting=waiting, rss_mib=rss))
-            await asyncio.sleep(self._interval_s)
-
-    def _waiting(self) -> int:
-        with urllib.request.urlopen(self._url, timeout=10) as response:
-            families = text_string_to_metric_families(response.read().decode())
-        return next(
-            int(family.samples[0].value) for family in families if family.name == "vlcache_num_requests_waiting"
-        )
+@contextlib.asynccontextmanager
+async def watched(pids: Mapping[str, int], metrics_address: str, *, duration_s: float) -> AsyncIterator[list[Moment]]:
+    """While open, for about `duration_s`, the list grows."""
+    moments: list[Moment] = []
+    interval_s = max(LEAST_INTERVAL_S, duration_s / MAX_MOMENTS)
+    async with meanwhile(_look_on(pids, f"http://{metrics_address}/metrics", interval_s, moments)):
+        yield moments
 
 
 def rss_mib(pid: int) -> float:
@@ -92,3 +63,19 @@ def growth_mib(moments: Sequence[Moment]) -> dict[str, float]:
 
 def _median(moments: Sequence[Moment], name: str) -> float:
     return statistics.median(moment.rss_mib[name] for moment in moments)
+
+
+async def _look_on(pids: Mapping[str, int], url: str, interval_s: float, moments: list[Moment]) -> None:
+    clock = asyncio.get_running_loop().time
+    began_s = clock()
+    while True:
+        waiting = await asyncio.to_thread(_waiting, url)
+        rss = {name: rss_mib(pid) for name, pid in pids.items()}
+        moments.append(Moment(at_s=clock() - began_s, waiting=waiting, rss_mib=rss))
+        await asyncio.sleep(interval_s)
+
+
+def _waiting(url: str) -> int:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    return next(int(family.samples[0].value) for family in families if family.name == "vlcache_num_requests_waiting")

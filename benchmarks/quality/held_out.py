@@ -15,8 +15,6 @@ reads a list of runs of `benchmarks.quality`, the first one to choose by, and wr
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ import tyro
 from numpy.typing import NDArray
 
 from benchmarks.quality.overview import Row, at, contenders_in, retentions_in
-from benchmarks.quality.page import blank_page, command, machine, with_figures
+from benchmarks.quality.page import command, machine, write_page
 from benchmarks.quality.setting import ALL_TASKS, FULL
 from benchmarks.report import table
 
@@ -174,14 +172,7 @@ def _closed(found: tuple[float, float, float] | None) -> str:
 
 def main() -> None:
     """Writes the page beside the runs."""
-    config = tyro.cli(HeldOutConfig, description=__doc__)
-    page = config.result.with_suffix(".md")
-    try:
-        runs = json.loads(config.result.read_text(encoding="utf-8"))
-        before = page.read_text(encoding="utf-8") if page.exists() else blank_page(page.stem)
-        page.write_text(with_figures(before, figures(runs)), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        sys.exit(f"no page of {config.result}: {error}")
+    write_page(tyro.cli(HeldOutConfig, description=__doc__).result, figures)
 
 
 if __name__ == "__main__":

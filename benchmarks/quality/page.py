@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,16 +157,24 @@ def _several_images(rows: Sequence[Row]) -> str:
     return table(["policy", *(f"{100 * kept:g} %" for kept in retentions)], lines) if shares else ""
 
 
+def write_page(result: Path, figures_of: Callable[[Any], str]) -> None:
+    """Writes what `figures_of` makes of a stored result into the page beside it; exits with a sentence where it cannot.
+
+    Args:
+        figures_of: May raise ValueError for a result that is not for it.
+    """
+    page = result.with_suffix(".md")
+    try:
+        found = json.loads(result.read_text(encoding="utf-8"))
+        before = page.read_text(encoding="utf-8") if page.exists() else blank_page(page.stem)
+        page.write_text(with_figures(before, figures_of(found)), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        sys.exit(f"no page of {result}: {error}")
+
+
 def main() -> None:
     """Writes the page beside the result."""
-    config = tyro.cli(PageConfig, description=__doc__)
-    page = config.result.with_suffix(".md")
-    try:
-        found = json.loads(config.result.read_text(encoding="utf-8"))
-        before = page.read_text(encoding="utf-8") if page.exists() else blank_page(page.stem)
-        page.write_text(with_figures(before, figures(found)), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        sys.exit(f"no page of {config.result}: {error}")
+    write_page(tyro.cli(PageConfig, description=__doc__).result, figures)
 
 
 if __name__ == "__main__":

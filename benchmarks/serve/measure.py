@@ -15,7 +15,7 @@ from tqdm import tqdm
 from benchmarks.serve.config import ServeBenchConfig
 from benchmarks.serve.figures import Outcome, figures, parse_objectives
 from benchmarks.serve.load import Load
-from benchmarks.serve.monitor import Monitor, Snapshot, occupancy
+from benchmarks.serve.monitor import Snapshot, monitored, occupancy
 from benchmarks.serve.prompts import Prompt, draw_prompts
 
 # Generous: who waits must be counted as slow, not as failed.
@@ -113,8 +113,8 @@ async def _phase(
     cell: Cell, client: vlcache.AsyncClient, sender: Sender, prompts: Sequence[Prompt], rng: np.random.Generator
 ) -> None:
     clock = asyncio.get_running_loop().time
-    async with Monitor(client) as monitor:
+    async with monitored(client) as snapshots:
         started_s = clock()
         cell.outcomes += await cell.load.run(sender.send, prompts, rng)
         cell.duration_s += clock() - started_s
-    cell.snapshots += monitor.snapshots
+    cell.snapshots += snapshots

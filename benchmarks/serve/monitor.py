@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import vlcache
+
+from benchmarks.meanwhile import meanwhile
 
 # The router looks at its workers once a second: more samples would only repeat them.
 INTERVAL_S = 1.0
@@ -36,30 +37,12 @@ class Snapshot:
         )
 
 
-class Monitor:
-    """Use as a context manager around a load; `snapshots` grow meanwhile."""
-
-    def __init__(self, client: vlcache.AsyncClient) -> None:
-        self._client = client
-        self._watching: asyncio.Task[None]
-        self.snapshots: list[Snapshot] = []
-
-    async def __aenter__(self) -> Monitor:
-        self._watching = asyncio.create_task(self._watch())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._watching
-
-    async def _watch(self) -> None:
-        while True:
-            # first the wait: what the router knows at the beginning is about the time before
-            await asyncio.sleep(INTERVAL_S)
-            self.snapshots.append(Snapshot.of(await self._client.info()))
+@contextlib.asynccontextmanager
+async def monitored(client: vlcache.AsyncClient) -> AsyncIterator[list[Snapshot]]:
+    """While open, the list grows."""
+    snapshots: list[Snapshot] = []
+    async with meanwhile(_look_on(client, snapshots)):
+        yield snapshots
 
 
 def occupancy(snapshots: Sequence[Snapshot]) -> dict[str, float | None]:
@@ -73,3 +56,10 @@ def occupancy(snapshots: Sequence[Snapshot]) -> dict[str, float | None]:
         sum(snapshot.prefilling for snapshot in snapshots),
     )
     return {key: total / len(snapshots) for key, total in zip(keys, sums, strict=True)}
+
+
+async def _look_on(client: vlcache.AsyncClient, snapshots: list[Snapshot]) -> None:
+    while True:
+        # first the wait: what the router knows at the beginning is about the time before
+        await asyncio.sleep(INTERVAL_S)
+        snapshots.append(Snapshot.of(await client.info()))

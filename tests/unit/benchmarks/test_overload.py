@@ -92,11 +92,11 @@ def test_the_queue_is_watched() -> None:
             call = service.ask()
             await service.becomes_waiting(1)
             router = service.router
-            watch = Run(OverloadConfig(**SMALL), router.address, router.metrics_address, {})._watch(1.0)
-            async with watch:
-                while not watch.moments:
+            measured = Run(OverloadConfig(**SMALL), router.address, router.metrics_address, {})
+            async with measured._watched(1.0) as moments:
+                while not moments:
                     await service.decode[0].reserves.reaches(len(service.decode[0].reserves) + 1)
-            assert watch.moments[0].waiting == 1
+            assert moments[0].waiting == 1
             call.cancel()
 
     run(scenario)

@@ -15,7 +15,7 @@ from benchmarks.serve import monitor
 from benchmarks.serve.arrivals import arrival_offsets_s
 from benchmarks.serve.figures import OK, Outcome
 from benchmarks.serve.load import ClosedLoop, OpenLoop
-from benchmarks.serve.monitor import Monitor, Snapshot, occupancy
+from benchmarks.serve.monitor import Snapshot, monitored, occupancy
 from benchmarks.serve.prompts import Prompt, draw_prompts
 
 PROMPTS = [Prompt(str(number), ()) for number in range(12)]
@@ -175,13 +175,13 @@ class Informant:
 def test_a_monitor_watches_until_it_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitor, "INTERVAL_S", 0)
 
-    async def watch() -> Monitor:
+    async def watch() -> list[Snapshot]:
         informant = Informant()
-        async with Monitor(informant) as watched:
+        async with monitored(informant) as snapshots:
             await informant.asked.wait()
-        return watched
+        return snapshots
 
-    assert [seen.decoding for seen in asyncio.run(watch()).snapshots][:2] == [1, 2]
+    assert [seen.decoding for seen in asyncio.run(watch())][:2] == [1, 2]
 
 
 def test_a_monitor_that_cannot_see_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_a_monitor_that_cannot_see_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 
     async def watch() -> None:
         informant = Informant(OSError("gone"))
-        async with Monitor(informant):
+        async with monitored(informant):
             await informant.asked.wait()
             await asyncio.sleep(0)
 
