@@ -34,6 +34,7 @@ class Reservation:
     """Memory of one request. Touched on the event loop only.
 
     `token` is its secret: random, so a late message for an ended reservation finds nothing and revives nothing.
+    `saved_bytes` are those of the prompt's KV that compression has left out.
     `arrival` counts up: who came first is served first. `allocation` is None while the sequence is parked outside the
     pool; `parked` is its KV then. `in_use` says that the step thread or a copy uses the memory, which must therefore
     outlive the end. `arrived` are the answer's tokens that came with the parcel, `delivered` those that its reader has,
@@ -58,6 +59,7 @@ class Reservation:
     subscription: Subscription | None = None
     stop_fill: Callable[[], object] = lambda: None
     parked: ExportedKV | None = None
+    saved_bytes: int = 0
     in_use: bool = False
     ended: bool = False
 
@@ -248,6 +250,18 @@ class Reservations:
         """Bytes of all reservations in a stage, ended ones that linger included."""
         held = (*self._by_token.values(), *self._lingering)
         return sum(reservation.pool_bytes for reservation in held if reservation.stage is stage)
+
+    @property
+    def orphan_bytes(self) -> int:
+        """Bytes of the pool that no live reservation holds."""
+        # from the metrics' thread it may see an allocation a moment before its owner
+        live = sum(held.pool_bytes for held in tuple(self._by_token.values()))
+        return max(0, self._pool.used_bytes - live)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that the prompts of the sequences in the pool would need on top."""
+        return sum(held.saved_bytes for held in tuple(self._by_token.values()) if held.allocation is not None)
 
     @property
     def parked_bytes(self) -> int:

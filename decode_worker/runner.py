@@ -130,6 +130,9 @@ class DecodeRunner:
         for token in manifest.generated:
             reservation.text.push(token)  # the prefill worker has sent that text
         reservation.arrived = manifest.generated
+        layout = manifest.layout
+        kept_bytes = layout.body_bytes(manifest.num_kept)
+        reservation.saved_bytes = max(0, layout.full_bytes(manifest.logical_length) - kept_bytes)
         self._reservations.activate(reservation, sequence, self.promise.bytes_needed(reservation, manifest))
         self._metrics.observe_stage("install", time.monotonic() - started)
         self._join_when_ready(reservation)

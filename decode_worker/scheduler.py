@@ -103,6 +103,7 @@ class DecodeScheduler:
             first: Before all others that wait for a place: someone is in the middle of reading it.
         """
         assert not sequence.kv.full, "a step would write beyond the sequence's memory"
+        sequence.waits_since = time.monotonic()
         with self._changed:
             # asked when it was out already
             self._leaving.discard(sequence)
@@ -161,7 +162,9 @@ class DecodeScheduler:
             left = self._remove(self._leaving)
             self._leaving = set()
             while self._joining and len(self._running) < self._max_batch:
-                self._running.append(self._joining.popleft())
+                joins = self._joining.popleft()
+                self._metrics.observe_stage("decode_queue", time.monotonic() - joins.waits_since)
+                self._running.append(joins)
             return left
 
     def _remove(self, leaving: Iterable[Sequence]) -> list[Sequence]:

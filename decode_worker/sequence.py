@@ -23,7 +23,8 @@ class Sequence:
     whatever compression kept.
 
     `known` are tokens of the answer that a lost worker drew: they are taken before anything is drawn here, and nobody
-    is sent them again. `known_since` is when they were named, in monotonic seconds.
+    is sent them again. `known_since` is when they were named, `waits_since` when it last asked for a place in the
+    batch, in monotonic seconds.
     """
 
     kv: SequenceKV
@@ -34,6 +35,7 @@ class Sequence:
     generated: int = 1
     known: deque[int] = field(default_factory=deque)
     known_since: float = 0.0
+    waits_since: float = 0.0
     finish_reason: FinishReason = field(default=public.FINISH_REASON_UNSPECIFIED)
 
     @classmethod

@@ -138,6 +138,8 @@ class DecodeWorker:
         for stage in Stage:
             self.metrics.watch_resident(stage.value, partial(self._reservations.bytes_in, stage))
         self.metrics.watch_resident("parked", lambda: self._reservations.parked_bytes)
+        self.metrics.orphan_bytes.set_function(lambda: self._reservations.orphan_bytes)
+        self.metrics.saved_bytes.set_function(lambda: self._reservations.saved_bytes)
         self.metrics.cache_usage.set_function(lambda: pool.used_bytes / pool.capacity)
         self.metrics.fragmentation.set_function(lambda: pool.fragmentation)
         self.metrics.requests_running.set_function(lambda: scheduler.running)

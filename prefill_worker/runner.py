@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from prefill_worker.compression.eviction import parcel_bound
 from prefill_worker.compression.windows import check_policy
-from prefill_worker.compute import PrefillCompute
+from prefill_worker.compute import Completion, PrefillCompute
 from prefill_worker.job import Event, PrefillJob, Transferred
 from prefill_worker.kv_sender import KVSender, Ticket
 from prefill_worker.parcel.kept_tokens import check_explainable
@@ -106,6 +106,12 @@ class PrefillRunner:
         finally:
             task.cancel()
 
+    @property
+    def orphan_bytes(self) -> int:
+        """Bytes of parcels that have ended, or that no call fills: what nobody will ever send."""
+        filling = 0 if self._jobs else self._retained.filling_bytes
+        return filling + self._retained.lingering_bytes
+
     def expire(self, now: float) -> None:
         """Gives up the retained parcels that nobody renewed."""
         expired = self._retained.expire(now)
@@ -183,7 +189,11 @@ class PrefillRunner:
             growing = self._grow(room, replace(job, budget=budget), prompt)
             return room.body if asyncio.run_coroutine_threadsafe(growing, loop).result() else None
 
-        work = partial(self._compute.run, job, prompt, room.body, emit_here, more_room, early)
+        def work() -> Completion | None:
+            self._metrics.queue_time.observe(time.monotonic() - asked)
+            return self._compute.run(job, prompt, room.body, emit_here, more_room, early)
+
+        asked = time.monotonic()
         complete = await self._scheduler.run(work, num_tokens=prompt.shape.num_tokens, cancelled=job.cancelled)
         if complete is None:
             return None

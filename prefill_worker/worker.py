@@ -148,6 +148,8 @@ class PrefillWorker:
         self._expiry = asyncio.get_running_loop().create_task(self._expire_leases())
         self.metrics.watch_resident("filling", lambda: retained.filling_bytes)
         self.metrics.watch_resident("retained", lambda: retained.used_bytes)
+        self.metrics.orphan_bytes.set_function(lambda: self.runner.orphan_bytes)
+        self.metrics.cache_usage.set_function(lambda: store.used_bytes / self._arena.capacity)
         self.metrics.requests_running.set_function(lambda: scheduler.running)
         self.metrics.requests_waiting.set_function(lambda: scheduler.waiting)
         self._features, self._prefixes = model.engine.features, model.engine.prefixes

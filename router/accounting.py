@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 from vlcache.v1 import inference_pb2 as pb
 
 from router.admission.tenant_labels import TenantLabels
 from router.admission.tenants import DEFAULT_TENANT
 from router.workers.circuit import CIRCUIT_STATES
-from router.workers.worker import STATES, Worker
+from router.workers.worker import DECODE, STATES, UNREACHABLE, Worker, reported_load
 from shared.errors import (
     DeadlineExceededError,
     InternalError,
@@ -21,7 +22,8 @@ from shared.errors import (
     ResourceExhaustedError,
     ServiceError,
 )
-from shared.telemetry.metrics import Metric, RouterMetrics
+from shared.telemetry.metrics import RouterMetrics
+from shared.telemetry.role_metrics import Metric
 
 FINISHED, CANCELLED, FAILED, REFUSED, REPEATED = "finished", "cancelled", "failed", "refused", "repeated"
 
@@ -46,6 +48,7 @@ class Accounting:
         self._tenant_labels = TenantLabels()
         self._state_gauges = ((metrics.worker_state, STATES), (metrics.circuit_state, CIRCUIT_STATES))
         self._workers_shown: dict[str, tuple[str, str]] = {}
+        self._heartbeats: dict[str, Worker] = {}
 
     def open(self, tenant: str = DEFAULT_TENANT) -> RequestAccount:
         """The account of a request of `tenant` that was just received and accepted."""
@@ -75,6 +78,10 @@ class Accounting:
         """A decode worker did not promise memory."""
         self.metrics.labelled(self.metrics.reservation_rejected, reason=error.reason).inc()
 
+    def admitted(self, seconds: float) -> None:
+        """A request was promised decode memory, `seconds` after it had asked for some."""
+        self.metrics.observe_stage("admit", seconds)
+
     def reserved(self, share: Fraction) -> None:
         """A decode worker promised memory for `share` of what a request asked to keep."""
         if share < 1:
@@ -103,8 +110,31 @@ class Accounting:
                 gauge.dec()
             self.metrics.reservation_wait.observe(self.clock() - since_s)
 
+    def show_served(self, models: int) -> None:
+        """So many models have at least one ready pair."""
+        self.metrics.served_models.set(models)
+
     def show_workers(self, workers: Iterable[Worker]) -> None:
-        """Sets the state gauges that have changed; workers that are gone disappear."""
+        """Sets the gauges of workers as they are now; those that are gone disappear."""
+        workers = list(workers)
+        self._show_states_of(workers)
+        self._show_heartbeats(workers)
+        pools = [worker for worker in workers if worker.info.role == DECODE and worker.state != UNREACHABLE]
+        capacity = sum(worker.capacity for worker in pools)
+        self.metrics.cache_usage.set(sum(reported_load(pool.info) for pool in pools) / capacity if capacity else 0.0)
+
+    def _show_heartbeats(self, workers: Iterable[Worker]) -> None:
+        heard = {worker.info.name: worker for worker in workers}
+        for name in self._heartbeats.keys() - heard.keys():
+            self.metrics.forget(self.metrics.heartbeat_age, name)
+        for name, worker in heard.items():
+            if self._heartbeats.get(name) is not worker:
+                # read when it is scraped: an age that somebody has to set would stand still when that one hangs
+                age = self.metrics.labelled(self.metrics.heartbeat_age, name=name)
+                age.set_function(partial(_silence_s, worker))
+        self._heartbeats = heard
+
+    def _show_states_of(self, workers: Iterable[Worker]) -> None:
         shown = {worker.info.name: (worker.state, worker.circuits.state) for worker in workers}
         for name in self._workers_shown.keys() - shown.keys():
             for gauge, states in self._state_gauges:
@@ -137,6 +167,8 @@ class RequestAccount:
             accounting.of_tenant(self._metrics.tenant_running, tenant),
         )
         self._tenant_tokens = accounting.of_tenant(self._metrics.tenant_tokens, tenant)
+        self._tenant_kv_full = accounting.of_tenant(self._metrics.tenant_kv_full, tenant)
+        self._tenant_kv_saved = accounting.of_tenant(self._metrics.tenant_kv_saved, tenant)
         self._received_s = accounting.clock()
         self._first_s = self._last_s = self._received_s
         self._interrupted_s: float | None = None
@@ -176,7 +208,10 @@ class RequestAccount:
         """The prompt's KV was compressed."""
         self._metrics.kv_full_bytes.inc(message.full_bytes)
         self._metrics.kv_kept_bytes.inc(message.kept_bytes)
-        self._metrics.kv_saved_bytes.inc(max(0, message.full_bytes - message.kept_bytes))
+        saved_bytes = max(0, message.full_bytes - message.kept_bytes)
+        self._metrics.kv_saved_bytes.inc(saved_bytes)
+        self._tenant_kv_full.inc(message.full_bytes)
+        self._tenant_kv_saved.inc(saved_bytes)
         self._metrics.kv_retention.observe(message.realised_retention)
         self._accounting.totals.kv_full_bytes += message.full_bytes
         self._accounting.totals.kv_kept_bytes += message.kept_bytes
@@ -225,3 +260,7 @@ class RequestAccount:
             gauge.dec()
         self._accounting.ended(outcome, code)
         return True
+
+
+def _silence_s(worker: Worker) -> float:
+    return worker.clock() - worker.heard_s

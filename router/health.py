@@ -22,6 +22,8 @@ async def follow_workers(
     while True:
         change = table.next_change()
         accounting.show_workers(table.workers())
-        await set_ready(bool(table.served_models()))
+        served = table.served_models()
+        accounting.show_served(len(served))
+        await set_ready(bool(served))
         await asyncio.sleep(LEAST_INTERVAL_S)
         await change.wait()

@@ -64,6 +64,12 @@ class RetainedParcels:
         return self._used
 
     @property
+    def lingering_bytes(self) -> int:
+        """Bytes in slots of parcels that have ended and are still being sent."""
+        # read from the metrics' thread, too: through one copy
+        return sum(held.nbytes for held in tuple(self._lingering))
+
+    @property
     def filling_bytes(self) -> int:
         """Bytes in the store's other slots: those of parcels under way."""
         return self._store.used_bytes - self._used

@@ -112,10 +112,16 @@ class Admission:
             ResourceExhaustedError: No memory within the queue timeout, or too much waits for it.
             DeadlineExceededError: The client's deadline came first.
         """
+        since_s = self._accounting.clock()
+        lease = await self._wait_for_lease(_Ask(request, avoid, deadline, begun))
+        self._accounting.admitted(self._accounting.clock() - since_s)
+        return lease
+
+    async def _wait_for_lease(self, ask: _Ask) -> Lease:
+        request, deadline = ask.request, ask.deadline
         room = self._rooms[request.model.name]
-        ask = _Ask(request, avoid, deadline, begun)
         # whoever comes later must not overtake those who go first
-        rank = Rank(tenant=request.tenant, priority=request.priority, begun=begun is not None)
+        rank = Rank(tenant=request.tenant, priority=request.priority, begun=ask.begun is not None)
         if room.would_be_first(rank) and (lease := await self._try(ask)):
             return lease
         with room.place(rank, request.num_bytes) as place, self._accounting.waiting(request.tenant):

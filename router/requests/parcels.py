@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 
@@ -122,16 +123,17 @@ class _Shelf:
             self._released.append(parcel.secret)
 
     async def turn(self) -> None:
-        """Waits for what comes first, news or the next renewal, and does it."""
-        try:
-            await asyncio.wait_for(self._news.wait(), self._left_s())
+        """Renews when it is time to, however many are released meanwhile; else waits for that time, or for news."""
+        left_s = self._left_s()
+        if left_s == 0:
+            return await self._renew()
         # asyncio.TimeoutError is not the built-in one before Python 3.11
-        except asyncio.TimeoutError:
-            await self._renew()
-        else:
-            self._news.clear()
-            if self._released:
-                await self._release()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._news.wait(), left_s)
+        self._news.clear()
+        if self._released:
+            await self._release()
+        return None
 
     def _left_s(self) -> float | None:
         """To the next renewal; None where nothing is retained yet."""

@@ -92,6 +92,8 @@ class Worker:
     """Sum of the charges: what this router has sent here and not yet seen end."""
     last_dispatch: int = 0
     """Ordinal of the last request sent here; breaks ties in turn."""
+    heard_s: float = 0.0
+    """When it last answered a poll, in its clock."""
     tokens: TokenStream = field(init=False)
     _ready_since_s: float = 0.0
     _is_new: bool = True
@@ -183,6 +185,7 @@ class Worker:
         if self.state != READY:
             self._comes()
         self.info = info
+        self.heard_s = self.clock()
         self.state = info.state
         self.capacity = info.kv.capacity
         # below zero when the report is from before our last requests

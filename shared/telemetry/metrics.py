@@ -1,72 +1,38 @@
-"""Every metric of every service: names, labels, buckets. Prefix `vlcache_`, base units, ratios 0-1.
+"""Every metric of every role: names, labels, buckets. Prefix `vlcache_`, base units, ratios 0-1.
 
-Each process builds the one class of its role and hands it down; `registry` is what its /metrics port shows.
+Each process builds the class of each of its roles and hands it down; `registry` is what its /metrics port shows. What
+clients name never becomes a label as it is: tenants are bounded (`TenantLabels`), models are those of workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from shared.telemetry.role_metrics import (
+    LATENCY_BUCKETS,
+    PIXEL_BUCKETS,
+    RATIO_BUCKETS,
+    STAGE_BUCKETS,
+    TOKEN_BUCKETS,
+    TOKEN_GAP_BUCKETS,
+    RoleMetrics,
+)
 
-from shared.version import VERSION
-
-Metric = TypeVar("Metric", Counter, Gauge, Histogram)
-
-
-def geometric_buckets(low_s: float, high_s: float) -> tuple[float, ...]:
-    """1, 2.2, 4.7, 10 ... from `low_s` to `high_s`, the ends included."""
-    steps = [base * 10.0**power for power in range(-6, 6) for base in (1.0, 2.2, 4.7)]
-    inner = [round(step, 9) for step in steps if low_s < step < high_s]
-    return (low_s, *inner, high_s)
-
-
-LATENCY_BUCKETS = geometric_buckets(0.001, 480.0)
-TOKEN_GAP_BUCKETS = geometric_buckets(0.001, 80.0)
-STAGE_BUCKETS = geometric_buckets(0.0001, 480.0)
-RATIO_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
-TOKEN_BUCKETS = (0, 64, 256, 576, 1152, 2304, 4608, 9216, 18432, 36864, 73728, 147456)
-PIXEL_BUCKETS = (1e4, 1e5, 2.5e5, 5e5, 1e6, 2e6, 4e6, 8e6, 1.6e7, 4e7)
-
-
-class _RoleMetrics:
-    """Metrics of one process; binds the labels that never change in it."""
-
-    def __init__(self, *, role: str, worker: str, model: str = "") -> None:
-        self.registry = CollectorRegistry()
-        self._fixed = {"role": role, "worker": worker, "model": model}
-        info = Info("vlcache_build", "Version of this process", registry=self.registry)
-        info.info({"version": VERSION, **self._fixed})
-        self.event_loop_delay = self._histogram(
-            "event_loop_delay_seconds", "How late the event loop woke up", STAGE_BUCKETS
-        )
-
-    def _names(self, extra: Sequence[str]) -> list[str]:
-        return [*self._fixed, *extra]
-
-    def _counter(self, name: str, text: str, *extra: str) -> Counter:
-        metric = Counter(f"vlcache_{name}", text, self._names(extra), registry=self.registry)
-        return metric if extra else metric.labels(**self._fixed)
-
-    def _gauge(self, name: str, text: str, *extra: str) -> Gauge:
-        metric = Gauge(f"vlcache_{name}", text, self._names(extra), registry=self.registry)
-        return metric if extra else metric.labels(**self._fixed)
-
-    def _histogram(self, name: str, text: str, buckets: Sequence[float], *extra: str) -> Histogram:
-        metric = Histogram(f"vlcache_{name}", text, self._names(extra), registry=self.registry, buckets=buckets)
-        return metric if extra else metric.labels(**self._fixed)
-
-    def labelled(self, metric: Metric, **extra: str) -> Metric:
-        """The child of a metric that has labels beyond the fixed ones."""
-        return metric.labels(**self._fixed, **extra)
-
-    def forget(self, metric: Counter | Gauge | Histogram, *values: str) -> None:
-        """Drops the child with these values of the extra labels: what it was about does not exist any more."""
-        metric.remove(*self._fixed.values(), *values)
+# How requests end where all is well and where clients are at fault, and the failures that say that something is not.
+ENDINGS = (
+    ("finished", "OK"),
+    ("repeated", "OK"),
+    ("cancelled", "CANCELLED"),
+    ("refused", "RESOURCE_EXHAUSTED"),
+    ("failed", "RESOURCE_EXHAUSTED"),
+    ("failed", "DEADLINE_EXCEEDED"),
+    ("failed", "UNAVAILABLE"),
+    ("failed", "INTERNAL"),
+)
+FAILOVERS = (("resend", "DECODE_WORKER_LOST"), ("reprefill", "UNAVAILABLE"), ("migration", "DRAINING"))
 
 
-class RouterMetrics(_RoleMetrics):
+class RouterMetrics(RoleMetrics):
     """What only the router sees: whole requests."""
 
     def __init__(self, *, worker: str) -> None:
@@ -81,15 +47,27 @@ class RouterMetrics(_RoleMetrics):
             "request_time_per_output_token_seconds", "(E2E - TTFT) / (tokens - 1) of a request", TOKEN_GAP_BUCKETS
         )
         self.e2e_latency = h("e2e_request_latency_seconds", "Request received to last token", LATENCY_BUCKETS)
-        self.requests = c("requests_total", "Requests ended", "outcome", "code")
-        self.cancellations = c("cancellations_total", "Requests cancelled by their client", "stage")
-        self.reservation_rejected = c("reservation_rejected_total", "Refused reservations", "reason")
+        self.requests = c("requests_total", "Requests ended", "outcome", "code", starts=ENDINGS)
+        self.cancellations = c(
+            "cancellations_total",
+            "Requests cancelled by their client",
+            "stage",
+            starts=("queue", "prefill", "transfer", "decode"),
+        )
+        self.reservation_rejected = c(
+            "reservation_rejected_total", "Refused reservations", "reason", starts=("KV_FULL", "TOO_LARGE")
+        )
         self.reservation_wait = h("reservation_wait_seconds", "Time in the queue for decode memory", LATENCY_BUCKETS)
         self.retention_lowered = c("retention_lowered_total", "Reservations below the retention asked for")
         self.retention_lowered_ratio = h(
             "retention_lowered_ratio", "Share of the retention asked for that these got", RATIO_BUCKETS
         )
-        self.shadow_requests = c("shadow_requests_total", "Finished requests sampled to be repeated", "outcome")
+        self.shadow_requests = c(
+            "shadow_requests_total",
+            "Finished requests sampled to be repeated",
+            "outcome",
+            starts=("compared", "dropped", "failed"),
+        )
         self.shadow_agreement = h(
             "shadow_agreement_ratio",
             "Share of an answer's tokens but the first that retention 1 draws too",
@@ -101,6 +79,7 @@ class RouterMetrics(_RoleMetrics):
             " (reprefill), or ahead of a drain (migration)",
             "kind",
             "reason",
+            starts=FAILOVERS,
         )
         self.failover_seconds = h(
             "failover_seconds", "Loss of a worker noticed, or a leaving one left, to next token", LATENCY_BUCKETS
@@ -116,6 +95,10 @@ class RouterMetrics(_RoleMetrics):
             "reason",
         )
         self.tenant_tokens = c("tenant_generation_tokens_total", "Tokens generated for a tenant", "tenant")
+        self.tenant_kv_full = c(
+            "tenant_kv_bytes_full_total", "KV bytes of a tenant's prompts before compression", "tenant"
+        )
+        self.tenant_kv_saved = c("tenant_kv_bytes_saved_total", "KV bytes of a tenant's prompts not kept", "tenant")
         self.kv_full_bytes = c("kv_bytes_full_total", "KV bytes of all prompts before compression")
         self.kv_kept_bytes = c("kv_bytes_kept_total", "KV bytes kept")
         self.kv_sent_bytes = c("kv_bytes_sent_total", "Bytes handed to the transports: parcels, manifests, framing")
@@ -124,27 +107,31 @@ class RouterMetrics(_RoleMetrics):
         self.prompt_tokens = c("prompt_tokens_total", "Prompt tokens, visual and text")
         self.generation_tokens = c("generation_tokens_total", "Generated tokens")
         self.visual_tokens = h("visual_tokens", "Visual tokens of a prompt", TOKEN_BUCKETS)
+        self.cache_usage = g("kv_cache_usage_ratio", "Share in use of the KV pools of the decode workers that answer")
+        self.served_models = g("served_models", "Models that at least one ready pair of workers serves")
+        self.heartbeat_age = g("worker_heartbeat_age_seconds", "Time since a worker last answered a poll", "name")
         self.worker_state = g("worker_state", "1 for the state a worker is in", "name", "state")
         self.circuit_state = g("circuit_state", "1 for the state of a worker's worst circuit", "name", "state")
 
 
-class WorkerMetrics(_RoleMetrics):
+class WorkerMetrics(RoleMetrics):
     """What both kinds of worker have."""
 
     def __init__(self, *, role: str, worker: str, model: str) -> None:
         super().__init__(role=role, worker=worker, model=model)
         self.requests_running = self._gauge("num_requests_running", "Requests being computed")
         self.requests_waiting = self._gauge("num_requests_waiting", "Requests admitted and waiting")
-        self.stage_seconds = self._histogram("stage_seconds", "Time spent in a stage", STAGE_BUCKETS, "stage")
+        self.cache_usage = self._gauge(
+            "kv_cache_usage_ratio", "Share in use of the KV pool (decode) or of the memory for parcels (prefill)"
+        )
         self.resident_bytes = self._gauge("kv_resident_bytes", "KV bytes by state", "state")
+        self.orphan_bytes = self._gauge(
+            "kv_orphan_bytes", "Bytes still held for what has ended: 0 but for the moment in which a thread lets go"
+        )
 
     def watch_resident(self, state: str, read: Callable[[], float]) -> None:
         """Lets the gauge of `state` read its owner at scrape time."""
-        self.resident_bytes.labels(**self._fixed, state=state).set_function(read)
-
-    def observe_stage(self, stage: str, seconds: float) -> None:
-        """Adds one duration to a stage."""
-        self.stage_seconds.labels(**self._fixed, stage=stage).observe(seconds)
+        self.labelled(self.resident_bytes, state=state).set_function(read)
 
 
 class PrefillMetrics(WorkerMetrics):
@@ -156,16 +143,27 @@ class PrefillMetrics(WorkerMetrics):
         self.attention_mass = h(
             "kv_kept_attention_mass_ratio", "Post-vision attention mass on kept tokens, mean over layers", RATIO_BUCKETS
         )
-        self.guard = c("guard_total", "Parcels that the quality guard has looked at", "outcome")
+        self.guard = c(
+            "guard_total",
+            "Parcels that the quality guard has looked at",
+            "outcome",
+            starts=("kept", "grown", "full", "refused"),
+        )
         self.prefill_peak = h("kv_prefill_peak_ratio", "Most KV held during a pass, over the prompt's", RATIO_BUCKETS)
         self.layer_retention = self._gauge("kv_layer_retention_ratio", "Kept share of the last prompt", "layer")
         self.transfer_seconds = h("kv_transfer_seconds", "Commit of a parcel", STAGE_BUCKETS, "transport")
         self.transfer_bytes = c("kv_transfer_bytes_total", "Bytes handed to a transport", "transport")
-        self.transfer_failures = c("kv_transfer_failures_total", "Failed transfers", "reason")
-        self.resends = c("kv_resend_total", "Parcels sent once more", "reason")
-        self.lease_expired = c("lease_expired_total", "Leases that ended unrenewed", "side")
+        self.transfer_failures = c("kv_transfer_failures_total", "Failed transfers", "reason", starts=("UNAVAILABLE",))
+        self.resends = c("kv_resend_total", "Parcels sent once more", "reason", starts=("data_loss", "failover"))
+        self.lease_expired = c("lease_expired_total", "Leases that ended unrenewed", "side", starts=("prefill",))
+        self.queue_time = h("request_queue_time_seconds", "A prompt's wait for the prompts before it", LATENCY_BUCKETS)
         self.image_pixels = h("image_pixels", "Pixels of an image as sent", PIXEL_BUCKETS)
-        self.preprocess_replaced = c("preprocess_replaced_total", "Replaced preprocessing processes", "reason")
+        self.preprocess_replaced = c(
+            "preprocess_replaced_total",
+            "Replaced preprocessing processes",
+            "reason",
+            starts=("start", "ended", "timeout", "crash"),
+        )
         self.vision_cache_hits = c("vision_cache_hits_total", "Images that the vision tower was spared")
         self.vision_cache_misses = c("vision_cache_misses_total", "Images that the vision tower encoded")
         self.vision_cache_bytes = self._gauge("vision_cache_bytes", "Kept features of images")
@@ -179,12 +177,21 @@ class DecodeMetrics(WorkerMetrics):
 
     def __init__(self, *, worker: str, model: str) -> None:
         super().__init__(role="decode", worker=worker, model=model)
-        self.cache_usage = self._gauge("kv_cache_usage_ratio", "Share of the KV pool in use")
         self.fragmentation = self._gauge(
             "kv_fragmentation_ratio", "Share of the pool's free bytes that one sequence cannot have"
         )
-        self.preemptions = self._counter("preemptions_total", "Sequences that were moved out of the KV pool", "reason")
-        self.lease_expired = self._counter("lease_expired_total", "Leases that ended unrenewed", "side")
+        self.saved_bytes = self._gauge(
+            "kv_resident_saved_bytes", "What the sequences in the KV pool would need on top with their whole prompts"
+        )
+        self.preemptions = self._counter(
+            "preemptions_total",
+            "Sequences that were moved out of the KV pool",
+            "reason",
+            starts=("evicted", "outgrown"),
+        )
+        self.lease_expired = self._counter(
+            "lease_expired_total", "Leases that ended unrenewed", "side", starts=("decode",)
+        )
         self.replayed_tokens = self._counter("replayed_tokens_total", "Delivered tokens that were fed again")
         self.step_seconds = self._histogram("decode_step_seconds", "One step of the running batch", STAGE_BUCKETS)
         self.batch_size = self._histogram("decode_batch_size", "Sequences in a step", (1, 2, 4, 8, 16, 32, 64, 128))

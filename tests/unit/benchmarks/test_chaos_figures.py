@@ -6,7 +6,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from benchmarks.chaos.figures import compared, failovers, longest_pause_ms, recovery_ms
 from benchmarks.chaos.load import Stream
-from shared.telemetry.metrics import LATENCY_BUCKETS, RouterMetrics
+from shared.telemetry.metrics import RouterMetrics
+from shared.telemetry.role_metrics import LATENCY_BUCKETS
 
 TWIN = Stream((1, 2, 3), "abc")
 

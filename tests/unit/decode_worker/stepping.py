@@ -62,9 +62,9 @@ class Running:
         self.outcomes: queue.Queue[StepOutcome] = queue.Queue()
         self.left: list[Sequence] = []
         """Who left between two steps, so far."""
-        metrics = DecodeMetrics(worker="d", model="m")
+        self.metrics = DecodeMetrics(worker="d", model="m")
         deliver = self.outcomes.put
-        self.scheduler = DecodeScheduler(self.engine, deliver, max_batch=max_batch, metrics=metrics)  # type: ignore[arg-type]
+        self.scheduler = DecodeScheduler(self.engine, deliver, max_batch=max_batch, metrics=self.metrics)  # type: ignore[arg-type]
 
     def step(self) -> StepOutcome:
         """Lets one step happen and returns its outcome."""

@@ -80,6 +80,31 @@ def test_an_ended_reservation_is_forgotten_at_once_and_freed_when_safe(
     assert_nothing_is_held(held, pool)
 
 
+@pytest.mark.parametrize("stage", ["filling", "in_use"])
+def test_what_outlives_its_request_is_an_orphan_until_a_thread_lets_go(held: Reservations, stage: str) -> None:
+    reservation = bring_to(held, stage)
+    reserve(held, "other")
+    assert held.orphan_bytes == 0
+    held_bytes = reservation.pool_bytes
+    held.end(reservation)
+    assert held.orphan_bytes == held_bytes
+    if stage == "filling":
+        held.end_fill(reservation)
+    else:
+        held.release_memory(reservation)
+    assert held.orphan_bytes == 0
+
+
+def test_saved_bytes_are_those_of_sequences_in_the_pool(held: Reservations) -> None:
+    first, second = bring_to(held, "active"), reserve(held, "other")
+    first.saved_bytes, second.saved_bytes = 700, 80
+    assert held.saved_bytes == 780
+    held.vacate(first)
+    assert held.saved_bytes == 80, "what is parked takes no room of the pool"
+    held.end(second)
+    assert held.saved_bytes == 0
+
+
 @pytest.mark.parametrize("stage", ["reserved", "filling", "active", "in_use"])
 def test_bytes_are_counted_by_stage(held: Reservations, pool: SlabPool, stage: str) -> None:
     reservation = bring_to(held, stage)

@@ -72,6 +72,21 @@ def test_a_full_batch_lets_the_others_wait_in_order() -> None:
         assert stepped(it.step()) == [third, fourth]
 
 
+def test_the_wait_for_a_place_is_measured() -> None:
+    with running(max_batch=1) as it:
+        first, second = sequence(2), sequence(3)
+        it.scheduler.join(first)
+        it.in_step()
+        it.scheduler.join(second)
+        second.waits_since -= 5.0
+        it.step()
+        it.in_step()
+        read = it.metrics.registry.get_sample_value
+        labels = {"role": "decode", "worker": "d", "model": "m", "stage": "decode_queue"}
+        assert read("vlcache_stage_seconds_count", labels) == 2
+        assert 5.0 <= (read("vlcache_stage_seconds_sum", labels) or 0) < 10.0
+
+
 def test_who_waits_may_leave() -> None:
     with running(max_batch=1) as it:
         first, second, third = sequence(), sequence(), sequence()

@@ -153,6 +153,36 @@ def test_a_full_queue_refuses_and_holds_nothing() -> None:
     run(body, max_waiting=1)
 
 
+def test_the_wait_for_other_prompts_is_measured() -> None:
+    async def body(pieces: Pieces) -> None:
+        pieces.computing.block()
+        tasks = [asyncio.create_task(collect(pieces, job(name))) for name in "ab"]
+        await until(lambda: pieces.scheduler.waiting == 1)
+        read, labels = pieces.metrics.registry.get_sample_value, {"role": "prefill", "worker": "p", "model": "m"}
+        assert read("vlcache_request_queue_time_seconds_count", labels) == 1
+        pieces.computing.open.set()
+        await asyncio.gather(*tasks)
+        assert read("vlcache_request_queue_time_seconds_count", labels) == 2
+
+    run(body)
+
+
+def test_room_is_an_orphan_where_no_call_fills_it() -> None:
+    async def body(pieces: Pieces) -> None:
+        pieces.computing.block()
+        task = asyncio.create_task(collect(pieces, job()))
+        await until(lambda: pieces.store.used_bytes)
+        assert (pieces.retained.filling_bytes, pieces.runner.orphan_bytes) == (BOUND, 0)
+        pieces.computing.open.set()
+        await task
+        slot = await pieces.store.allocate(BOUND)
+        assert pieces.runner.orphan_bytes == slot.extent.nbytes
+        pieces.store.free(slot)
+        assert pieces.runner.orphan_bytes == 0
+
+    run(body)
+
+
 def test_the_same_attempt_is_refused_while_it_runs_and_another_is_not() -> None:
     async def body(pieces: Pieces) -> None:
         pieces.computing.block()

@@ -6,6 +6,7 @@ import pytest
 from vlcache.v1 import inference_pb2 as pb
 
 from router.accounting import Accounting
+from router.admission.tenant_labels import MAX_LABELS
 from shared import errors
 from shared.telemetry.metrics import RouterMetrics
 from tests.unit.router.fakes import FULL_BYTES, KEPT_BYTES, SENT_BYTES, bench, run
@@ -78,7 +79,7 @@ def test_a_request_ends_once(accounting: Accounting) -> None:
     account.left("decode", None)
     account.finished()
     assert value(accounting, "requests_total", outcome="failed", code="DATA_LOSS") == 1
-    assert value(accounting, "requests_total", outcome="finished", code="OK") is None
+    assert value(accounting, "requests_total", outcome="finished", code="OK") == 0
     assert value(accounting, "num_requests_running") == 0
 
 
@@ -87,7 +88,7 @@ def test_bugs_count_as_internal_and_deadlines_as_failures(accounting: Accounting
     accounting.open().left("prefill", errors.DeadlineExceededError("late"))
     assert value(accounting, "requests_total", outcome="failed", code="INTERNAL") == 1
     assert value(accounting, "requests_total", outcome="failed", code="DEADLINE_EXCEEDED") == 1
-    assert value(accounting, "cancellations_total", stage="prefill") is None
+    assert value(accounting, "cancellations_total", stage="prefill") == 0
 
 
 def test_waiting_is_measured(accounting: Accounting, clock: Clock) -> None:
@@ -96,6 +97,25 @@ def test_waiting_is_measured(accounting: Accounting, clock: Clock) -> None:
         clock.now_s += 2
     assert value(accounting, "num_requests_waiting") == 0
     assert value(accounting, "reservation_wait_seconds_sum") == pytest.approx(2)
+
+
+def test_names_of_tenants_make_a_bounded_number_of_series(accounting: Accounting) -> None:
+    error = errors.ResourceExhaustedError("x", reason="TENANT_RATE")
+    for number in range(200):
+        account = accounting.open(f"tenant-{number}")
+        account.compression(pb.Compression(full_bytes=10, kept_bytes=4))
+        account.tokens(1)
+        account.finished()
+        with accounting.waiting(f"tenant-{number}"):
+            accounting.refused(error, f"tenant-{number}")
+    by_tenant: dict[str, set[str]] = {}
+    for family in accounting.metrics.registry.collect():
+        for sample in family.samples:
+            if "tenant" in sample.labels:
+                by_tenant.setdefault(sample.name, set()).add(sample.labels["tenant"])
+    assert by_tenant["vlcache_tenant_kv_bytes_saved_total"] >= {"other", "tenant-0"}
+    assert max(len(tenants) for tenants in by_tenant.values()) <= MAX_LABELS + 1
+    assert value(accounting, "kv_bytes_saved_total") == 200 * 6
 
 
 def test_a_real_answer_fills_every_metric_of_it() -> None:
@@ -114,6 +134,9 @@ def test_a_real_answer_fills_every_metric_of_it() -> None:
             assert b.metric("prompt_tokens_total") == 100
             assert b.metric("visual_tokens_sum") == 80
             assert b.metric("generation_tokens_total") == 6
+            assert b.metric("tenant_kv_bytes_full_total", tenant="default") == 2 * FULL_BYTES
+            assert b.metric("tenant_kv_bytes_saved_total", tenant="default") == 2 * (FULL_BYTES - KEPT_BYTES)
+            assert b.metric("stage_seconds_count", stage="admit") == 2
             totals = (await b.stub.GetServerInfo(pb.GetServerInfoRequest())).totals
             assert (totals.requests, totals.kv_full_bytes) == (2, 2 * FULL_BYTES)
 

@@ -40,6 +40,9 @@ class Gauges:
     def show_workers(self, workers: Any) -> None:
         """See `Accounting`."""
 
+    def show_served(self, models: int) -> None:
+        """See `Accounting`."""
+
 
 @contextlib.asynccontextmanager
 async def following() -> AsyncIterator[tuple[Table, Log]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from shared import errors
 from shared.kv.secret import SECRET_BYTES
 from tests.unit.router.fakes import (
     FakePrefill,
+    Log,
     bench,
     compression,
     first_token,
@@ -209,6 +211,41 @@ def test_a_parcel_is_not_renewed_before_it_is_there() -> None:
             for call in calls:
                 call.cancel()
             await b.idle()
+
+    run(main)
+
+
+class Holder:
+    """A worker that holds all parcels, and its client."""
+
+    def __init__(self) -> None:
+        self.client = self
+        self.renewals, self.releases = Log(), Log()
+
+    async def renew_parcels(self, parcels: Sequence[bytes]) -> Sequence[bytes]:
+        self.renewals.append(parcels)
+        return ()
+
+    async def release_parcels(self, parcels: Sequence[bytes]) -> None:
+        # others are given up while the call is under way
+        await asyncio.sleep(0.001)
+        self.releases.append(parcels)
+
+
+def test_however_many_are_released_the_others_are_renewed() -> None:
+    async def main() -> None:
+        background, holder = Background(), Holder()
+        parcels = Parcels(background)
+        kept = parcels.name(holder)  # type: ignore[arg-type]
+        kept.keep(0.3)
+        while len(holder.renewals) < 3:
+            parcels.name(holder).release()  # type: ignore[arg-type]
+            await asyncio.sleep(0)
+        assert set(map(tuple, holder.renewals)) == {(kept.secret,)}
+        assert holder.releases
+        kept.release()
+        await background.settle(5)
+        parcels.check_integrity(idle=True)
 
     run(main)
 

@@ -19,15 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from shared.telemetry.announce import announce
 from shared.telemetry.exporter import MetricsExporter, watch_event_loop
 from shared.telemetry.logs import configure_logging
-from shared.telemetry.metrics import (
-    LATENCY_BUCKETS,
-    STAGE_BUCKETS,
-    TOKEN_GAP_BUCKETS,
-    DecodeMetrics,
-    PrefillMetrics,
-    RouterMetrics,
-    geometric_buckets,
-)
+from shared.telemetry.metrics import DecodeMetrics, PrefillMetrics, RouterMetrics
+from shared.telemetry.role_metrics import LATENCY_BUCKETS, STAGE_BUCKETS, TOKEN_GAP_BUCKETS, geometric_buckets
 from shared.version import VERSION
 from tests.unit.shared.scripted import run
 
@@ -35,6 +28,7 @@ UNITS = ("_seconds", "_bytes", "_ratio", "_info")
 # Counts have no unit.
 UNITLESS = {"num_requests_running", "num_requests_waiting", "worker_state", "visual_tokens", "image_pixels"}
 UNITLESS |= {"decode_batch_size", "circuit_state", "tenant_requests_running", "tenant_requests_waiting"}
+UNITLESS |= {"served_models"}
 ROLES = {
     "router": RouterMetrics(worker="r0"),
     "prefill": PrefillMetrics(worker="p0", model="toy"),
@@ -75,6 +69,25 @@ def test_every_role_has_what_all_share() -> None:
         assert metrics.registry.get_sample_value("vlcache_build_info", build) == 1
         assert metrics.registry.get_sample_value("vlcache_event_loop_delay_seconds_count", labels) == 0
         assert metrics.registry.get_sample_value("vlcache_num_requests_running", labels) == 0
+
+
+def test_the_description_is_what_is_there() -> None:
+    for metrics in ROLES.values():
+        described = {each.name.removesuffix("_total").removesuffix("_info"): each for each in metrics.described}
+        families = {family.name: family for family in metrics.registry.collect()}
+        assert described.keys() == families.keys()
+        for name, family in families.items():
+            assert (described[name].kind, described[name].text) == (family.type, family.documentation)
+
+
+def test_what_has_not_happened_yet_is_zero() -> None:
+    metrics = DecodeMetrics(worker="d2", model="toy")
+    labels = {"role": "decode", "worker": "d2", "model": "toy"}
+    for reason in ("evicted", "outgrown"):
+        assert metrics.registry.get_sample_value("vlcache_preemptions_total", {**labels, "reason": reason}) == 0
+    fixed = {"role": "router", "worker": "r3", "model": ""}
+    pair = {**fixed, "kind": "migration", "reason": "DRAINING"}
+    assert RouterMetrics(worker="r3").registry.get_sample_value("vlcache_failovers_total", pair) == 0
 
 
 def test_labelled_children_are_counted_and_forgotten() -> None:
