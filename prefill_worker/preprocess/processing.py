@@ -151,7 +151,7 @@ class PromptProcessor:
         shown = [images] if images else None
         # the template writes the special tokens itself
         encoded = self._processor(images=shown, text=[text], add_special_tokens=False, return_tensors="np")
-        return {name: np.ascontiguousarray(array) for name, array in encoded.items() if name not in UNUSED_INPUTS}
+        return {name: _compact(name, array) for name, array in encoded.items() if name not in UNUSED_INPUTS}
 
     def _positions(self, inputs: dict[str, Array]) -> Positions:
         visual = self._visual(inputs)
@@ -174,6 +174,11 @@ class PromptProcessor:
 
     def _visual(self, inputs: dict[str, Array]) -> NDArray[np.bool_]:
         return inputs["input_ids"][0] == self._limits.image_token_id
+
+
+def _compact(name: str, array: Array) -> Array:
+    """A mask of pixels comes as large integers, which would take more memory than the pixels."""
+    return np.ascontiguousarray(array, dtype=bool if name == "pixel_attention_mask" else None)
 
 
 def _hash(inputs: dict[str, Array]) -> int:
