@@ -152,18 +152,11 @@ class PrefillEngine:
         model = self._model if sparse is None else self._sparse_model
         logits = self._pass(model, prompt, inputs, cache, observer)
         self._memory.keep(recalled, cache.begins)
-        return Prefilled(
-            logits=logits,
-            keys=cache.keys,
-            values=cache.values,
-            measured=observer.measured,
+        return replace(
+            _prefilled(logits, cache, observer),
             seconds=_stage_seconds(started, observer),
-            peak_kv_bytes=cache.peak_bytes,
-            survivors=observer.survivors,
-            held=cache.held,
             scored=cascade.layers if cascade else (),
             known_images=known_images,
-            known_tokens=cache.get_seq_length(),
             early=early,
         )
 
@@ -242,6 +235,20 @@ class PrefillEngine:
     @cached_property
     def _sparse_model(self) -> PreTrainedModel:
         return with_own_layers(self._model)
+
+
+def _prefilled(logits: torch.Tensor, cache: PromptCache, observer: PrefillObserver) -> Prefilled:
+    return Prefilled(
+        logits=logits,
+        keys=cache.keys,
+        values=cache.values,
+        measured=observer.measured,
+        seconds={},
+        peak_kv_bytes=cache.peak_bytes,
+        survivors=observer.survivors,
+        held=cache.held,
+        known_tokens=cache.get_seq_length(),
+    )
 
 
 def _stage_seconds(started: float, observer: PrefillObserver) -> dict[str, float]:
