@@ -86,13 +86,14 @@ class Manifest:
         heads = self.layout.num_layers * self.layout.num_kv_heads
         _require(0 < self.logical_length <= MAX_LOGICAL_LENGTH, "logical length out of range")
         _require(len(self.num_kept) == heads, "one kept count per layer and KV head is needed")
-        _require(all(1 <= kept <= self.logical_length for kept in self.num_kept), "a kept count is out of range")
+        self._check_eviction()
+        own = self._own_counts()
+        _require(all(1 <= kept <= self.logical_length for kept in own), "a kept count is out of range")
         if self.encoding is not None:
             self.encoding.check(self.layout, self.num_kept)
         _require(self.body_bytes == self.kv_bytes + self.score_bytes, "body size and kept counts disagree")
         _require(0 < self.next_position <= 2 * MAX_LOGICAL_LENGTH, "next position out of range")
-        _require(0 < len(self.generated) <= min(self.num_kept) + 1, "as many rows as tokens that were fed are needed")
-        self._check_eviction()
+        _require(0 < len(self.generated) <= min(own) + 1, "as many rows as tokens that were fed are needed")
         self._check_kept_tokens()
 
     def check_compatible(self, *, compatibility: str, layout: KVLayout) -> None:
@@ -178,6 +179,11 @@ class Manifest:
             score_bytes=self.score_bytes,
             kept_tokens=self.kept_tokens,
         )
+
+    def _own_counts(self) -> list[int]:
+        """Kept counts of the layers that have rows of their own; the first layer is always one of them."""
+        empty = self.eviction.empty_layers if self.eviction is not None else frozenset()
+        return [kept for place, kept in enumerate(self.num_kept) if place // self.layout.num_kv_heads not in empty]
 
     def _check_eviction(self) -> None:
         if self.eviction is not None:

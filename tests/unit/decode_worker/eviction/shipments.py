@@ -23,13 +23,15 @@ from tests.unit.decode_worker.sequences import LAYOUT, Kept, Prefilled
 
 
 class RuledShipment:
-    """Some of a prompt, alike in all layers and heads, so that every kind is possible."""
+    """Some of a prompt, alike in all heads and layers that keep rows, so that every kind is possible."""
 
     def __init__(self, prompt: Prefilled, positions: Items[int], eviction: Eviction | None) -> None:
         self.prompt, self.eviction = prompt, eviction
-        kept: Kept = [[[*positions]] * LAYOUT.num_kv_heads for _ in range(LAYOUT.num_layers)]
+        empty = eviction.empty_layers if eviction is not None else ()
+        layers = ([] if layer in empty else [*positions] for layer in range(LAYOUT.num_layers))
+        kept: Kept = [[places] * LAYOUT.num_kv_heads for places in layers]
         self._pairs = prompt.rows(kept)
-        self.num_kept = [len(positions)] * len(self._pairs)
+        self.num_kept = [len(keys) for keys, _ in self._pairs]
         self.body, self._scores = body_of(self._pairs, LAYOUT), np.zeros(0, dtype=np.float32)
         if eviction is not None and eviction.carries_scores:
             self._scores = np.random.default_rng(5).random(sum(self.num_kept), dtype=np.float32)
