@@ -312,7 +312,7 @@ def _steps_ahead(job: PrefillJob, prompt: Prompt, prefilled: Prefilled) -> int:
     """Answer tokens that are decoded before anything is chosen: for the policy, or for the guard alone."""
     if _keeps_all(job, prompt):
         return 0
-    drafts = GUARD_TOKENS if job.guard.on and prefilled.survivors is None else 0
+    drafts = GUARD_TOKENS if job.guard.on and prefilled.has_full_kv else 0
     return job.policy.look_ahead or drafts
 
 

@@ -50,7 +50,7 @@ def choose(job: PrefillJob, prompt: PromptShape, prefilled: Prefilled, body: mem
     """The budget's own choice, or what its guard makes of it.
 
     Args:
-        prefilled: A pass that has looked ahead where the guard is on, unless it dropped tokens on its way.
+        prefilled: A pass that has looked ahead where the guard is on, unless it has no full KV.
         body: Room for what the budget keeps.
     """
     asked = Choice(budget=job.budget, selections=_select(job, prompt, prefilled, job.budget), body=body)
@@ -58,7 +58,7 @@ def choose(job: PrefillJob, prompt: PromptShape, prefilled: Prefilled, body: mem
         return asked
     if _is_enough(job, prefilled, asked.selections):
         return replace(asked, outcome=public.GUARD_OUTCOME_KEPT)
-    larger = None if prefilled.survivors is not None else _larger(job, prompt, prefilled, more_room)
+    larger = _larger(job, prompt, prefilled, more_room) if prefilled.has_full_kv else None
     return larger or replace(asked, outcome=public.GUARD_OUTCOME_REFUSED)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import decode_worker.worker as decode
 import prefill_worker.worker as prefill
 from deploy.combined.config import CombinedConfig
+from prefill_worker.compression.layer_sharing import LayerSharing
 from shared.model.checkpoint import open_checkpoint
 from shared.model.loading import load_prefill_model, load_tokenizer
 from shared.model.packing import pack_linears
@@ -43,6 +44,7 @@ def load_model(config: CombinedConfig) -> LoadedModel:
             processor=load_processor(checkpoint.path),
             spec=checkpoint.spec,
             identity=checkpoint.identity,
+            sharing=LayerSharing.load(checkpoint.path, checkpoint.spec.layout),
         ),
         decode=decode.LoadedModel(
             model=model,

@@ -87,7 +87,13 @@ def select_tokens(policy: Policy, layers: Sequence[ObservedLayer], budget: Budge
     policy = policy.for_prompt(prompt)
     tokens = token_budget(prompt, budget, len(layers))
     text, kept = prompt.num_tokens - tokens.num_tokens, policy.allocate(layers, tokens)
-    return [_select_layer(policy, layer, text + count, text > 0) for layer, count in zip(layers, kept, strict=True)]
+    selections: list[Selection] = []
+    for layer, count in zip(layers, kept, strict=True):
+        if layer.lender is None:
+            selections.append(_select_layer(policy, layer, text + count, text > 0))
+        else:
+            selections.append(_borrowed(layer, selections[layer.lender]))
+    return selections
 
 
 def token_budget(prompt: PromptShape, budget: Budget, num_layers: int) -> TokenBudget:
@@ -107,9 +113,19 @@ def _select_layer(policy: Policy, layer: ObservedLayer, kept: int, keep_text: bo
     shares = policy.share_heads(scores, kept)
     chosen = policy.select(scores, shares)
     assert chosen.sum(dim=1).tolist() == list(shares), "a score is not a number, or a policy miscounts"
+    return Selection(chosen=chosen, attention_mass=_mass(layer, chosen), merged=policy.merge(layer, chosen))
+
+
+def _borrowed(layer: ObservedLayer, lent: Selection) -> Selection:
+    """Nothing of its own, and whatever the lender keeps to attend to."""
+    assert lent.chosen is not None, "a policy chooses"
+    return Selection(chosen=torch.zeros_like(lent.chosen), attention_mass=_mass(layer, lent.chosen))
+
+
+def _mass(layer: ObservedLayer, chosen: torch.Tensor) -> float:
+    """Share of the post-vision attention of a layer that falls on these tokens."""
     received = layer[_attention(layer.prompt)]
-    mass = (received * chosen).sum().item() / received.sum().item()
-    return Selection(chosen=chosen, attention_mass=min(1.0, mass), merged=policy.merge(layer, chosen))
+    return min(1.0, (received * chosen).sum().item() / received.sum().item())
 
 
 def _attention(prompt: PromptShape) -> ColumnSums:

@@ -44,6 +44,8 @@ class Prefilled:
         seconds: Duration of the stages vision_encode, prefill, statistics, and cascade where there was one.
         peak_kv_bytes: Most KV that there was during the pass.
         survivors: [num_tokens] bool, the tokens that reached the last layer of a sparse pass; None when all did.
+        lenders: Per layer the one below whose keys and values it attended to, which then are its own here, too; empty
+            where none borrowed.
         ahead: Per layer what the answer's first tokens attended to, see `ObservedLayer`; empty without looking ahead.
         peaks: Per layer the largest of their weights, see `LookAhead`; as `ahead`.
         held: Per layer which tokens the rows of `keys` are, [num_kv_heads, num_tokens] bool; empty without a cascade.
@@ -60,6 +62,7 @@ class Prefilled:
     seconds: dict[str, float]
     peak_kv_bytes: int = 0
     survivors: torch.Tensor | None = None
+    lenders: Sequence[int | None] = ()
     ahead: Sequence[torch.Tensor | None] = ()
     peaks: Sequence[torch.Tensor] = ()
     held: Sequence[torch.Tensor] = ()
@@ -68,21 +71,29 @@ class Prefilled:
     known_tokens: int = 0
     early: EarlyRows | None = None
 
+    @property
+    def has_full_kv(self) -> bool:
+        """Whether the model could go on from here as from its own pass: of every layer each token's KV is there."""
+        return self.survivors is None and not self.lenders
+
     def observed(self, prompt: PromptShape) -> list[ObservedLayer]:
         """The layers as a policy sees them: the prompt's tokens alone."""
         if self.scored:
             return list(self.scored)
-        seen, ahead = slice(prompt.num_tokens), self.ahead or [None] * len(self.keys)
+        seen, nothing = slice(prompt.num_tokens), [None] * len(self.keys)
         return [
             ObservedLayer(
                 prompt=prompt,
                 key=key[:, seen],
                 value=value[:, seen],
                 measured=measured,
+                lender=lender,
                 survivors=self.survivors,
                 ahead=attention,
             )
-            for key, value, measured, attention in zip(self.keys, self.values, self.measured, ahead, strict=True)
+            for key, value, measured, lender, attention in zip(
+                self.keys, self.values, self.measured, self.lenders or nothing, self.ahead or nothing, strict=True
+            )
         ]
 
 
@@ -169,14 +180,16 @@ class PrefillEngine:
         )
         if name is not None and keeps:
             self.prefixes.put(name, cache.begins)
+        lenders = _lenders(sparse, len(cache.keys))
         return Prefilled(
             logits=output.logits[0, -1].float(),
-            keys=cache.keys,
-            values=cache.values,
+            keys=_lent(cache.keys, lenders),
+            values=_lent(cache.values, lenders),
             measured=observer.measured,
             seconds=_stage_seconds(started, observer),
             peak_kv_bytes=cache.peak_bytes,
             survivors=observer.survivors,
+            lenders=lenders,
             held=cache.held,
             scored=cascade.layers if cascade else (),
             known_images=known_images,
@@ -188,14 +201,14 @@ class PrefillEngine:
         """Decodes the answer's first tokens over the full KV of a pass, which stays as it is.
 
         Args:
-            prefilled: A pass whose tokens all reached the last layer.
+            prefilled: A pass with full KV.
             token: The first of them, at `position`.
             steps: Tokens that are fed at most.
 
         Returns:
             The pass with the KV of what was fed, and what it attended to.
         """
-        assert prefilled.survivors is None, "a sparse pass has no full KV"
+        assert prefilled.has_full_kv, "a sparse pass has no full KV"
         ahead = LookAhead(self._model, prefilled.keys, prefilled.values, steps)
         ahead.run(token, position, steps, draw)
         return replace(prefilled, keys=ahead.keys(), values=ahead.values(), ahead=ahead.attention, peaks=ahead.peaks)
@@ -232,6 +245,17 @@ class PrefillEngine:
     def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = self._model.get_decoder().rotary_emb(self._fp32, positions[None])
         return cos[0], sin[0]
+
+
+def _lenders(sparse: SparsePrefill | None, num_layers: int) -> list[int | None]:
+    """See `Prefilled.lenders`."""
+    lenders = [sparse.lender(layer) for layer in range(num_layers)] if sparse else []
+    return lenders if any(lender is not None for lender in lenders) else []
+
+
+def _lent(tensors: list[torch.Tensor], lenders: Sequence[int | None]) -> list[torch.Tensor]:
+    """What each layer attended to; what a borrowing one had of its own is let go."""
+    return [tensors[layer if lender is None else lender] for layer, lender in enumerate(lenders)] or tensors
 
 
 def _stage_seconds(started: float, observer: PrefillObserver) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A pass that a policy changes: who attends in each layer, and which tokens go on to the next ones."""
+"""A pass that a policy changes: who attends to what in each layer, and which tokens go on to the next ones."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ class SparseObserver(PrefillObserver):
         super().__init__(prompt, statistics, cancelled, rotation)
         self._sparse = sparse
         self._places: torch.Tensor | None = None
+        # views of what the cache holds anyway
+        self._read: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def attend(
         self,
@@ -54,7 +56,9 @@ class SparseObserver(PrefillObserver):
         """See `LayerHook.attend`; batch is 1."""
         assert mask is None, "a sparse pass knows plain causal attention only"
         self._begin(layer)
-        attention = self._layer(query[0], key[0], value[0], scaling)
+        lender = self._sparse.lender(layer)
+        self._read.append((key[0], value[0]) if lender is None else self._read[lender])
+        attention = self._layer(query[0], *self._read[layer], scaling)
         self._measure(attention)
         return self._sparse.attend(attention, self.measured[-1])[None].transpose(1, 2)
 

@@ -40,7 +40,8 @@ samplings = st.builds(
 def manifests(draw: st.DrawFn) -> Manifest:
     layout, num_kept = draw(ragged(largest=40))
     heads = layout.num_kv_heads
-    empty = draw(st.sets(st.integers(1, layout.num_layers - 1))) if layout.num_layers > 1 and draw(st.booleans()) else ()
+    upper = st.sets(st.integers(1, layout.num_layers - 1)) if layout.num_layers > 1 else st.just(set())
+    empty = draw(st.one_of(st.just(set()), upper))
     num_kept = tuple(0 if place // heads in empty else kept for place, kept in enumerate(num_kept))
     own = [kept for kept in num_kept if kept]
     eviction = draw(evictions(layout, num_kept))
