@@ -24,7 +24,7 @@ PROTO_VENV := .venv-proto
 # The oldest generator whose stubs run with every grpcio that the client promises to support.
 GRPCIO_TOOLS := grpcio-tools==1.74.0
 
-.PHONY: help setup demo serve test chaos lint format typecheck proto proto-check bench-gpu train-model clean
+.PHONY: help setup demo serve test chaos lint format typecheck proto proto-check docs prometheus bench-gpu train-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -77,6 +77,18 @@ proto: $(PROTO_VENV)/.stamp ## regenerate the stubs under client/src from proto/
 
 proto-check: proto ## fail when the committed stubs differ from proto/
 	git diff --exit-code --stat -- client/src/vlcache/v1 client/src/vlcache/worker
+
+docs: setup ## rewrite what is written from code: dashboards, the tables of metrics and of policies
+	$(BIN)/python -m deploy.grafana
+	$(BIN)/python -m deploy.operations
+	$(BIN)/python -m prefill_worker.compression.catalogue
+
+PROMETHEUS := build/prometheus/usr/bin/prometheus
+
+prometheus: ## unpack a Prometheus into build/ for the tests that need one, unless the machine has it (Debian, Ubuntu)
+	@command -v promtool >/dev/null || test -x $(PROMETHEUS) || { mkdir -p build/prometheus && \
+		cd build/prometheus && { apt-get -q download prometheus || { apt-get -q update && apt-get -q download prometheus; } } && \
+		dpkg -x prometheus_*.deb . && rm prometheus_*.deb; } || echo "without a Prometheus its tests are skipped"
 
 # An image that brings its own torch for its GPU needs no .venv.
 bench-gpu: ## tests and benchmarks on a GPU, at most ten minutes; run again to continue (OUT=folder)

@@ -16,6 +16,7 @@ from decode_worker.eviction.ledger import RowLedger
 from decode_worker.graph_engine import GraphEngine
 from decode_worker.kv_pool.base import Allocation, KVPool
 from decode_worker.kv_pool.blocks import BlockAllocation, BlockPool
+from decode_worker.kv_pool.seen_rows import SeenRows
 from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.kv_pool.slot_tables import BlockKV
 from decode_worker.sequence import Sequence
@@ -47,9 +48,10 @@ class RandomBlockPool(BlockPool):
         body: memoryview,
         growth: int,
         eviction: RowLedger | None = None,
+        seen: SeenRows | None = None,
     ) -> BlockKV:
         """See the class."""
-        return self._carve(allocation, num_kept, growth, eviction)
+        return self._carve(allocation, num_kept, growth, eviction, seen)
 
 
 def build_pool(

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from decode_worker.engine import EagerEngine, draw, forward, highest_tokens
 from decode_worker.kv_pool.blocks import BlockAttention, BlockPool
 from decode_worker.sequence import Sequence
+from shared.model.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class GraphEngine:
         self._device = pool.key_blocks.device
         self._stream, self._memory = _stream_and_memory(self._device)
         # the smaller ones live in the memory of the largest
-        self._graphs = {size: self._capture(size) for size in reversed(batch_sizes(max_batch))}
+        sizes = batch_sizes(max_batch)[::-1]
+        self._graphs = {size: self._capture(size) for size in track(sizes, "decode steps captured")}
         log.info("captured decode steps of %s sequences", ", ".join(str(size) for size in sorted(self._graphs)))
 
     @torch.inference_mode()

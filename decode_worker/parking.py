@@ -104,7 +104,7 @@ class Parking:
 
     async def _move_in(self, reservation: Reservation, parked: ExportedKV, room: int) -> None:
         assert reservation.sequence is not None
-        place = (reservation.allocation, parked.num_kept, parked.body, room, parked.eviction)
+        place = (reservation.allocation, parked.num_kept, parked.body, room, parked.eviction, parked.seen)
         install = partial(self._pool.install, *place)
         kv = await self._copy(reservation, install)
         if kv is None or reservation.ended:

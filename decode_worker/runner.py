@@ -13,6 +13,7 @@ from vlcache.v1 import inference_pb2 as public
 
 from decode_worker.eviction.kinds import opened
 from decode_worker.kv_pool.base import KVPool, SequenceKV
+from decode_worker.kv_pool.seen_rows import SeenRows
 from decode_worker.parcel_reader import plain_body
 from decode_worker.parking import Parking
 from decode_worker.promise import Promise
@@ -224,7 +225,8 @@ class DecodeRunner:
             body, verify = plain_body(manifest, body, verify=verify), False
         rows, eviction = opened(manifest, body)
         room = self.promise.room(reservation, manifest, eviction)
-        kv = self._pool.install(reservation.allocation, manifest.num_kept, rows, room, eviction)
+        seen = SeenRows.of(manifest)
+        kv = self._pool.install(reservation.allocation, manifest.num_kept, rows, room, eviction, seen)
         if verify:
             # after the copy: a slot that was reused meanwhile shows
             manifest.check_digest(body)

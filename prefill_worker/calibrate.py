@@ -19,14 +19,14 @@ import torch
 from transformers import PreTrainedModel
 from vlcache.v1 import inference_pb2 as public
 
-from prefill_worker.compression.layer_sharing import FILE_NAME, LayerSharing, SharedPair, weights_hash
+from prefill_worker.compression.layer_sharing import FILE_NAME, LayerSharing, SharedPair
 from prefill_worker.compression.sparse.kv_sharer import KVSharerPrefill
 from prefill_worker.config import PrefillConfig
 from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.config import parse_config
 from shared.model.checkpoint import open_checkpoint
-from shared.model.loading import load_prefill_model
+from shared.model.loading import checkpoint_hash, load_prefill_model
 from shared.model.processor import load_processor
 
 
@@ -133,7 +133,7 @@ def calibrate(config: CalibrationConfig) -> LayerSharing:
         raise ValueError(f"no pair of layers reaches a cosine above {config.threshold}")
     tokens = sum(prompt.shape.num_tokens for prompt in prompts)
     sharing = LayerSharing(
-        compatibility=weights_hash(checkpoint.path, checkpoint.spec.layout),
+        checkpoint=checkpoint_hash(checkpoint.path),
         threshold=config.threshold,
         prompts=f"{len(prompts)} prompts of {config.prompts.name}, {tokens} tokens",
         pairs=pairs,

@@ -23,6 +23,7 @@ from prefill_worker.compression.pipeline import (
     statistics_for,
 )
 from prefill_worker.compression.sparse.prefill import SparsePrefill
+from prefill_worker.compression.windows import seen_bitmaps, seen_parts
 from prefill_worker.engine.engine import Prefilled, PrefillEngine
 from prefill_worker.guard import GUARD_TOKENS, MoreRoom, choose, no_more_room, outcome_name
 from prefill_worker.job import Compressed, Event, FirstToken, NextToken, PrefillJob
@@ -34,7 +35,7 @@ from prefill_worker.parcel.writer import kept_counts
 from prefill_worker.prompt import Prompt
 from shared.errors import RequestCancelledError, at_stage
 from shared.kv.eviction import Eviction
-from shared.kv.manifest import Manifest, body_digest, layer_tokens
+from shared.kv.manifest import Manifest, layer_tokens
 from shared.model.identity import ModelIdentity
 from shared.model.spec import VLMSpec
 from shared.telemetry.metrics import PrefillMetrics
@@ -49,6 +50,9 @@ class PrefillCompute:
 
     Args:
         cascade: Whether layers lose tokens while the pass goes on, where the policy allows it.
+
+    Raises:
+        ValueError: `cascade` with a model whose layers have windows.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class PrefillCompute:
         *,
         cascade: bool = False,
     ) -> None:
+        if cascade and identity.layout.windows:
+            raise ValueError("cascade is not offered for this model: what it drops early knows no sliding windows")
         self._engine = engine
         self._tokenizer = tokenizer
         self._spec = spec
@@ -161,14 +167,14 @@ class PrefillCompute:
         Args:
             tokens: The answer so far.
         """
-        started = time.monotonic()
-        choice = choose(job, prompt.shape, prefilled, body, more_room)
+        started, layout = time.monotonic(), self._identity.layout
+        choice = choose(job, prompt.shape, prefilled, body, more_room, layout.windows)
         job, body = replace(job, budget=choice.budget), choice.body
-        selections = [selection.followed_by(len(tokens) - 1) for selection in choice.selections]
+        followed = [selection.followed_by(len(tokens) - 1) for selection in choice.selections]
+        selections = seen_parts(followed, layout, prefilled.keys)
         if prefilled.early is not None:
             prefilled.early.placed(selections)
         num_kept = kept_counts(prefilled, selections)
-        layout = self._identity.layout
         eviction = eviction_for(job.policy, prompt.shape, job.budget, selections, layout.num_kv_heads)
         written = write_kept(prefilled, selections, num_kept, layout, job.wire, body)
         if eviction is not None and eviction.carries_scores:
@@ -270,6 +276,7 @@ class PrefillCompute:
             encoding=written.encoding,
             eviction=eviction,
             kept_tokens=token_bitmaps(selections, layout.num_kv_heads, num_tokens) if job.explain else (),
+            seen_tokens=seen_bitmaps(selections, layout, num_tokens),
         )
 
     def _report(self, manifest: Manifest, prompt: Prompt, guard: public.GuardOutcome) -> public.Compression:
@@ -318,4 +325,4 @@ def _steps_ahead(job: PrefillJob, prompt: Prompt, prefilled: Prefilled) -> int:
 
 def _complete(draft: Manifest, written: WrittenBody) -> Manifest:
     written.arrival()
-    return replace(draft, digest=body_digest(written.body))
+    return replace(draft, digest=draft.digest_of(written.body))

@@ -46,19 +46,27 @@ class Choice:
     outcome: public.GuardOutcome = public.GUARD_OUTCOME_UNSPECIFIED
 
 
-def choose(job: PrefillJob, prompt: PromptShape, prefilled: Prefilled, body: memoryview, more_room: MoreRoom) -> Choice:
+def choose(
+    job: PrefillJob,
+    prompt: PromptShape,
+    prefilled: Prefilled,
+    body: memoryview,
+    more_room: MoreRoom,
+    windows: Sequence[int] = (),
+) -> Choice:
     """The budget's own choice, or what its guard makes of it.
 
     Args:
         prefilled: A pass that has looked ahead where the guard is on, unless it has no full KV.
         body: Room for what the budget keeps.
+        windows: See `select_tokens`.
     """
-    asked = Choice(budget=job.budget, selections=_select(job, prompt, prefilled, job.budget), body=body)
+    asked = Choice(budget=job.budget, selections=_select(job, prompt, prefilled, job.budget, windows), body=body)
     if not job.guard.on:
         return asked
     if _is_enough(job, prefilled, asked.selections):
         return replace(asked, outcome=public.GUARD_OUTCOME_KEPT)
-    larger = _larger(job, prompt, prefilled, more_room) if prefilled.has_full_kv else None
+    larger = _larger(job, prompt, prefilled, more_room, windows) if prefilled.has_full_kv else None
     return larger or replace(asked, outcome=public.GUARD_OUTCOME_REFUSED)
 
 
@@ -85,10 +93,12 @@ def outcome_name(outcome: public.GuardOutcome) -> str:
     return public.GuardOutcome.Name(outcome).removeprefix("GUARD_OUTCOME_").lower()
 
 
-def _larger(job: PrefillJob, prompt: PromptShape, prefilled: Prefilled, more_room: MoreRoom) -> Choice | None:
+def _larger(
+    job: PrefillJob, prompt: PromptShape, prefilled: Prefilled, more_room: MoreRoom, windows: Sequence[int]
+) -> Choice | None:
     """The first larger budget that is enough; None where there is no room for it."""
     for budget in larger_budgets(job.budget, prompt):
-        selections = _select(job, prompt, prefilled, budget)
+        selections = _select(job, prompt, prefilled, budget, windows)
         if _is_enough(job, prefilled, selections):
             if (body := more_room(budget)) is None:
                 return None
@@ -98,10 +108,12 @@ def _larger(job: PrefillJob, prompt: PromptShape, prefilled: Prefilled, more_roo
     raise AssertionError("everything is always enough")
 
 
-def _select(job: PrefillJob, prompt: PromptShape, prefilled: Prefilled, budget: Budget) -> list[Selection]:
+def _select(
+    job: PrefillJob, prompt: PromptShape, prefilled: Prefilled, budget: Budget, windows: Sequence[int]
+) -> list[Selection]:
     if asked_retention(prompt, budget) >= 1:
         return keep_everything(len(prefilled.keys))
-    return select_tokens(job.policy, prefilled.observed(prompt), budget)
+    return select_tokens(job.policy, prefilled.observed(prompt), budget, windows)
 
 
 def _is_enough(job: PrefillJob, prefilled: Prefilled, selections: Sequence[Selection]) -> bool:

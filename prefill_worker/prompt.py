@@ -16,7 +16,7 @@ from prefill_worker.preprocess.processing import PromptLimits, PromptProcessor
 from shared.model.spec import VLMSpec
 
 ProcessedImage = dict[str, torch.Tensor]
-"""What the image processor made of one image; every first dimension is 1."""
+"""What the image processor made of one image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,11 @@ class Prompt:
 
     Attributes:
         inputs: input_ids [1, num_tokens] and, with images, what the image processor made.
-        position_ids: [1, num_tokens]; always explicit, a model must not remember the previous request's.
+        position_ids: Rotary positions, [1, num_tokens], or [4, 1, num_tokens] where a token has one in time, height and
+            width: its place comes first. Always explicit, a model must not remember the previous request's.
         next_position: RoPE position of the first generated token.
         pixels: Pixels of each image as sent.
+        views: Rows of each image in `pixel_values`.
         grids: Where the visual tokens of each image lie.
         tenant: Whose images they are: what is kept of them is used for nobody else.
     """
@@ -37,6 +39,7 @@ class Prompt:
     next_position: int
     shape: PromptShape
     pixels: tuple[int, ...]
+    views: tuple[int, ...] = ()
     grids: tuple[ImageGrid, ...] = ()
     tenant: str = ""
 
@@ -44,11 +47,11 @@ class Prompt:
     def of(cls, processed: ProcessedPrompt, *, image_token_id: int, tenant: str = "") -> Prompt:
         """The tensors of a preprocessed request; they share its memory."""
         inputs = {name: torch.from_numpy(array) for name, array in processed.inputs.items()}
-        num_tokens = len(processed.input_ids)
+        positions = torch.from_numpy(processed.positions)
         return cls(
             inputs=inputs,
-            position_ids=torch.arange(num_tokens)[None],
-            next_position=num_tokens,
+            position_ids=_with_places(positions) if len(positions) > 1 else positions,
+            next_position=int(positions.max()) + 1,
             shape=PromptShape(
                 visual=inputs["input_ids"][0] == image_token_id,
                 special=processed.special,
@@ -56,18 +59,38 @@ class Prompt:
                 seed=processed.seed,
             ),
             pixels=processed.pixels,
+            views=processed.views,
             grids=processed.grids,
             tenant=tenant,
         )
 
     @property
+    def rotary_positions(self) -> torch.Tensor:
+        """[num_tokens], or [3, num_tokens]: what queries and keys are rotated by."""
+        return self.position_ids[0] if self.position_ids.dim() == 2 else self.position_ids[1:, 0]
+
+    @property
     def images(self) -> list[ProcessedImage]:
         """Image by image what `inputs` has of them together."""
-        if "pixel_values" not in self.inputs:
-            return []
         made = {name: tensor for name, tensor in self.inputs.items() if name != "input_ids"}
-        count = len(made["pixel_values"])
-        return [{name: tensor[at : at + 1] for name, tensor in made.items()} for at in range(count)]
+        return [
+            {name: _of_image(tensor, self.views, index) for name, tensor in made.items()}
+            for index in range(len(self.views))
+        ]
+
+
+def _with_places(positions: torch.Tensor) -> torch.Tensor:
+    return torch.cat((torch.arange(positions.shape[1])[None], positions))[:, None]
+
+
+def _of_image(tensor: torch.Tensor, views: Sequence[int], index: int) -> torch.Tensor:
+    """Its views, in a dimension of their own or not, its row, or all of what is said of the images together."""
+    rows = slice(sum(views[:index]), sum(views[: index + 1]))
+    if len(tensor) == sum(views):
+        return tensor[rows]
+    if tensor.shape[:2] == (1, sum(views)):
+        return tensor[:, rows]
+    return tensor[index : index + 1] if len(tensor) == len(views) else tensor
 
 
 class PromptBuilder:
@@ -86,8 +109,8 @@ class PromptBuilder:
 def prompt_limits(spec: VLMSpec, *, max_images: int) -> PromptLimits:
     """What preprocessing must know of a model."""
     return PromptLimits(
+        model_type=spec.model_type,
         image_token_id=spec.image_token_id,
-        image_side=spec.image_side,
         context_tokens=spec.context_tokens,
         max_images=max_images,
     )

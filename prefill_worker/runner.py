@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from prefill_worker.compression.eviction import parcel_bound
+from prefill_worker.compression.windows import check_policy
 from prefill_worker.compute import Completion, PrefillCompute
 from prefill_worker.job import Event, PrefillJob, Transferred
 from prefill_worker.kv_sender import KVSender, Ticket
@@ -156,6 +157,7 @@ class PrefillRunner:
 
     async def _run_stages(self, job: PrefillJob, emit: Callable[[Event | None], None]) -> None:
         with at_stage("preprocess"):
+            check_policy(job.policy, self._layout)
             prompt = await self._preprocess(job)
             if job.explain:
                 check_explainable(prompt.shape.num_tokens + job.policy.look_ahead, self._layout)

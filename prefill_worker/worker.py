@@ -19,6 +19,7 @@ from prefill_worker.compression.registry import CHOICES, DEFAULT_POLICY
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.config import PrefillConfig
 from prefill_worker.engine.engine import PrefillEngine
+from prefill_worker.engine.unlisted import check_unlisted
 from prefill_worker.kv_sender import KVSender
 from prefill_worker.parcel.pinning import pin
 from prefill_worker.parcel.retained import RetainedParcels
@@ -33,7 +34,7 @@ from prefill_worker.service import SERVICE_NAME, PrefillServicer
 from shared.kv.arena import Arena
 from shared.kv.arena_socket import ArenaServer
 from shared.kv.transport.local import LocalReceiver
-from shared.model.checkpoint import open_checkpoint
+from shared.model.checkpoint import Checkpoint, open_checkpoint
 from shared.model.identity import ModelIdentity
 from shared.model.loading import load_prefill_model
 from shared.model.processor import load_processor
@@ -65,21 +66,27 @@ def load_model(config: PrefillConfig) -> LoadedModel:
         UnsupportedModelError: Its architecture cannot be served.
     """
     checkpoint = open_checkpoint(config)
-    model = load_prefill_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device)
-    return LoadedModel(
-        path=checkpoint.path,
-        engine=build_engine(model, config),
-        processor=load_processor(checkpoint.path),
-        spec=checkpoint.spec,
-        identity=checkpoint.identity,
-        sharing=LayerSharing.load(checkpoint.path, checkpoint.spec.layout),
+    return with_model(
+        checkpoint, load_prefill_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device), config
     )
 
 
-def build_engine(model: PreTrainedModel, config: PrefillConfig) -> PrefillEngine:
-    """The engine over a model, with the caches that were asked for."""
-    return PrefillEngine(
-        model, vision_cache_bytes=config.vision_cache_mib * MIB, prefix_cache_bytes=config.prefix_cache_mib * MIB
+def with_model(checkpoint: Checkpoint, model: PreTrainedModel, config: PrefillConfig) -> LoadedModel:
+    """The same around a model that is loaded, with the caches that were asked for.
+
+    Raises:
+        UnsupportedModelError: Its family has no entry and does not behave like most.
+    """
+    vision_cache_bytes, prefix_cache_bytes = config.vision_cache_mib * MIB, config.prefix_cache_mib * MIB
+    processor = load_processor(checkpoint.path)
+    check_unlisted(model, processor, checkpoint.spec)
+    return LoadedModel(
+        path=checkpoint.path,
+        engine=PrefillEngine(model, vision_cache_bytes=vision_cache_bytes, prefix_cache_bytes=prefix_cache_bytes),
+        processor=processor,
+        spec=checkpoint.spec,
+        identity=checkpoint.identity,
+        sharing=LayerSharing.load(checkpoint.path, checkpoint.spec.layout.num_layers),
     )
 
 

@@ -56,6 +56,8 @@ class WorkerConfig:
 
     model: str
     """Checkpoint: a directory, or a Hugging Face hub id."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id, the same on all workers; its main branch when empty."""
     model_name: str = ""
     """Name under which clients ask for the model; the checkpoint's own name when empty."""
     listen: WorkerListen = field(default_factory=WorkerListen)

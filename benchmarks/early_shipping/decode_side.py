@@ -83,7 +83,9 @@ async def serve() -> None:
     """Answers until stdin ends."""
     loop = asyncio.get_running_loop()
     start = json.loads(await loop.run_in_executor(None, sys.stdin.readline))
-    side = DecodeSide(KVLayout(**start["layout"]), start["vocabulary"], start["nbytes"])
+    # JSON knows no tuples
+    layout = KVLayout(**{**start["layout"], "windows": tuple(start["layout"]["windows"])})
+    side = DecodeSide(layout, start["vocabulary"], start["nbytes"])
     server = await RpcServer.start(
         name=MODEL, host="127.0.0.1", port=0, register=side.receiver.register, services=[SERVICE_NAME]
     )

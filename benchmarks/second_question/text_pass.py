@@ -53,11 +53,11 @@ class TextObserver(PrefillObserver):
         self,
         prompt: PromptShape,
         statistics: Collection[Statistic[Any]],
-        rotation: Rotation,
+        rotations: Sequence[Rotation],
         prefix: Prefix,
         seen: Seen,
     ) -> None:
-        super().__init__(prompt, statistics, threading.Event(), rotation)
+        super().__init__(prompt, statistics, threading.Event(), rotations)
         text = prompt.num_tokens - prefix.num_tokens
         self._queries = prefix.queries
         self._seen = [torch.nn.functional.pad(each, (0, text), value=True) for each in seen]
@@ -78,7 +78,14 @@ class TextObserver(PrefillObserver):
             mask = mask & by_query_head[None, :, None]
         return super().attend(layer, query, key, value, mask, scaling)
 
-    def _layer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> LayerAttention:
+    def _layer(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        mask: torch.Tensor | None = None,
+    ) -> LayerAttention:
         layer = len(self.measured)
         return PartialAttention(
             prompt=self._prompt,
@@ -86,7 +93,7 @@ class TextObserver(PrefillObserver):
             key=key,
             value=value,
             scaling=scaling,
-            rotation=self._rotation,
+            rotation=self._rotations[layer],
             seen=self._seen[layer],
         )
 
@@ -109,7 +116,7 @@ class TextEngine(PrefillEngine):
         """
         if seen is None:
             seen = [torch.ones(key.shape[:2], dtype=torch.bool, device=key.device) for key in prefix.keys]
-        observer = TextObserver(prompt.shape, statistics, self._rotation(prompt), prefix, seen)
+        observer = TextObserver(prompt.shape, statistics, self._kinds.rotations(prompt), prefix, seen)
         cache, text = prefix.cache(), slice(prefix.num_tokens, None)
         output = self._model(
             input_ids=prompt.inputs["input_ids"][:, text].to(self.device),

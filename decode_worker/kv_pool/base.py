@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from decode_worker.eviction.facts import Move
 from decode_worker.eviction.ledger import RowLedger
 from decode_worker.eviction.merging import merge_dropped
 from decode_worker.kv_pool.rows_first import RowsFirst
+from decode_worker.kv_pool.seen_rows import SeenRows
 from shared.errors import ResourceExhaustedError, TooLargeError
 from shared.kv.layout import KVLayout
 from shared.model.attention import LayerHook
@@ -47,12 +48,14 @@ class SequenceKV:
         room: Tokens that may be appended.
         appended: Tokens appended so far; the same for all layers and heads.
         eviction: What drops rows, or leaves them unread; None keeps and reads everything.
+        seen: What layers with a window see of it; None where every layer sees everything.
     """
 
     kept: np.ndarray
     room: int
     appended: int = 0
     eviction: RowLedger | None = None
+    seen: SeenRows | None = None
 
     @property
     def full(self) -> bool:
@@ -69,6 +72,11 @@ class SequenceKV:
         """A copy of the eviction in host memory."""
         return self.eviction and self.eviction.settled(int(self.lengths.max()), torch.device("cpu"))
 
+    @property
+    def seen_outside(self) -> SeenRows | None:
+        """What its windows see when it comes into a pool again."""
+        return self.seen and replace(self.seen, age=self.seen.age + self.appended)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedKV:
@@ -77,6 +85,7 @@ class ExportedKV:
     num_kept: tuple[int, ...]
     body: memoryview
     eviction: RowLedger | None = None
+    seen: SeenRows | None = None
 
 
 SomeAllocation = TypeVar("SomeAllocation", bound=Allocation)
@@ -160,6 +169,7 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
         body: memoryview,
         growth: int,
         eviction: RowLedger | None = None,
+        seen: SeenRows | None = None,
     ) -> SomeKV:
         """Copies a parcel body into memory of at least `sequence_bytes(num_kept, growth)`.
 
@@ -168,6 +178,7 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
             body: As `KVLayout.sections` describes it; may be read-only.
             growth: Tokens to come.
             eviction: Copied, too; with it, memory of `sequence_bytes(num_kept, eviction.growth(growth))` is enough.
+            seen: Needed where layers have windows.
         """
 
     @abstractmethod

@@ -16,6 +16,7 @@ import torch
 from decode_worker.eviction.facts import Move
 from decode_worker.eviction.ledger import RowLedger
 from decode_worker.kv_pool.base import ExportedKV, KVPool, capacities, growth_of
+from decode_worker.kv_pool.seen_rows import SeenRows
 from decode_worker.kv_pool.slot_tables import BlockKV, SlotTables
 from shared.kernels.dispatch import Kernels
 from shared.kernels.splits import choose_splits
@@ -136,9 +137,10 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         body: memoryview,
         growth: int,
         eviction: RowLedger | None = None,
+        seen: SeenRows | None = None,
     ) -> BlockKV:
         """See `KVPool`."""
-        kv = self._carve(allocation, num_kept, growth, eviction)
+        kv = self._carve(allocation, num_kept, growth, eviction, seen)
         parcel = np.frombuffer(body, dtype=np.uint8).reshape(-1, self.layout.row_bytes)
         with self._copying():
             for tokens, places, rows in self._pieces(kv, kv.kept):
@@ -155,7 +157,10 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
             for tokens, places, rows in self._pieces(kv, lengths):
                 parcel[rows] = tokens.index_select(0, places).view(torch.uint8).cpu().numpy()
         return ExportedKV(
-            num_kept=tuple(lengths.ravel().tolist()), body=parcel.reshape(-1).data, eviction=kv.eviction_outside
+            num_kept=tuple(lengths.ravel().tolist()),
+            body=parcel.reshape(-1).data,
+            eviction=kv.eviction_outside,
+            seen=kv.seen_outside,
         )
 
     def complete(self, batch: Sequence[BlockKV]) -> None:
@@ -231,14 +236,19 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         return -(-tokens // self._block_size)
 
     def _carve(
-        self, allocation: BlockAllocation, num_kept: Sequence[int], growth: int, eviction: RowLedger | None
+        self,
+        allocation: BlockAllocation,
+        num_kept: Sequence[int],
+        growth: int,
+        eviction: RowLedger | None,
+        seen: SeenRows | None,
     ) -> BlockKV:
         """Deals the blocks; nothing is in them yet."""
         shape = (self.layout.num_layers, self.layout.num_kv_heads)
         kept = np.array(num_kept, dtype=np.int64).reshape(shape)
         capacity = np.array(capacities(num_kept, growth_of(growth, eviction)), dtype=np.int64).reshape(shape)
         settled = eviction and eviction.settled(int(capacity.max()), self.key_blocks.device)
-        return BlockKV(kept=kept, room=growth, eviction=settled, blocks=self._deal(allocation, capacity))
+        return BlockKV(kept=kept, room=growth, eviction=settled, seen=seen, blocks=self._deal(allocation, capacity))
 
     def _deal(self, allocation: BlockAllocation, tokens: np.ndarray) -> np.ndarray:
         """Gives every row its blocks; [num_layers, num_kv_heads, most blocks of a row]."""
@@ -312,7 +322,8 @@ class BlockAttention:
         assert mask is None, "a ragged batch has no mask"
         self.append(layer, key[:, :, 0], value[:, :, 0])
         kernels = self._pool.kernels
-        return kernels.paged_attention(query[:, :, 0], *self._where(layer), scaling, self._splits)[:, None]
+        first = self._pool.tables.first_seen(layer)
+        return kernels.paged_attention(query[:, :, 0], *self._where(layer), scaling, self._splits, first)[:, None]
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """See `StepAttention`."""

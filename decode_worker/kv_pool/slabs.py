@@ -16,6 +16,7 @@ import torch
 from decode_worker.eviction.facts import Move
 from decode_worker.eviction.ledger import RowLedger
 from decode_worker.kv_pool.base import ExportedKV, KVPool, SequenceKV, capacities, growth_of
+from decode_worker.kv_pool.seen_rows import SeenRows
 from shared.kernels.dispatch import SlabAttention as SlabKernel
 from shared.kernels.dispatch import kernels_for
 from shared.kv.extents import ALIGNMENT, Extent, ExtentAllocator
@@ -86,9 +87,10 @@ class SlabPool(KVPool[Extent, SlabKV]):
         body: memoryview,
         growth: int,
         eviction: RowLedger | None = None,
+        seen: SeenRows | None = None,
     ) -> SlabKV:
         """See `KVPool`."""
-        kv = self._carve(allocation, num_kept, growth, eviction)
+        kv = self._carve(allocation, num_kept, growth, eviction, seen)
         parcel = np.frombuffer(body, dtype=np.uint8).reshape(-1, self.layout.row_bytes)
         for slabs, rows in self._pieces(kv, kv.kept):
             np.copyto(slabs, parcel[rows].reshape(slabs.shape))
@@ -101,7 +103,10 @@ class SlabPool(KVPool[Extent, SlabKV]):
         for slabs, rows in self._pieces(kv, lengths):
             np.copyto(parcel[rows].reshape(slabs.shape), slabs)
         return ExportedKV(
-            num_kept=tuple(lengths.ravel().tolist()), body=parcel.reshape(-1).data, eviction=kv.eviction_outside
+            num_kept=tuple(lengths.ravel().tolist()),
+            body=parcel.reshape(-1).data,
+            eviction=kv.eviction_outside,
+            seen=kv.seen_outside,
         )
 
     def keys(self, kv: SlabKV, layer: int, number: int) -> torch.Tensor:
@@ -137,7 +142,7 @@ class SlabPool(KVPool[Extent, SlabKV]):
         return self._extents.allocate(nbytes)
 
     def _attention(self, batch: Sequence[SlabKV]) -> SlabAttention:
-        return SlabAttention(self._elements, batch, self._kernel)
+        return SlabAttention(self._elements, batch, self._kernel, self.layout)
 
     def _move(self, kv: SlabKV, move: Move) -> None:
         pool = self._elements
@@ -146,7 +151,14 @@ class SlabPool(KVPool[Extent, SlabKV]):
             source, target = (_elements_of(at, rows, self.layout.head_dim) for rows in (move.source, move.target))
             pool[target] = pool[source]
 
-    def _carve(self, extent: Extent, num_kept: Sequence[int], growth: int, eviction: RowLedger | None) -> SlabKV:
+    def _carve(
+        self,
+        extent: Extent,
+        num_kept: Sequence[int],
+        growth: int,
+        eviction: RowLedger | None,
+        seen: SeenRows | None,
+    ) -> SlabKV:
         """Per layer the K slabs of all heads, then their V slabs."""
         layout = self.layout
         shape = (layout.num_layers, layout.num_kv_heads)
@@ -156,7 +168,15 @@ class SlabPool(KVPool[Extent, SlabKV]):
         begin = np.cumsum(both).reshape(both.shape) - both
         at = extent.offset * layout.head_dim // layout.row_bytes + begin * layout.head_dim
         settled = eviction and eviction.settled(int(capacity.max()), self._bytes.device)
-        return SlabKV(kept=kept, room=growth, eviction=settled, capacity=capacity, key_at=at[:, 0], value_at=at[:, 1])
+        return SlabKV(
+            kept=kept,
+            room=growth,
+            eviction=settled,
+            seen=seen,
+            capacity=capacity,
+            key_at=at[:, 0],
+            value_at=at[:, 1],
+        )
 
     def _pieces(self, kv: SlabKV, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, slice]]:
         """The first `lengths` rows of each slab, beside their rows in a parcel body."""
@@ -181,19 +201,23 @@ class SlabAttention:
         pool: The pool's memory, [elements] of its dtype.
         batch: One entry per query.
         kernel: Appends and attends.
+        layout: Of the pool.
     """
 
-    def __init__(self, pool: torch.Tensor, batch: Sequence[SlabKV], kernel: SlabKernel) -> None:
+    def __init__(self, pool: torch.Tensor, batch: Sequence[SlabKV], kernel: SlabKernel, layout: KVLayout) -> None:
         self._pool = pool
         self._batch = batch
         self._kernel = kernel
+        self._layout = layout
         self._key_at = _by_layer([kv.key_at for kv in batch])
         self._value_at = _by_layer([kv.value_at for kv in batch])
         self._lengths = _by_layer([kv.lengths + 1 for kv in batch])
+        if layout.windows:
+            self._leave_out_unseen()
 
     def part(self, members: Sequence[int]) -> SlabAttention:
         """See `StepAttention`."""
-        return SlabAttention(self._pool, [self._batch[member] for member in members], self._kernel)
+        return SlabAttention(self._pool, [self._batch[member] for member in members], self._kernel, self._layout)
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """See `StepAttention`."""
@@ -214,6 +238,15 @@ class SlabAttention:
         assert mask is None, "a ragged batch has no mask"
         slabs = (self._pool, self._key_at[layer], self._value_at[layer], self._lengths[layer])
         return self._kernel(query[:, :, 0], key[:, :, 0], value[:, :, 0], *slabs, scaling)[:, None]
+
+    def _leave_out_unseen(self) -> None:
+        """Rows in sight are a slab like any other, which begins later and ends where the whole one does."""
+        firsts = [kv.seen.first(kv.appended, self._layout) for kv in self._batch if kv.seen]
+        assert len(firsts) == len(self._batch), "without windows a sequence of this model would see too much"
+        first = _by_layer(firsts)
+        self._key_at += first * self._layout.head_dim
+        self._value_at += first * self._layout.head_dim
+        self._lengths -= first
 
 
 def _memory(nbytes: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from decode_worker.kv_pool.base import SequenceKV
+from decode_worker.kv_pool.slot_windows import SlotWindows
 from shared.kv.layout import KVLayout
 
 
@@ -35,6 +36,7 @@ class SlotTables:
         blocks: [num_layers, slots + 1, num_kv_heads, max_blocks] int32.
         lengths: [num_layers, slots + 1, num_kv_heads] int32, tokens present.
         trash: Number of the trash slot.
+        windows: What layers with a window see; None where every layer sees everything.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class SlotTables:
         self.blocks = torch.full((*shape, max_blocks), trash_block, dtype=torch.int32, device=device)
         self.lengths = torch.ones(shape, dtype=torch.int32, device=device)
         self.trash = slots
+        self.windows = SlotWindows(layout, slots=slots, device=device) if layout.windows else None
         self._slot_of: dict[SequenceKV, int] = {}
         self._free = list(range(slots - 1, -1, -1))
 
@@ -59,6 +62,12 @@ class SlotTables:
         layers, _, heads = self.lengths.shape
         self.lengths.index_add_(1, slots, self.lengths.new_ones(layers, len(slots), heads))
         self.lengths[:, self.trash].fill_(1)
+        if self.windows:
+            self.windows.advance(slots)
+
+    def first_seen(self, layer: int) -> torch.Tensor | None:
+        """First row of a layer in sight, [slots + 1, num_kv_heads] int32; None where all are."""
+        return self.windows.first(layer) if self.windows else None
 
     def blocks_of(self, kv: SequenceKV) -> torch.Tensor:
         """The block table of a sequence of the batch, [num_layers, num_kv_heads, max_blocks] int32."""
@@ -77,4 +86,6 @@ class SlotTables:
         slot = self._slot_of[kv] = self._free.pop()
         self.blocks[:, slot, :, : kv.blocks.shape[-1]] = torch.from_numpy(kv.blocks).to(self.blocks.device)
         self.lengths[:, slot] = torch.from_numpy(kv.lengths).to(self.lengths)
+        if self.windows:
+            self.windows.place(slot, kv)
         return slot

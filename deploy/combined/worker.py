@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import decode_worker.worker as decode
 import prefill_worker.worker as prefill
 from deploy.combined.config import CombinedConfig
-from prefill_worker.compression.layer_sharing import LayerSharing
 from shared.model.checkpoint import open_checkpoint
 from shared.model.loading import load_prefill_model, load_tokenizer
 from shared.model.packing import pack_linears
-from shared.model.processor import load_processor
 from shared.rpc.lifecycle import new_epoch
 
 
@@ -38,14 +36,7 @@ def load_model(config: CombinedConfig) -> LoadedModel:
     model = load_prefill_model(checkpoint.path, dtype=checkpoint.dtype, device=checkpoint.device)
     pack_linears(model)
     return LoadedModel(
-        prefill=prefill.LoadedModel(
-            path=checkpoint.path,
-            engine=prefill.build_engine(model, config),
-            processor=load_processor(checkpoint.path),
-            spec=checkpoint.spec,
-            identity=checkpoint.identity,
-            sharing=LayerSharing.load(checkpoint.path, checkpoint.spec.layout),
-        ),
+        prefill=prefill.with_model(checkpoint, model, config),
         decode=decode.LoadedModel(
             model=model,
             tokenizer=load_tokenizer(checkpoint.path),

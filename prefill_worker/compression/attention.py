@@ -11,7 +11,7 @@ from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rotation import Rotation
 from prefill_worker.compression.rows import Rows, run_at_the_end
 from shared.kernels.dispatch import kernels_for
-from shared.kernels.reference.statistics import PostVisionStatistics
+from shared.kernels.reference.statistics import FAINTEST_WEIGHT, PostVisionStatistics
 
 # Attention rows that are materialised at once: 8 MiB with 8 query heads and 2,000 keys.
 BLOCK_ROWS = 128
@@ -27,6 +27,7 @@ class LayerAttention:
         value: As `key`.
         scaling: Factor of the logits.
         rotation: How queries and keys were rotated; None when the model rotates nothing.
+        mask: [num_tokens, num_tokens] bool, which keys each query sees; None where these are itself and all before it.
     """
 
     prompt: PromptShape
@@ -35,6 +36,7 @@ class LayerAttention:
     value: torch.Tensor
     scaling: float
     rotation: Rotation | None = None
+    mask: torch.Tensor | None = None
     _sweeps: dict[range, tuple[float, PostVisionStatistics]] = field(default_factory=dict)
 
     @property
@@ -47,10 +49,7 @@ class LayerAttention:
         known = self._sweeps.get(rows)
         if known is not None and known[0] == threshold:
             return known[1]
-        kernels = kernels_for(self.key.device)
-        found = kernels.post_vision_statistics(
-            self.query[:, rows.start :], self.key, rows.start, self.scaling, threshold
-        )
+        found = self._sweep(rows, threshold) if self.mask is None else self._masked_sweep(rows, threshold)
         self._sweeps[rows] = threshold, found
         return found
 
@@ -73,7 +72,7 @@ class LayerAttention:
         """The attention matrix of the rows, `BLOCK_ROWS` at a time.
 
         Yields:
-            Positions [block] int64, and weights [num_query_heads, block, keys up to the last of these positions], fp32.
+            Positions [block] int64, and weights [num_query_heads, block, keys up to the last one that is seen], fp32.
         """
         for start in range(0, len(rows), BLOCK_ROWS):
             chosen = torch.tensor(rows[start : start + BLOCK_ROWS], device=self.key.device)
@@ -88,11 +87,30 @@ class LayerAttention:
             done += len(positions)
         return whole
 
+    def _sweep(self, rows: range, threshold: float) -> PostVisionStatistics:
+        kernels = kernels_for(self.key.device)
+        return kernels.post_vision_statistics(
+            self.query[:, rows.start :], self.key, rows.start, self.scaling, threshold
+        )
+
+    def _masked_sweep(self, rows: range, threshold: float) -> PostVisionStatistics:
+        """As the kernel, which knows no masks: what is not seen has no weight, and does not count."""
+        sums = self.key.new_zeros(self.key.shape[:2], dtype=torch.float32)
+        counts = torch.zeros(len(self.query), dtype=torch.long, device=self.key.device)
+        for _, weights in self.blocks(rows):
+            sums += weights.sum(dim=1).view(-1, self.group, weights.shape[2]).sum(dim=1)
+            least = weights.amax(dim=2, keepdim=True) * max(threshold, FAINTEST_WEIGHT)
+            counts += (weights >= least).sum(dim=(1, 2))
+        return PostVisionStatistics(sums, counts, None, None)
+
     def _weights(self, positions: torch.Tensor) -> torch.Tensor:
-        seen = int(positions[-1]) + 1
+        keys = int(positions[-1]) + 1 if self.mask is None else self.key.shape[1]
         head_dim = self.query.shape[2]
         queries = self.query[:, positions].float().reshape(len(self.key), -1, head_dim)
-        logits = queries @ self.key[:, :seen].float().mT * self.scaling
-        logits = logits.view(len(self.query), len(positions), seen)
-        future = torch.arange(seen, device=positions.device) > positions[:, None]
-        return logits.masked_fill_(future, -torch.inf).softmax(dim=-1)
+        logits = queries @ self.key[:, :keys].float().mT * self.scaling
+        logits = logits.view(len(self.query), len(positions), keys)
+        if self.mask is None:
+            hidden = torch.arange(keys, device=positions.device) > positions[:, None]
+        else:
+            hidden = ~self.mask[positions]
+        return logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1)

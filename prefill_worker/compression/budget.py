@@ -91,6 +91,23 @@ def round_to_total(wanted: Sequence[float], total: int, cap: int) -> list[int]:
     return kept
 
 
+def share_surplus(wanted: Sequence[int], caps: Sequence[int]) -> list[int]:
+    """What some layers have beyond what they can hold goes to the others, the same to each as far as they can.
+
+    Args:
+        wanted: Tokens of each layer.
+        caps: Most tokens of each layer.
+    """
+    kept = [min(tokens, cap) for tokens, cap in zip(wanted, caps, strict=True)]
+    surplus = sum(wanted) - sum(kept)
+    while surplus and (open_layers := [layer for layer, cap in enumerate(caps) if kept[layer] < cap]):
+        for layer in open_layers[:surplus]:
+            more = min(max(1, surplus // len(open_layers)), caps[layer] - kept[layer])
+            kept[layer] += more
+        surplus = sum(wanted) - sum(kept)
+    return kept
+
+
 def _with_densest(densities: Sequence[float], budget: TokenBudget) -> list[float]:
     return [*densities, *[1.0] * (budget.num_layers - len(densities))]
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shared.kv.layout import KVLayout
-from shared.model.loading import compatibility_hash
+from shared.model.loading import checkpoint_hash
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +41,12 @@ class LayerSharing:
     """Pairs in the order in which they were found; any number of the first ones was tried together.
 
     Attributes:
-        compatibility: As `weights_hash` of the checkpoint.
+        checkpoint: The `checkpoint_hash` of the weights.
         threshold: The least cosine of a pair.
         prompts: What it was found with, in words.
     """
 
-    compatibility: str
+    checkpoint: str
     threshold: float
     prompts: str
     pairs: tuple[SharedPair, ...]
@@ -60,7 +59,7 @@ class LayerSharing:
             raise ValueError("a lender lies below its borrower")
 
     @classmethod
-    def load(cls, path: Path, layout: KVLayout) -> LayerSharing | None:
+    def load(cls, path: Path, num_layers: int) -> LayerSharing | None:
         """What the file beside a checkpoint says; None where there is none for these weights, or none to be read."""
         file = path / FILE_NAME
         if not file.exists():
@@ -70,20 +69,15 @@ class LayerSharing:
             pairs = tuple(SharedPair(**pair) for pair in values.pop("pairs"))
             if values.pop("format") != FORMAT:
                 raise ValueError("another format")
-            if max(pair.borrower for pair in pairs) >= layout.num_layers:
+            if max(pair.borrower for pair in pairs) >= num_layers:
                 raise ValueError("a layer that the model does not have")
             sharing = cls(pairs=pairs, **values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s is not used: %s", file, error)
             return None
-        return sharing if sharing.compatibility == weights_hash(path, layout) else None
+        return sharing if sharing.checkpoint == checkpoint_hash(path) else None
 
     def save(self, path: Path) -> None:
         """Writes it beside a checkpoint."""
         values = {"format": FORMAT, **asdict(self)}
         (path / FILE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def weights_hash(path: Path, layout: KVLayout) -> str:
-    """The checkpoint's compatibility hash, the same for all precisions."""
-    return compatibility_hash(path, replace(layout, dtype="float32"))

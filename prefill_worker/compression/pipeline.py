@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from prefill_worker.compression.budget import share_surplus
 from prefill_worker.compression.policy import Policy, TokenBudget
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rows import post_vision_rows
@@ -81,16 +82,25 @@ def keep_everything(num_layers: int) -> list[Selection]:
     return [Selection(chosen=None, attention_mass=1.0)] * num_layers
 
 
-def select_tokens(policy: Policy, layers: Sequence[ObservedLayer], budget: Budget) -> list[Selection]:
-    """One selection per layer; nothing is mixed across requests."""
+def select_tokens(
+    policy: Policy, layers: Sequence[ObservedLayer], budget: Budget, windows: Sequence[int] = ()
+) -> list[Selection]:
+    """One selection per layer; nothing is mixed across requests.
+
+    Args:
+        windows: As a `KVLayout` has them.
+    """
     prompt = layers[0].prompt
     policy = policy.for_prompt(prompt)
     tokens = token_budget(prompt, budget, len(layers))
-    text, kept = prompt.num_tokens - tokens.num_tokens, policy.allocate(layers, tokens)
+    text = prompt.num_tokens - tokens.num_tokens
+    seen = [_seen_tokens(window, prompt) for window in windows or (0,) * len(layers)]
+    shared = zip(layers, policy.allocate(layers, tokens), strict=True)
+    kept = share_surplus([0 if layer.lender is not None else text + count for layer, count in shared], seen)
     selections: list[Selection] = []
-    for layer, count in zip(layers, kept, strict=True):
+    for layer, count, last in zip(layers, kept, seen, strict=True):
         if layer.lender is None:
-            selections.append(_select_layer(policy, layer, text + count, text > 0))
+            selections.append(_select_layer(policy, layer, count, last, keep_text=text > 0))
         else:
             selections.append(_borrowed(layer, selections[layer.lender]))
     return selections
@@ -108,11 +118,20 @@ def score_layer(policy: Policy, layer: ObservedLayer, *, keep_text: bool) -> tor
     return scores.masked_fill(~layer.prompt.visual.to(scores.device), torch.inf) if keep_text else scores
 
 
-def _select_layer(policy: Policy, layer: ObservedLayer, kept: int, keep_text: bool) -> Selection:
+def _seen_tokens(window: int, prompt: PromptShape) -> int:
+    """Last tokens of the prompt that the answer's first one sees in a layer."""
+    return min(window - 1, prompt.num_tokens) if window else prompt.num_tokens
+
+
+def _select_layer(policy: Policy, layer: ObservedLayer, kept: int, seen: int, *, keep_text: bool) -> Selection:
     scores = score_layer(policy, layer, keep_text=keep_text) if layer.scores is None else layer.scores
-    shares = policy.share_heads(scores, kept)
+    hidden = layer.prompt.num_tokens - seen
+    scores = scores[:, hidden:]
+    # what a head wants may lie out of sight
+    shares = [max(1, share) if hidden else share for share in policy.share_heads(scores, kept)]
     chosen = policy.select(scores, shares)
     assert chosen.sum(dim=1).tolist() == list(shares), "a score is not a number, or a policy miscounts"
+    chosen = torch.nn.functional.pad(chosen, (hidden, 0))
     return Selection(chosen=chosen, attention_mass=_mass(layer, chosen), merged=policy.merge(layer, chosen))
 
 

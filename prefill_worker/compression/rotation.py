@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 Angles = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Positions [n] -> cos and sin [n, head_dim], fp32."""
+"""Positions [n], or [3, n] in time, height and width -> cos and sin [n, head_dim], fp32."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -20,7 +20,7 @@ class Rotation:
 
     Attributes:
         angles: The model's.
-        positions: [num_tokens], of the prompt.
+        positions: [num_tokens], of the prompt, or [3, num_tokens].
         next_position: Of the first generated token.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,20 +14,20 @@ from transformers import PreTrainedModel
 
 from prefill_worker.compression.cascade import Cascade
 from prefill_worker.compression.prompt_shape import PromptShape
-from prefill_worker.compression.rotation import Rotation
 from prefill_worker.compression.sparse.prefill import SparsePrefill
 from prefill_worker.compression.statistics import ObservedLayer, Statistic
 from prefill_worker.engine.content_cache import ContentCache
-from prefill_worker.engine.content_key import ContentKeys
+from prefill_worker.engine.layer_kinds import VISUAL_TYPES, LayerKinds
 from prefill_worker.engine.look_ahead import Draw, LookAhead
+from prefill_worker.engine.memory import Memory
 from prefill_worker.engine.observer import CascadeObserver, PrefillObserver
-from prefill_worker.engine.prefix import Prefix, prefix_tokens, suffices
+from prefill_worker.engine.prefix import Prefix
 from prefill_worker.engine.prompt_cache import PromptCache
 from prefill_worker.engine.sparse_pass import SparseObserver, with_own_layers
 from prefill_worker.engine.vision import VisionEncoder
 from prefill_worker.parcel.early_rows import EarlyRows
 from prefill_worker.prompt import Prompt
-from shared.errors import RequestCancelledError
+from shared.errors import InvalidRequestError, RequestCancelledError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +110,10 @@ class PrefillEngine:
 
     def __init__(self, model: PreTrainedModel, *, vision_cache_bytes: int = 0, prefix_cache_bytes: int = 0) -> None:
         self._model = model
-        self._content = ContentKeys()
         self.prefixes: ContentCache[Prefix] = ContentCache(prefix_cache_bytes)
         self._vision = VisionEncoder(model, vision_cache_bytes)
-        # tells the rotary embedding in which precision and where to answer
-        self._fp32 = torch.empty(0, device=model.device)
+        self._memory = Memory(self.features, self.prefixes)
+        self._kinds = LayerKinds(model)
 
     @property
     def device(self) -> torch.device:
@@ -148,41 +147,25 @@ class PrefillEngine:
 
         Raises:
             RequestCancelledError: `cancelled` was set.
+            InvalidRequestError: A sparse pass that the model does not allow.
         """
         if cancelled.is_set():
             # while it waited in the queue
             raise RequestCancelledError("cancelled before it began")
-        started = time.monotonic()
-        model, rotation = self._model, self._rotation(prompt)
-        image_keys = self._image_keys(prompt)
-        name = self._prefix_key(prompt, image_keys) if sparse is None else None
-        known = self.prefixes.get(name) if name is not None else None
-        prefix = known if suffices(statistics, prompt.shape) else None
-        keeps = prefix_tokens(prompt.shape) if name is not None and known is None else 0
-        # sliding layers, too, keep every token until the selection
-        cache = PromptCache(cascade, prefix, kept_tokens=keeps, early=early)
-        observer = PrefillObserver(prompt.shape, statistics, cancelled, rotation)
-        if cascade is not None:
-            assert sparse is None, "a layer of a sparse pass has not all tokens"
-            observer = CascadeObserver(prompt.shape, statistics, cancelled, rotation, cache.passed)
         if sparse is not None:
-            model = self._sparse_model
-            observer = SparseObserver(prompt.shape, statistics, cancelled, rotation, sparse)
-        first = cache.get_seq_length()
-        embeddings, known_images = self._embed(prompt, first, image_keys, cancelled)
-        output = model(
-            inputs_embeds=embeddings,
-            position_ids=prompt.position_ids[:, first:].to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            vlc=observer,
-        )
-        if name is not None and keeps:
-            self.prefixes.put(name, cache.begins)
+            self._check_sparse()
+        started = time.monotonic()
+        recalled = self._memory.recall(prompt, statistics, sparse=sparse is not None)
+        # sliding layers, too, keep every token until the selection
+        cache = PromptCache(cascade, recalled.prefix, kept_tokens=recalled.kept_tokens, early=early)
+        observer = self._observer(prompt, statistics, cancelled, sparse, cache.passed if cascade else None)
+        inputs, known_images = self._read(prompt, cache.get_seq_length(), recalled.image_keys, cancelled)
+        model = self._model if sparse is None else self._sparse_model
+        logits = self._pass(model, prompt, inputs, cache, observer)
+        self._memory.keep(recalled, cache.begins)
         lenders = _lenders(sparse, len(cache.keys))
         return Prefilled(
-            logits=output.logits[0, -1].float(),
+            logits=logits,
             keys=_lent(cache.keys, lenders),
             values=_lent(cache.values, lenders),
             measured=observer.measured,
@@ -193,7 +176,7 @@ class PrefillEngine:
             held=cache.held,
             scored=cascade.layers if cascade else (),
             known_images=known_images,
-            known_tokens=first,
+            known_tokens=cache.get_seq_length(),
             early=early,
         )
 
@@ -209,42 +192,69 @@ class PrefillEngine:
             The pass with the KV of what was fed, and what it attended to.
         """
         assert prefilled.has_full_kv, "a sparse pass has no full KV"
-        ahead = LookAhead(self._model, prefilled.keys, prefilled.values, steps)
+        ahead = LookAhead(self._model, self._kinds.windows, prefilled.keys, prefilled.values, steps)
         ahead.run(token, position, steps, draw)
         return replace(prefilled, keys=ahead.keys(), values=ahead.values(), ahead=ahead.attention, peaks=ahead.peaks)
 
-    def _image_keys(self, prompt: Prompt) -> list[bytes]:
-        """Names of the prompt's images; none where nothing is kept."""
-        if not (self.features.on or self.prefixes.on):
-            return []
-        return [self._content.of_image(prompt.tenant, image) for image in prompt.images]
+    def _observer(
+        self,
+        prompt: Prompt,
+        statistics: Collection[Statistic[Any]],
+        cancelled: threading.Event,
+        sparse: SparsePrefill | None,
+        passed: Callable[[ObservedLayer], None] | None,
+    ) -> PrefillObserver:
+        """What attends in the pass and measures it; `passed` takes each layer of a cascade."""
+        rotations, causal = self._kinds.rotations(prompt), self._kinds.causal
+        if sparse is not None:
+            assert passed is None, "a layer of a sparse pass has not all tokens"
+            return SparseObserver(prompt.shape, statistics, cancelled, rotations, sparse)
+        if passed is not None:
+            return CascadeObserver(prompt.shape, statistics, cancelled, rotations, passed, causal=causal)
+        return PrefillObserver(prompt.shape, statistics, cancelled, rotations, causal=causal)
 
-    def _prefix_key(self, prompt: Prompt, image_keys: Sequence[bytes]) -> bytes | None:
-        """The name of the prompt's beginning; None where it is not worth keeping, or nothing is kept."""
-        tokens = prefix_tokens(prompt.shape)
-        if not (self.prefixes.on and tokens and image_keys):
-            return None
-        return self._content.of_prefix(prompt.tenant, prompt.inputs["input_ids"][0, :tokens], image_keys)
+    def _pass(
+        self,
+        model: PreTrainedModel,
+        prompt: Prompt,
+        inputs: Mapping[str, Any],
+        cache: PromptCache,
+        observer: PrefillObserver,
+    ) -> torch.Tensor:
+        """The logits [vocab] fp32 behind the prompt; only what the cache does not begin with passes."""
+        passes = slice(cache.get_seq_length(), None)
+        if self._kinds.bidirectional:
+            inputs = {**inputs, VISUAL_TYPES: prompt.shape.visual[None, passes].to(self.device, torch.long)}
+        output = model(
+            **inputs,
+            position_ids=prompt.position_ids[..., passes].to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            vlc=observer,
+        )
+        return output.logits[0, -1].float()
 
-    def _embed(
+    def _read(
         self, prompt: Prompt, first: int, image_keys: Sequence[bytes], cancelled: threading.Event
-    ) -> tuple[torch.Tensor, int]:
-        """The embeddings of the tokens from `first` on, and how many images the vision tower was spared."""
+    ) -> tuple[dict[str, Any], int]:
+        """The model's inputs from token `first` on, and how many images the vision tower was spared."""
         if first:
-            return self._vision.embed_text(prompt.inputs["input_ids"][:, first:]), len(image_keys)
-        return self._vision.embed(prompt, image_keys, cancelled)
+            return self._vision.read_text(prompt.inputs["input_ids"][:, first:]), len(image_keys)
+        return self._vision.read(prompt, image_keys, cancelled)
+
+    def _check_sparse(self) -> None:
+        why = None
+        if self._vision.deepstack:
+            why = "its deeper layers read of images, too, and expect every token of them"
+        elif not self._kinds.causal:
+            why = "not every token of it sees all before it and nothing else"
+        if why:
+            raise InvalidRequestError(f"the policy changes the pass, which this model does not allow: {why}")
 
     @cached_property
     def _sparse_model(self) -> PreTrainedModel:
         return with_own_layers(self._model)
-
-    def _rotation(self, prompt: Prompt) -> Rotation:
-        positions = prompt.position_ids[0].to(self._model.device)
-        return Rotation(angles=self._angles, positions=positions, next_position=prompt.next_position)
-
-    def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self._model.get_decoder().rotary_emb(self._fp32, positions[None])
-        return cos[0], sin[0]
 
 
 def _lenders(sparse: SparsePrefill | None, num_layers: int) -> list[int | None]:

@@ -21,6 +21,7 @@ class LookAhead:
 
     Args:
         model: The one that made the pass.
+        windows: Of each layer how many tokens a query sees, itself included; 0 for all.
         keys: Per layer [num_kv_heads, num_tokens, head_dim] of the pass.
         values: As `keys`.
         room: Tokens that may be fed.
@@ -34,9 +35,15 @@ class LookAhead:
     """
 
     def __init__(
-        self, model: PreTrainedModel, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], room: int
+        self,
+        model: PreTrainedModel,
+        windows: Sequence[int],
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        room: int,
     ) -> None:
         self._model = model
+        self._windows = windows
         self._prompt_tokens = keys[0].shape[1]
         self._keys = [_with_room(key, room) for key in keys]
         self._values = [_with_room(value, room) for value in values]
@@ -83,9 +90,12 @@ class LookAhead:
         mask: torch.Tensor | None,
         scaling: float,
     ) -> torch.Tensor:
-        """See `LayerHook.attend`; one query, which sees everything."""
+        """See `LayerHook.attend`; one query, which sees everything, or what its window shows."""
         group = query[0].reshape(key.shape[1], -1, query.shape[3]).float()
-        weights = (group @ key[0].float().mT * scaling).softmax(dim=-1)
+        logits = group @ key[0].float().mT * scaling
+        if self._windows[layer]:
+            logits[:, :, : -self._windows[layer]] = -torch.inf
+        weights = logits.softmax(dim=-1)
         received = weights[:, :, : self._prompt_tokens]
         self.attention[layer] += received.sum(dim=1)
         self.peaks[layer] = torch.maximum(self.peaks[layer], received.amax(dim=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ class PrefillObserver:
         prompt: The prompt that passes.
         statistics: What is measured in each layer; none observes nothing.
         cancelled: Set from another thread to stop the pass.
-        rotation: How the model rotates this prompt's queries and keys.
+        rotations: How each layer rotates this prompt's queries and keys.
+        causal: Whether the model's attention is plainly causal, so that a mask says no more than that.
 
     Attributes:
         measured: Per layer that has passed, each statistic's value.
@@ -39,12 +40,15 @@ class PrefillObserver:
         prompt: PromptShape,
         statistics: Collection[Statistic[Any]],
         cancelled: threading.Event,
-        rotation: Rotation,
+        rotations: Sequence[Rotation],
+        *,
+        causal: bool = True,
     ) -> None:
         self._prompt = prompt
         self._statistics = statistics
         self._cancelled = cancelled
-        self._rotation = rotation
+        self._rotations = rotations
+        self._causal = causal
         self.measured: list[dict[Statistic[Any], Any]] = []
         self.seconds = 0.0
         self.first_layer_at: float | None = None
@@ -62,7 +66,8 @@ class PrefillObserver:
         """See `LayerHook.attend`; batch is 1."""
         self._begin(layer)
         if self._statistics:
-            self._measure(self._layer(query[0], key[0], value[0], scaling))
+            said = None if mask is None or self._causal else mask[0, 0]
+            self._measure(self._layer(query[0], key[0], value[0], scaling, said))
         output = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         )
@@ -74,13 +79,28 @@ class PrefillObserver:
         if self.first_layer_at is None:
             self.first_layer_at = time.monotonic()
 
-    def _layer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> LayerAttention:
+    def _layer(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        mask: torch.Tensor | None = None,
+    ) -> LayerAttention:
+        """What is measured on; `mask` [num_queries, num_keys] bool says who sees whom, None is plain causal."""
         missing = key.shape[1] - query.shape[1]
         if missing:
             # those of a known prefix never passed: whoever looked at them would get no number at all
             query = torch.nn.functional.pad(query, (0, 0, missing, 0), value=torch.nan)
+            mask = None if mask is None else torch.nn.functional.pad(mask, (0, 0, missing, 0), value=True)
         return LayerAttention(
-            prompt=self._prompt, query=query, key=key, value=value, scaling=scaling, rotation=self._rotation
+            prompt=self._prompt,
+            query=query,
+            key=key,
+            value=value,
+            scaling=scaling,
+            rotation=self._rotations[len(self.measured)],
+            mask=mask,
         )
 
     def _measure(self, layer: LayerAttention) -> None:
@@ -104,10 +124,12 @@ class CascadeObserver(PrefillObserver):
         prompt: PromptShape,
         statistics: Collection[Statistic[Any]],
         cancelled: threading.Event,
-        rotation: Rotation,
+        rotations: Sequence[Rotation],
         passed: Callable[[ObservedLayer], None],
+        *,
+        causal: bool = True,
     ) -> None:
-        super().__init__(prompt, statistics, cancelled, rotation)
+        super().__init__(prompt, statistics, cancelled, rotations, causal=causal)
         self._passed = passed
         self.seconds_after = 0.0
 

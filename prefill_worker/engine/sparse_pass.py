@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,10 +35,10 @@ class SparseObserver(PrefillObserver):
         prompt: PromptShape,
         statistics: Collection[Statistic[Any]],
         cancelled: threading.Event,
-        rotation: Rotation,
+        rotations: Sequence[Rotation],
         sparse: SparsePrefill,
     ) -> None:
-        super().__init__(prompt, statistics, cancelled, rotation)
+        super().__init__(prompt, statistics, cancelled, rotations)
         self._sparse = sparse
         self._places: torch.Tensor | None = None
         # views of what the cache holds anyway
@@ -77,10 +77,18 @@ class SparseObserver(PrefillObserver):
         }
         return (self._thin(hidden, 1), *others), {**kwargs, **thinned}
 
-    def _layer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> LayerAttention:
+    def _layer(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        mask: torch.Tensor | None = None,
+    ) -> LayerAttention:
         if self._places is None:
             return super()._layer(query, key, value, scaling)
-        rotation = replace(self._rotation, positions=self._rotation.positions[self._places])
+        rotation = self._rotations[len(self.measured)]
+        rotation = replace(rotation, positions=rotation.positions[..., self._places])
         return ThinnedAttention(
             prompt=self._prompt,
             query=query,

@@ -3,8 +3,11 @@ nothing else, so it can be kept."""
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,24 +15,38 @@ from transformers import PreTrainedModel
 from prefill_worker.engine.content_cache import ContentCache
 from prefill_worker.prompt import ProcessedImage, Prompt
 from shared.errors import RequestCancelledError
+from shared.model.support import UnsupportedModelError
+
+# How a model takes what its vision tower has made before.
+ENCODED = "mm_encoder_outputs"
 
 
 class VisionEncoder:
-    """Makes the input embeddings of prompts. In the model thread.
+    """Makes what the language model reads of prompts. In the model thread.
 
     Args:
         model: The whole model, or a language model alone where no prompt has images.
         cache_bytes: What features of images may be kept for later prompts; 0 keeps none.
+
+    Attributes:
+        deepstack: Whether deeper layers, too, read of images: features of inner layers of the vision tower.
+
+    Raises:
+        UnsupportedModelError: They do, and this version of transformers takes no features.
     """
 
     def __init__(self, model: PreTrainedModel, cache_bytes: int) -> None:
         self._model = model
         self.cache: ContentCache[torch.Tensor] = ContentCache(cache_bytes)
+        vision = getattr(model.config, "vision_config", None)
+        self.deepstack = bool(getattr(vision, "deepstack_visual_indexes", None))
+        if self.deepstack and ENCODED not in inspect.signature(model.forward).parameters:
+            raise UnsupportedModelError(f"{model.config.model_type} needs a newer transformers, which has {ENCODED}")
 
-    def embed(
+    def read(
         self, prompt: Prompt, image_keys: Sequence[bytes], cancelled: threading.Event
-    ) -> tuple[torch.Tensor, int]:
-        """The embeddings of a prompt, [1, num_tokens, hidden], and how many of its images were not encoded anew.
+    ) -> tuple[dict[str, Any], int]:
+        """The model's inputs for a prompt, and how many of its images were not encoded anew.
 
         Args:
             image_keys: Names of the images; only looked at when something is kept.
@@ -37,26 +54,32 @@ class VisionEncoder:
         Raises:
             RequestCancelledError: `cancelled` was set; checked before every image.
         """
-        text = self.embed_text(prompt.inputs["input_ids"])
+        tokens = prompt.inputs["input_ids"]
         images = prompt.images
         if not images:
-            return text, 0
+            return self.read_text(tokens), 0
         names = image_keys if self.cache.on else [None] * len(images)
         encoded = [self._features(image, name, cancelled) for image, name in zip(images, names, strict=True)]
-        features = torch.cat([feature for feature, _ in encoded]).to(text.dtype)
-        if len(features) != prompt.shape.num_visual:
-            raise ValueError(f"{len(features)} image features for {prompt.shape.num_visual} visual tokens")
+        features, known = torch.cat([feature for feature, _ in encoded], dim=1), sum(known for _, known in encoded)
+        if features.shape[1] != prompt.shape.num_visual:
+            raise ValueError(f"{features.shape[1]} image features for {prompt.shape.num_visual} visual tokens")
+        if self.deepstack:
+            return {"input_ids": tokens.to(self._model.device), ENCODED: {"image": _outputs(features)}}, known
+        (text,) = self.read_text(tokens).values()
         visual = prompt.shape.visual.to(text.device)[None, :, None]
-        return text.masked_scatter(visual, features), sum(known for _, known in encoded)
+        return {"inputs_embeds": text.masked_scatter(visual, features[0].to(text.dtype))}, known
 
-    def embed_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The embeddings of tokens [1, num_tokens] that stand for no images, [1, num_tokens, hidden]."""
-        return self._model.get_input_embeddings()(tokens.to(self._model.device))
+    def read_text(self, tokens: torch.Tensor) -> dict[str, Any]:
+        """The model's inputs for tokens [1, num_tokens] that stand for no images."""
+        return {"inputs_embeds": self._model.get_input_embeddings()(tokens.to(self._model.device))}
 
     def _features(
         self, image: ProcessedImage, name: bytes | None, cancelled: threading.Event
     ) -> tuple[torch.Tensor, bool]:
-        """What the vision tower makes of an image, [num_tokens, hidden], and whether it had done so before."""
+        """What the vision tower makes of an image, [levels, num_tokens, hidden], and whether it had done so before.
+
+        The first level is read in place of placeholder tokens, the others in deeper layers.
+        """
         if cancelled.is_set():
             raise RequestCancelledError("cancelled before an image")
         if name is None:
@@ -64,8 +87,7 @@ class VisionEncoder:
         features = self.cache.get(name)
         if features is not None:
             return features, True
-        # a view would keep what it was cut from
-        features = self._encode(image).clone()
+        features = self._encode(image)
         self.cache.put(name, features)
         return features, False
 
@@ -73,5 +95,18 @@ class VisionEncoder:
         device, dtype = self._model.device, self._model.dtype
         moved = {name: tensor.to(device) for name, tensor in image.items()}
         moved["pixel_values"] = moved["pixel_values"].to(dtype)
-        (features,) = self._model.get_image_features(**moved, return_dict=True).pooler_output
-        return features
+        made = self._model.get_image_features(**moved, return_dict=True)
+        deeper = made.deepstack_features if self.deepstack else ()
+        # a tensor of its own: a view would keep what it was cut from
+        return torch.stack([_joined(level) for level in (made.pooler_output, *deeper)])
+
+
+def _joined(views: Iterable[torch.Tensor]) -> torch.Tensor:
+    """[num_tokens, hidden] of views [.., tokens, hidden]."""
+    return torch.cat([view.flatten(0, -2) for view in views])
+
+
+def _outputs(features: torch.Tensor) -> Any:
+    """As the vision tower hands them over, of [levels, num_tokens, hidden]."""
+    first, *deeper = features
+    return SimpleNamespace(pooler_output=(first,), deepstack_features=[(level,) for level in deeper])

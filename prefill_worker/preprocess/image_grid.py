@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from vlcache.v1 import inference_pb2 as public
 
-Size = tuple[int, int]
-"""Width and height in pixels."""
+from prefill_worker.preprocess.families import Family
+from prefill_worker.preprocess.image_counts import Size
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,7 @@ class ImageGrid:
     """Visual tokens of one image: `rows` times `columns` from `first_token` on, row after row.
 
     `box` is what they cover: left, top, right, bottom in shares of the image's width and height; less than 0 to 1
-    where it was cropped, more where it was padded.
+    where it was cropped, more where it was padded. An image whose tokens are no such grid has no rows and columns.
     """
 
     first_token: int
@@ -42,25 +45,51 @@ class ImageGrid:
 
 
 def image_grids(
-    processor: Any, visual: NDArray[np.bool_], pixel_values: NDArray[Any], sizes: Sequence[Size]
+    processor: Any, family: Family, visual: NDArray[np.bool_], inputs: Mapping[str, NDArray[Any]], sizes: Sequence[Size]
 ) -> tuple[ImageGrid, ...]:
-    """The grids of a prompt's images, all of which take equally many tokens.
+    """The grids of a prompt's images.
 
     Args:
         visual: [num_tokens] bool.
-        pixel_values: [num_images, channels, height, width], what the vision tower sees.
+        inputs: What the processor made.
         sizes: Of the images before the processor, upright.
     """
-    height, width = pixel_values.shape[-2:]
-    rows, columns = height // processor.patch_size, width // processor.patch_size
-    places = np.flatnonzero(visual).reshape(len(sizes), -1)
+    if not sizes:
+        return ()
+    if family.tiles:
+        # views of different detail overlap, and markers stand between them: no rows and columns are right
+        return (ImageGrid(first_token=0, rows=0, columns=0, box=WHOLE),) * len(sizes)
+    places = np.flatnonzero(visual)
+    if family.mrope:
+        return _resized_grids(places, inputs["image_grid_thw"], processor.image_processor.merge_size)
+    by_image = places.reshape(len(sizes), -1)
+    rows, columns = _rows_and_columns(processor, by_image.shape[1], inputs["pixel_values"])
     # what the vision tower has beside patches, a class token, comes first
-    firsts = (places[:, 0] + places.shape[1] - rows * columns).tolist()
+    firsts = (by_image[:, 0] + by_image.shape[1] - rows * columns).tolist()
     boxes = [_seen(processor.image_processor, size) for size in sizes]
     return tuple(
         ImageGrid(first_token=first, rows=rows, columns=columns, box=box)
         for first, box in zip(firsts, boxes, strict=True)
     )
+
+
+def _resized_grids(places: NDArray[np.int64], patches: NDArray[np.int64], merged: int) -> tuple[ImageGrid, ...]:
+    """Of images that are seen whole, at a resolution of their own."""
+    grids, taken = list[ImageGrid](), 0
+    for _, height, width in patches.tolist():
+        rows, columns = height // merged, width // merged
+        grids.append(ImageGrid(first_token=int(places[taken]), rows=rows, columns=columns, box=WHOLE))
+        taken += rows * columns
+    return tuple(grids)
+
+
+def _rows_and_columns(processor: Any, tokens: int, pixel_values: NDArray[Any]) -> tuple[int, int]:
+    """Patches of images of equal size, [num_images, channels, height, width], or what is pooled of them to a square."""
+    patch = getattr(processor, "patch_size", None)
+    if patch is None:
+        return math.isqrt(tokens), math.isqrt(tokens)
+    height, width = pixel_values.shape[-2:]
+    return height // patch, width // patch
 
 
 def _seen(image_processor: Any, size: Size) -> tuple[float, float, float, float]:

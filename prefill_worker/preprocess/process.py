@@ -40,7 +40,7 @@ def main() -> None:
     configure_logging("preprocess")
     processor = PromptProcessor(load_processor(Path(checkpoint)), PromptLimits(**json.loads(limits)))
     # the first request should not pay for what is loaded late
-    processor.image_tokens()
+    processor.marker_tokens()
     with socket.socket(fileno=STDIN) as worker:
         serve(worker, processor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_worker.preprocess.image_grid import ImageGrid
+from prefill_worker.preprocess.positions import Positions
 
 Array = NDArray[Any]
 
@@ -23,6 +25,8 @@ class ProcessedPrompt:
         punctuation: Positions of tokens that are punctuation and nothing else, ascending.
         seed: Hash of `inputs`.
         pixels: Pixels of each image as sent.
+        positions: Rotary positions, [axes, num_tokens] int64; axes are 1, or 3 for time, height and width.
+        views: Rows of each image in `pixel_values`, one or more.
         grids: Where the visual tokens of each image lie.
     """
 
@@ -31,6 +35,8 @@ class ProcessedPrompt:
     punctuation: tuple[int, ...]
     seed: int
     pixels: tuple[int, ...]
+    positions: Positions
+    views: tuple[int, ...] = ()
     grids: tuple[ImageGrid, ...] = ()
 
     def check(self, *, vocabulary: int) -> None:
@@ -45,6 +51,27 @@ class ProcessedPrompt:
         for places in (self.special, self.punctuation):
             if places and not (min(places) >= 0 and max(places) < ids.size):
                 raise ValueError("a place outside of the prompt")
+        self._check_positions(ids.size)
+        self._check_views()
+
+    def _check_positions(self, num_tokens: int) -> None:
+        positions = self.positions
+        if positions.dtype != np.int64 or positions.shape not in ((1, num_tokens), (3, num_tokens)):
+            raise ValueError("these are no positions")
+        # an image has at least as many tokens as it moves those behind it
+        if positions.min() < 0 or positions.max() >= num_tokens:
+            raise ValueError("a position outside of the prompt")
+
+    def _check_views(self) -> None:
+        if any(count < 1 for count in self.views):
+            raise ValueError("an image of nothing")
+        grids = self.inputs.get("image_grid_thw")
+        if grids is None:
+            return
+        # the vision tower makes tables as large as they say
+        fits = grids.dtype == np.int64 and grids.shape == (len(self.views), 3) and grids.min(initial=1) >= 1
+        if not fits or [math.prod(grid) for grid in grids.tolist()] != list(self.views):
+            raise ValueError("grids that are not those of the images")
 
     @property
     def input_ids(self) -> NDArray[np.int64]:

@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from vlcache.v1 import inference_pb2 as pb
 
+from prefill_worker.preprocess.families import family_of
+from prefill_worker.preprocess.image_counts import image_views, most_image_tokens
 from prefill_worker.preprocess.image_grid import ImageGrid, image_grids
 from prefill_worker.preprocess.images import open_images
+from prefill_worker.preprocess.positions import Positions, grid_positions, plain_positions
 from prefill_worker.preprocess.processed import Array, ProcessedPrompt
 from prefill_worker.preprocess.token_kinds import TokenKinds
 from shared.errors import ContextTooLongError, InvalidRequestError
@@ -22,14 +25,19 @@ from shared.errors import ContextTooLongError, InvalidRequestError
 ROLES = ("system", "user", "assistant")
 # No tokenizer makes fewer tokens than this of running text: refuses absurd texts before tokenising them.
 MAX_BYTES_PER_TOKEN = 64
+# What processors make of text for models that do not get it from us: one unpadded prompt has a mask of ones, and which
+# tokens are visual is known.
+UNUSED_INPUTS = ("attention_mask", "token_type_ids", "mm_token_type_ids")
+# What one image adds to a prompt is seen on one of so many pixels per side.
+SAMPLE_SIDE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLimits:
-    """What preprocessing must know of the model beside its processor; `image_side` in pixels."""
+    """What preprocessing must know of the model beside its processor."""
 
+    model_type: str
     image_token_id: int
-    image_side: int
     context_tokens: int
     max_images: int
 
@@ -44,6 +52,7 @@ class PromptProcessor:
     def __init__(self, processor: Any, limits: PromptLimits) -> None:
         self._processor = processor
         self._limits = limits
+        self._family = family_of(limits.model_type)
         self._kinds = TokenKinds(processor.tokenizer, limits.image_token_id)
         self._reserved = tuple(processor.tokenizer.added_tokens_encoder)
 
@@ -66,6 +75,8 @@ class PromptProcessor:
             punctuation=self._kinds.punctuation(tokens),
             seed=_hash(inputs),
             pixels=tuple(image.width * image.height for image in images),
+            positions=self._positions(inputs),
+            views=image_views(self._processor, [image.size for image in images]),
             grids=self._grids(inputs, images),
         )
 
@@ -74,16 +85,33 @@ class PromptProcessor:
         return len(self._render([_empty_message(0)]).encode())
 
     def image_tokens(self) -> int:
-        """Upper bound of the tokens of one image together with what the template puts around it."""
-        side = self._limits.image_side
-        inputs = self._process(self._render([_empty_message(1)]), [Image.new("RGB", (side, side))])
-        return int(self._visual(inputs).sum()) + self.marker_tokens()
+        """Upper bound of the tokens of one image together with what template and processor put around it."""
+        return most_image_tokens(self._processor) + self.marker_tokens()
 
     def marker_tokens(self) -> int:
-        """Upper bound of the text tokens that the template puts around one image."""
+        """Upper bound of the text tokens that template and processor put around one image, and between its tiles."""
+        sample = Image.new("RGB", (SAMPLE_SIDE, SAMPLE_SIDE))
+        with_image, without = (
+            self._text_bound(self._process(self._render([_empty_message(len(images))]), images))
+            for images in ([sample], [])
+        )
         # the marker of the last image is the longest one: it may carry the image's number
-        last = len(self._render([_empty_message(self._limits.max_images)]).encode())
-        return last - len(self._render([_empty_message(self._limits.max_images - 1)]).encode())
+        longer = self._marker_bytes(self._limits.max_images) - self._marker_bytes(1)
+        return with_image - without + max(0, longer)
+
+    def _marker_bytes(self, image: int) -> int:
+        """What the template writes for one more image."""
+        texts = (self._render([_empty_message(count)]) for count in (image, image - 1))
+        last, before = (len(text.encode()) for text in texts)
+        return last - before
+
+    def _text_bound(self, inputs: dict[str, Array]) -> int:
+        """Upper bound of the tokens of a prompt's text wherever it stands: its bytes, whatever they merge with."""
+        tokenizer = self._processor.tokenizer
+        added, tokens = tokenizer.added_tokens_decoder, inputs["input_ids"][0][~self._visual(inputs)].tolist()
+        words = [token for token in tokens if token not in added]
+        text = tokenizer.decode(words, clean_up_tokenization_spaces=False)
+        return len(tokens) - len(words) + len(text.encode())
 
     def _check_messages(self, messages: Sequence[pb.Message]) -> None:
         # joined: the template puts the parts of a message together, and so would a reserved token that was cut in two
@@ -119,10 +147,19 @@ class PromptProcessor:
             raise InvalidRequestError(f"the model's chat template refuses this conversation: {error}") from error
 
     def _process(self, text: str, images: list[Image.Image]) -> dict[str, Array]:
+        # one list per conversation: some families show several images of one in less detail
+        shown = [images] if images else None
         # the template writes the special tokens itself
-        encoded = self._processor(images=images or None, text=text, add_special_tokens=False, return_tensors="np")
-        # one unpadded prompt: the mask is all ones, and without it the plain causal path is taken
-        return {name: np.ascontiguousarray(array) for name, array in encoded.items() if name != "attention_mask"}
+        encoded = self._processor(images=shown, text=[text], add_special_tokens=False, return_tensors="np")
+        return {name: np.ascontiguousarray(array) for name, array in encoded.items() if name not in UNUSED_INPUTS}
+
+    def _positions(self, inputs: dict[str, Array]) -> Positions:
+        visual = self._visual(inputs)
+        if not self._family.mrope:
+            return plain_positions(len(visual))
+        merged = self._processor.image_processor.merge_size
+        patches = inputs.get("image_grid_thw", np.empty((0, 3), np.int64))
+        return grid_positions(visual, [(rows // merged, columns // merged) for _, rows, columns in patches.tolist()])
 
     def _check_context(self, num_tokens: int, max_new_tokens: int) -> None:
         limit = self._limits.context_tokens
@@ -132,10 +169,8 @@ class PromptProcessor:
             )
 
     def _grids(self, inputs: dict[str, Array], images: list[Image.Image]) -> tuple[ImageGrid, ...]:
-        if not images:
-            return ()
         sizes = [image.size for image in images]
-        return image_grids(self._processor, self._visual(inputs), inputs["pixel_values"], sizes)
+        return image_grids(self._processor, self._family, self._visual(inputs), inputs, sizes)
 
     def _visual(self, inputs: dict[str, Array]) -> NDArray[np.bool_]:
         return inputs["input_ids"][0] == self._limits.image_token_id

@@ -79,15 +79,17 @@ def read_request(header: Mapping[str, Any], body: memoryview) -> tuple[list[pb.M
 
 def reply_frame(prompt: ProcessedPrompt) -> Frame:
     """What became of a conversation."""
+    arrays = [*prompt.inputs.items(), ("positions", prompt.positions)]
     header = {
-        "arrays": [[name, array.dtype.name, array.shape] for name, array in prompt.inputs.items()],
+        "arrays": [[name, array.dtype.name, array.shape] for name, array in arrays],
         "special": prompt.special,
         "punctuation": prompt.punctuation,
         "seed": prompt.seed,
         "pixels": prompt.pixels,
+        "views": prompt.views,
         "grids": [asdict(grid) for grid in prompt.grids],
     }
-    return Frame(header=header, parts=[array.reshape(-1).view(np.uint8).data for array in prompt.inputs.values()])
+    return Frame(header=header, parts=[array.reshape(-1).view(np.uint8).data for _, array in arrays])
 
 
 def error_frame(error: ServiceError) -> Frame:
@@ -105,26 +107,30 @@ def read_reply(header: Mapping[str, Any], body: memoryview) -> ProcessedPrompt:
     try:
         if "error" in header:
             raise ERRORS[header["error"]](str(header["message"]), reason=str(header["reason"]))
+        *inputs, (_, positions) = _arrays(header["arrays"], body)
         return ProcessedPrompt(
-            inputs=_arrays(header["arrays"], body),
+            inputs=dict(inputs),
             special=_integers(header["special"]),
             punctuation=_integers(header["punctuation"]),
             seed=int(header["seed"]),
             pixels=_integers(header["pixels"]),
+            positions=positions,
+            views=_integers(header["views"]),
             grids=tuple(_grid(**grid) for grid in header["grids"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FrameError("the reply makes no sense") from error
 
 
-def _arrays(described: Sequence[Any], body: memoryview) -> dict[str, Array]:
-    arrays, start = dict[str, Array](), 0
+def _arrays(described: Sequence[Any], body: memoryview) -> list[tuple[str, Array]]:
+    arrays, start = list[tuple[str, Array]](), 0
     for name, dtype, shape in described:
         if dtype not in DTYPES or min(shape, default=0) < 0:
             raise ValueError(f"an array of {dtype} {shape}")
         kind = np.dtype(dtype).newbyteorder("<")
         end = start + kind.itemsize * math.prod(shape)
-        arrays[str(name)] = np.require(np.frombuffer(body[start:end], kind).reshape(shape), requirements="A")
+        array = np.frombuffer(body[start:end], kind).reshape(shape)
+        arrays.append((str(name), np.require(array, requirements="A")))
         start = end
     if start != len(body):
         raise ValueError("bytes of no array")

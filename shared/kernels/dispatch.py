@@ -33,6 +33,7 @@ class PagedAttention(Protocol):
         slots: torch.Tensor,
         scaling: float,
         num_splits: int,
+        first: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 

@@ -37,6 +37,11 @@ class Eviction(ABC):
         """Layers without a row of their own, of the prompt or of the answer."""
         return frozenset()
 
+    @property
+    def digested(self) -> bytes:
+        """What a parcel's digest covers of it: what says whose rows are read."""
+        return b""
+
     @abstractmethod
     def check(self, layout: KVLayout, num_kept: Sequence[int]) -> None:
         """Compares the numbers with each other and with a parcel's kept rows, layer-major.
@@ -208,6 +213,12 @@ class SharedLayers(Eviction):
     def empty_layers(self) -> frozenset[int]:
         """See `Eviction`."""
         return frozenset(self.borrowers)
+
+    @property
+    def digested(self) -> bytes:
+        """See `Eviction`; each layer that borrows, then its lender, as 4 bytes."""
+        pairs = zip(self.borrowers, self.lenders, strict=True)
+        return b"".join(layer.to_bytes(4, "little") for pair in pairs for layer in pair)
 
     def check(self, layout: KVLayout, num_kept: Sequence[int]) -> None:
         """See `Eviction`."""

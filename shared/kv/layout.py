@@ -12,6 +12,9 @@ from shared.errors import FailedPreconditionError
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Far above any model, far below what would hurt: bounds what a manifest can make us compute.
 LIMITS = (1024, 1024, 4096)  # layers, KV heads, head dim
+# One that shows the query more than itself.
+LEAST_WINDOW = 2
+MAX_WINDOW = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class KVLayout:
     num_kv_heads: int
     head_dim: int
     dtype: str
+    windows: tuple[int, ...] = ()
+    """Of each layer how many tokens a query sees, itself included, 0 for all; empty where every layer sees all."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
@@ -41,6 +46,10 @@ class KVLayout:
         shape = (self.num_layers, self.num_kv_heads, self.head_dim)
         if not all(1 <= size <= limit for size, limit in zip(shape, LIMITS, strict=True)):
             raise ValueError(f"impossible KV layout {shape}")
+        if self.windows and (len(self.windows) != self.num_layers or not any(self.windows)):
+            raise ValueError("windows belong to layers, one to each, or to none")
+        if not all(window == 0 or LEAST_WINDOW <= window <= MAX_WINDOW for window in self.windows):
+            raise ValueError(f"a window has between {LEAST_WINDOW} and {MAX_WINDOW} tokens")
 
     @property
     def row_bytes(self) -> int:
@@ -51,6 +60,11 @@ class KVLayout:
     def token_bytes(self) -> int:
         """Bytes of one token over all layers and heads, K and V."""
         return 2 * self.num_layers * self.num_kv_heads * self.row_bytes
+
+    @property
+    def windowed_layers(self) -> tuple[int, ...]:
+        """Layers in which a query does not see every token before it."""
+        return tuple(layer for layer, window in enumerate(self.windows) if window)
 
     def full_bytes(self, num_tokens: int) -> int:
         """Bytes of `num_tokens` uncompressed tokens."""
@@ -89,6 +103,7 @@ class KVLayout:
                 num_kv_heads=message.num_kv_heads,
                 head_dim=message.head_dim,
                 dtype=message.dtype,
+                windows=tuple(message.windows),
             )
         except ValueError as error:
             raise FailedPreconditionError(str(error), reason="KV_LAYOUT") from error
@@ -96,5 +111,9 @@ class KVLayout:
     def to_proto(self) -> pb.KVLayout:
         """The message that reads back as this layout."""
         return pb.KVLayout(
-            num_layers=self.num_layers, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, dtype=self.dtype
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            windows=self.windows,
         )

@@ -59,6 +59,9 @@ class Manifest:
     kept_tokens: tuple[bytes, ...] = ()
     """Which tokens the rows are: entries as in `num_kept`, each a bitmap over the `logical_length` tokens, the first in
     the lowest bit; empty unless the request wants it explained."""
+    seen_tokens: tuple[bytes, ...] = ()
+    """Which tokens the rows of layers with a window are: head after head of each such layer a bitmap over the last
+    tokens, those that the next one sees, the oldest in the lowest bit."""
 
     @property
     def kv_bytes(self) -> int:
@@ -87,14 +90,14 @@ class Manifest:
         _require(0 < self.logical_length <= MAX_LOGICAL_LENGTH, "logical length out of range")
         _require(len(self.num_kept) == heads, "one kept count per layer and KV head is needed")
         self._check_eviction()
-        own = self._own_counts()
-        _require(all(1 <= kept <= self.logical_length for kept in own), "a kept count is out of range")
+        self._check_kept()
         if self.encoding is not None:
             self.encoding.check(self.layout, self.num_kept)
         _require(self.body_bytes == self.kv_bytes + self.score_bytes, "body size and kept counts disagree")
         _require(0 < self.next_position <= 2 * MAX_LOGICAL_LENGTH, "next position out of range")
-        _require(0 < len(self.generated) <= min(own) + 1, "as many rows as tokens that were fed are needed")
+        self._check_generated()
         self._check_kept_tokens()
+        self._check_seen_tokens()
 
     def check_compatible(self, *, compatibility: str, layout: KVLayout) -> None:
         """Refuses a parcel of another model.
@@ -105,13 +108,18 @@ class Manifest:
         if self.compatibility != compatibility or self.layout != layout:
             raise FailedPreconditionError("the parcel belongs to another model", reason="INCOMPATIBLE_PARCEL")
 
+    def digest_of(self, body: memoryview) -> bytes:
+        """The digest of this parcel with such a body."""
+        lenders = self.eviction.digested if self.eviction is not None else b""
+        return body_digest(body, (*self.seen_tokens, lenders))
+
     def check_digest(self, body: memoryview) -> None:
         """Compares the body with the digest.
 
         Raises:
             DataLossError: Bytes were lost or changed.
         """
-        if body_digest(body) != self.digest:
+        if self.digest_of(body) != self.digest:
             raise DataLossError("the parcel's digest does not match its bytes", reason="PARCEL_DIGEST")
 
     @classmethod
@@ -146,6 +154,7 @@ class Manifest:
             encoding=Encoding.from_proto(message.encoding) if message.HasField("encoding") else None,
             eviction=_eviction(message),
             kept_tokens=tuple(message.kept_tokens),
+            seen_tokens=tuple(message.seen_tokens),
         )
         _require(message.score_bytes == manifest.score_bytes, "kept counts and scores disagree")
         manifest.check()
@@ -178,15 +187,29 @@ class Manifest:
             eviction=self.eviction.to_proto() if self.eviction else None,
             score_bytes=self.score_bytes,
             kept_tokens=self.kept_tokens,
+            seen_tokens=self.seen_tokens,
         )
 
-    def _own_counts(self) -> list[int]:
-        """Kept counts of the layers that have rows of their own; the first layer is always one of them."""
-        empty = self.eviction.empty_layers if self.eviction is not None else frozenset()
-        return [kept for place, kept in enumerate(self.num_kept) if place // self.layout.num_kv_heads not in empty]
+    @property
+    def _empty_layers(self) -> frozenset[int]:
+        return self.eviction.empty_layers if self.eviction is not None else frozenset()
+
+    def _check_kept(self) -> None:
+        heads, empty = self.layout.num_kv_heads, self._empty_layers
+        own = (kept for place, kept in enumerate(self.num_kept) if place // heads not in empty)
+        _require(all(1 <= kept <= self.logical_length for kept in own), "a kept count is out of range")
+
+    def _check_generated(self) -> None:
+        _require(len(self.generated) > 0, "the answer's first token is missing")
+        fed, heads, empty = len(self.generated) - 1, self.layout.num_kv_heads, self._empty_layers
+        for layer, window in enumerate(self.layout.windows or (0,) * self.layout.num_layers):
+            least = 0 if layer in empty else min(fed, window - 1) if window else fed
+            kept = self.num_kept[layer * heads : (layer + 1) * heads]
+            _require(min(kept) >= least, "as many rows as tokens that were fed are needed")
 
     def _check_eviction(self) -> None:
         if self.eviction is not None:
+            _require(not self.layout.windows, "rows of a layer with a window must stay in order: nothing is evicted")
             # tables of the decode worker give every head as many places as the largest one needs
             _require(max(self.num_kept) * len(self.num_kept) <= MAX_TABLE_ROWS, "too many rows to evict from")
             try:
@@ -204,6 +227,17 @@ class Manifest:
             _require(bits.bit_length() <= self.logical_length, "a kept token is none of the prompt's")
             _require(bits.bit_count() == kept, "kept tokens and kept counts disagree")
 
+    def _check_seen_tokens(self) -> None:
+        layers, heads = self.layout.windowed_layers, self.layout.num_kv_heads
+        _require(len(self.seen_tokens) == len(layers) * heads, "one bitmap per windowed layer and KV head is needed")
+        for number, bitmap in enumerate(self.seen_tokens):
+            layer, head = layers[number // heads], number % heads
+            seen = min(self.layout.windows[layer] - 1, self.logical_length)
+            _require(len(bitmap) == -(-seen // 8), "a bitmap is as long as the window needs")
+            bits = int.from_bytes(bitmap, "little")
+            _require(bits.bit_length() <= seen, "a row is no token of the prompt's")
+            _require(bits.bit_count() == self.num_kept[layer * heads + head], "seen tokens and kept counts disagree")
+
 
 def check_format(version: int) -> None:
     """Refuses a parcel that is written otherwise.
@@ -215,9 +249,12 @@ def check_format(version: int) -> None:
         raise FailedPreconditionError(f"parcel format {version} is not {FORMAT_VERSION}", reason="PARCEL_FORMAT")
 
 
-def body_digest(body: memoryview) -> bytes:
-    """xxh3-128 of a parcel body: integrity against faults, not against an attacker."""
-    return xxhash.xxh3_128_digest(body)
+def body_digest(body: memoryview, read_how: Sequence[bytes] = ()) -> bytes:
+    """xxh3-128 of a parcel body and of what says which rows are read: integrity against faults, not attackers."""
+    digest = xxhash.xxh3_128(body)
+    for part in read_how:
+        digest.update(part)
+    return digest.digest()
 
 
 def layer_tokens(num_kept: Sequence[int], layout: KVLayout) -> list[int]:

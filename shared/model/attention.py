@@ -15,8 +15,22 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 PREFILL_ATTENTION = "vlcache_prefill"
 DECODE_ATTENTION = "vlcache_decode"
-# Terms that some families add to the logits; computing without them would be silently wrong.
-REFUSED_TERMS = ("softcap", "s_aux", "sliding_window")
+# What models pass that changes nothing here: a window is in the mask, or in what the KV pool shows of a sequence;
+# keys and queries come rotated; and some settings of `forward` travel down to every layer.
+HARMLESS_TERMS = frozenset(
+    {
+        "sliding_window",
+        "position_ids",
+        "use_cache",
+        "logits_to_keep",
+        "image_sizes",
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "is_causal",
+    }
+)
 
 
 class LayerHook(Protocol):
@@ -54,15 +68,20 @@ def vlcache_attention(
     attention_mask: torch.Tensor | None = None,
     *,
     scaling: float | None = None,
+    dropout: float = 0.0,
     vlc: LayerHook | None = None,
     **terms: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Signature of transformers' `AttentionInterface`; see `LayerHook.attend` for shapes."""
+    """Signature of transformers' `AttentionInterface`; see `LayerHook.attend` for shapes.
+
+    Raises:
+        NotImplementedError: The model passes something that we do not know: computing without it may be wrong.
+    """
     if vlc is None:
         raise ValueError("this model can only be run with a LayerHook: pass vlc= to forward")
-    for term in REFUSED_TERMS:
-        if terms.get(term) is not None:
-            raise NotImplementedError(f"attention with {term} is not supported")
+    unknown = sorted(name for name, term in terms.items() if term is not None and name not in HARMLESS_TERMS)
+    if unknown or dropout:
+        raise NotImplementedError(f"attention with {', '.join(unknown) or 'dropout'} is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # torch types every attribute as Tensor | Module
     return vlc.attend(layer, query, key, value, attention_mask, scale), None

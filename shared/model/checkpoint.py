@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from shared.config import WorkerConfig
+from shared.model.hub import resolve_checkpoint
 from shared.model.identity import ModelIdentity
-from shared.model.loading import load_spec, pick_dtype, resolve_checkpoint
+from shared.model.loading import load_spec, pick_dtype
 from shared.model.spec import VLMSpec
 
 
@@ -29,12 +30,13 @@ def open_checkpoint(config: WorkerConfig) -> Checkpoint:
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        UnsupportedModelError: Its architecture cannot be served.
+        UnsupportedModelError: Its architecture cannot be served, or its weights are pickled.
+        ValueError: A directory has no revisions.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     device = torch.device(config.device)
-    path = resolve_checkpoint(config.model)
+    path = resolve_checkpoint(config.model, config.revision)
     dtype = pick_dtype(config.dtype, device)
     spec = load_spec(path, dtype)
     identity = ModelIdentity.of(config.model_name, path, spec)

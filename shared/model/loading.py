@@ -1,22 +1,27 @@
-"""Loads a Hugging Face checkpoint (a directory or a hub id) for either half of the service."""
+"""Loads a Hugging Face checkpoint for either half of the service; `hub.py` says where it lies."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from shared.kv.layout import KVLayout
 from shared.model.attention import DECODE_ATTENTION, PREFILL_ATTENTION
 from shared.model.packing import pack_linears
-from shared.model.spec import UnsupportedModelError, VLMSpec
+from shared.model.progress import on_terminal
+from shared.model.spec import VLMSpec
+from shared.model.support import UnsupportedModelError, model_class
+from shared.model.trial import try_out
 
 log = logging.getLogger(__name__)
 
@@ -24,20 +29,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Bytes of each weight file that enter the compatibility hash; hashing 14 GB at every start would take a minute.
 HASHED_BYTES = 1 << 20
 LANGUAGE_PARTS = ("language_model", "text_model")
-
-
-def resolve_checkpoint(model: str) -> Path:
-    """The local directory of a checkpoint; a hub id is downloaded (or found in the hub's cache).
-
-    Raises:
-        FileNotFoundError: A path that does not exist.
-    """
-    path = Path(model)
-    if model and path.is_dir():
-        return path
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise FileNotFoundError(f"there is no checkpoint at {model!r}")
-    return Path(snapshot_download(model))
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -48,9 +39,21 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def load_config(path: Path) -> PretrainedConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        UnsupportedModelError: transformers does not know the architecture, or its code would come with the checkpoint.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{path.name} has no configuration that transformers knows: {error}") from error
+
+
 def load_spec(path: Path, dtype: torch.dtype) -> VLMSpec:
     """Reads what the services need to know about a checkpoint."""
-    config = AutoConfig.from_pretrained(path)
+    config = load_config(path)
     return VLMSpec.from_config(config, eos_token_ids=_eos_token_ids(path, config), dtype=dtype)
 
 
@@ -61,13 +64,13 @@ def load_tokenizer(path: Path) -> Any:
 
 def load_prefill_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The whole model; only its language part uses our attention function."""
-    cls = _model_class(AutoConfig.from_pretrained(path))
+    cls = model_class(load_config(path))
     return _load(cls, path, dtype=dtype, device=device, attention=PREFILL_ATTENTION)
 
 
 def load_decode_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The language model alone: no vision weight is read, and none of the language model's is missing."""
-    cls = _language_only(_model_class(AutoConfig.from_pretrained(path)))
+    cls = _language_only(model_class(load_config(path)))
     model = _load(cls, path, dtype=dtype, device=device, attention=DECODE_ATTENTION)
     pack_linears(model)
     return model
@@ -75,34 +78,51 @@ def load_decode_model(path: Path, *, dtype: torch.dtype, device: torch.device) -
 
 def compatibility_hash(path: Path, layout: KVLayout) -> str:
     """Hex digest of everything two workers must share to exchange KV: architecture, weights, layout."""
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
-        digest.update(f"{file.name}:{file.stat().st_size}".encode())
-        digest.update(_ends_of(file))
+    digest = _checkpoint_digest(path)
     digest.update(repr(layout).encode())
     return digest.hexdigest()
+
+
+def checkpoint_hash(path: Path) -> str:
+    """The part of it that is the checkpoint's: architecture and weights, in whatever precision they are loaded."""
+    return _checkpoint_digest(path).hexdigest()
 
 
 def _load(
     cls: type[PreTrainedModel], path: Path, *, dtype: torch.dtype, device: torch.device, attention: str
 ) -> PreTrainedModel:
-    quiet, level = transformers.utils.logging, transformers.utils.logging.get_verbosity()
-    # decode leaves the vision weights in the file on purpose; the report of them would be pages long
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
-    try:
+    started = time.monotonic()
+    log.info("loading %s (%.1f GB) as %s", path.name, _weight_bytes(path) / 1e9, dtype)
+    with _quiet():
         model, loading = cls.from_pretrained(
-            path, dtype=dtype, attn_implementation={"text_config": attention}, output_loading_info=True
+            path,
+            dtype=dtype,
+            attn_implementation={"text_config": attention},
+            output_loading_info=True,
+            use_safetensors=True,
         )
-    finally:
-        quiet.set_verbosity(level)
     if loading["missing_keys"] or loading["mismatched_keys"]:
         raise UnsupportedModelError(f"weights are missing from {path.name}: {sorted(loading['missing_keys'])[:5]}")
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    log.info("loaded in %.1f s", time.monotonic() - started)
+    try_out(model, VLMSpec.from_config(model.config, eos_token_ids=frozenset(), dtype=torch.float32).layout)
+    return model
 
 
-def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    return transformers.AutoModelForImageTextToText._model_mapping[type(config)]
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Decode leaves the vision weights in the file on purpose; the report of them would be pages long."""
+    messages = transformers.utils.logging
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    if not on_terminal():
+        messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(level)
+        if bars:
+            messages.enable_progress_bar()
 
 
 def _language_only(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -130,6 +150,18 @@ def _eos_token_ids(path: Path, config: PretrainedConfig) -> frozenset[int]:
     if eos is None:
         return frozenset()
     return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def _checkpoint_digest(path: Path) -> hashlib._Hash:
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+        digest.update(_ends_of(file))
+    return digest
 
 
 def _ends_of(file: Path) -> bytes:

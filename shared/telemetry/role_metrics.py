@@ -47,6 +47,7 @@ class RoleMetrics:
     """Metrics of one role of a process; binds the labels that never change in it."""
 
     def __init__(self, *, role: str, worker: str, model: str = "") -> None:
+        self.role = role
         self.registry = CollectorRegistry()
         self.described: list[Description] = []
         """All of them, in the order of their creation."""

@@ -7,6 +7,7 @@ import pytest
 from tests.families.catalogue import FAMILIES
 from tests.families.family import Family
 from tests.families.loaded import Loaded, load
+from tests.families.prefilling import Prefilling
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -19,3 +20,8 @@ def loaded(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     folder = tmp_path_factory.mktemp(family.name)
     family.save(folder)
     return load(folder)
+
+
+@pytest.fixture(scope="session")
+def prefilling(loaded: Loaded) -> Prefilling:
+    return Prefilling(loaded)

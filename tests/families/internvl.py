@@ -13,9 +13,9 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
+from shared.model.processor import images_only
 from tests.families.chatml import END, START, chatml
 from tests.families.family import Family, text_fields
-from tests.families.processors import images_only
 from tests.families.vocabulary import Vocabulary
 
 SIDE, PATCH, SHUFFLE = 28, 7, 2

@@ -13,9 +13,9 @@ from transformers import (
 )
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
+from shared.model.processor import images_only
 from tests.families.chatml import END, START, chatml
 from tests.families.family import Family, text_fields
-from tests.families.processors import images_only
 from tests.families.vocabulary import Vocabulary
 
 SIDE, PATCH = 28, 14

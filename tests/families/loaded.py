@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
-from tests.families.processors import load_processor
+from shared.model.processor import load_processor
 
 # Beside what a language model reads, these are what a processor makes of text.
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")

@@ -13,9 +13,9 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from shared.model.processor import images_only
 from tests.families.chatml import END, START, chatml
 from tests.families.family import WIDTH, Family, text_fields
-from tests.families.processors import images_only
 from tests.families.vocabulary import Vocabulary
 
 PATCH, MERGE = 14, 2

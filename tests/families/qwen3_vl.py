@@ -12,8 +12,8 @@ from transformers import (
     Qwen3VLProcessor,
 )
 
+from shared.model.processor import images_only
 from tests.families.family import HEAD_DIM, WIDTH, Family, text_fields
-from tests.families.processors import images_only
 from tests.families.qwen2_vl import IMAGE, MERGE, ROPE, TEMPLATE, VOCABULARY, image_processor, token_ids
 
 PATCH = 16

@@ -12,9 +12,9 @@ from transformers import (
 )
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from shared.model.processor import images_only
 from tests.families.family import Family, text_fields
 from tests.families.idefics3 import IMAGE, SHUFFLE, TEMPLATE, TILE_TOKENS, VOCABULARY, tile_sizes, tower
-from tests.families.processors import images_only
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:

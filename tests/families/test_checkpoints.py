@@ -8,9 +8,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
 
+from shared.model.processor import VIDEO
 from tests.families.family import Family
 from tests.families.loaded import Loaded, noise
-from tests.families.processors import VIDEO
 
 CHATS: dict[str, list[Image.Image]] = {
     "text": [],

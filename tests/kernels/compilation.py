@@ -99,6 +99,8 @@ def call_all(shape: Shape, dtype: torch.dtype) -> None:
     )
     query = torch.zeros(2, shape.group * shape.kv_heads, shape.head_dim, dtype=dtype)
     paged_attention(query, blocks, blocks, *place, 0.1, shape.splits)
+    if shape is GQA:
+        paged_attention(query, blocks, blocks, *place, 0.1, shape.splits, torch.zeros_like(place[1]))
     token = query[:, : shape.kv_heads].contiguous()
     append_token(token, token, blocks, blocks, *place)
     layers = [torch.zeros(shape.kv_heads, 70, shape.head_dim, dtype=dtype) for _ in range(2)]

@@ -62,6 +62,15 @@ def make_paged(
     )
 
 
+def seen_from(paged: Paged, first: list[list[int]]) -> Paged:
+    """The same memory, whose plain rows are those from the first that is seen on."""
+    keys, values = (
+        [[rows[begin:] for rows, begin in zip(*slot, strict=True)] for slot in zip(plain, first, strict=True)]
+        for plain in (paged.keys, paged.values)
+    )
+    return Paged(**{**vars(paged), "keys": keys, "values": values})
+
+
 def expected_attention(query: torch.Tensor, paged: Paged, slots: list[int], scaling: float) -> np.ndarray:
     """[batch, num_query_heads, head_dim] in float64; zeros for a KV head without tokens."""
     group = query.shape[1] // len(paged.keys[0])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shared.kernels.dispatch import Kernels
 from shared.kernels.reference.paged_attention import paged_attention
-from tests.kernels.paged import Paged, expected_attention, make_paged
+from tests.kernels.paged import Paged, expected_attention, make_paged, seen_from
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 SCALING = 0.2
@@ -59,6 +59,28 @@ def test_it_is_attention(lengths, group, head_dim, block_size, splits, dtype, ke
     slots = list(range(len(lengths)))
     query = draw_query(len(slots), group * len(lengths[0]), head_dim, dtype, device)
     assert_is_attention(attend(kernels, query, paged, slots, splits), query, paged, slots)
+
+
+# length and first token seen, by slot and KV head; splits
+WINDOWS = {
+    "nothing has left": ([[(40, 0), (129, 0)]], 1),
+    "one is left, and none of an empty head": ([[(40, 39), (0, 0)]], 2),
+    "within a block, on its edge, in the last": ([[(130, 5), (130, 16)], [(130, 129), (300, 290)]], 1),
+    "in splits": ([[(513, 7), (600, 129)], [(513, 400), (300, 1)]], 4),
+    "all of a head": ([[(70, 70), (70, 3)]], 2),
+}
+
+
+@pytest.mark.parametrize(("heads", "splits"), WINDOWS.values(), ids=WINDOWS)
+def test_what_left_a_window_is_not_seen(heads, splits, kernels: Kernels, device: torch.device) -> None:
+    lengths, first = ([[pair[part] for pair in slot] for slot in heads] for part in range(2))
+    paged = make_paged(lengths, 64, 16, torch.float32, device)
+    slots = list(range(len(lengths)))[::-1]
+    query = draw_query(len(slots), 6, 64, torch.float32, device)
+    places = (paged.key_blocks, paged.value_blocks, paged.block_table, paged.lengths)
+    begin = torch.tensor(first, dtype=torch.int32, device=device)
+    out = kernels.paged_attention(query, *places, torch.tensor(slots, device=device), SCALING, splits, begin)
+    assert_is_attention(out, query, seen_from(paged, first), slots)
 
 
 def test_slots_may_come_in_any_order_and_repeat(kernels: Kernels, device: torch.device) -> None:

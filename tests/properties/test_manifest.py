@@ -208,6 +208,20 @@ def test_a_layer_that_borrows_keeps_nothing() -> None:
         Manifest.from_proto(changed(eviction=shared(), **ONE_LAYER, generated=[7, 8, 9]))
 
 
+def test_another_lender_breaks_the_digest() -> None:
+    body = memoryview(bytes(8))
+    layout = KVLayout(num_layers=3, num_kv_heads=1, head_dim=1, dtype="float32").to_proto()
+    rows = {"layout": layout, "num_kept": [1, 1, 0], "body_bytes": 2 * 2 * 4}
+    manifest = Manifest.from_proto(changed(eviction=shared(borrowers=[2], lenders=[0]), **rows))
+    for lender in (0, 1):
+        told = changed(eviction=shared(borrowers=[2], lenders=[lender]), digest=manifest.digest_of(body), **rows)
+        if lender == 0:
+            Manifest.from_proto(told).check_digest(body)
+        else:
+            with pytest.raises(DataLossError):
+                Manifest.from_proto(told).check_digest(body)
+
+
 BAD_SHARING = {
     "nobody says so": None,
     "nobody borrows": shared(borrowers=[], lenders=[]),

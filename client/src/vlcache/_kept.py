@@ -7,7 +7,8 @@ from vlcache.v1 import inference_pb2
 
 @dataclass(frozen=True, kw_only=True)
 class ImageGrid:
-    """The visual tokens of one image: `rows` times `columns`, row after row.
+    """The visual tokens of one image: `rows` times `columns`, row after row; 0 times 0 where they are no grid over it,
+    because the model reads it as several views that overlap.
 
     first_token: place of the first of them in the prompt.
     box: what they cover: left, top, right, bottom in shares of the upright image's width and height; less than 0 to 1

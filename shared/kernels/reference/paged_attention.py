@@ -14,6 +14,7 @@ def paged_attention(
     slots: torch.Tensor,
     scaling: float,
     num_splits: int,
+    first: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One new token per sequence over the tokens of one layer, whose number differs per sequence and KV head.
 
@@ -22,10 +23,11 @@ def paged_attention(
         key_blocks: [num_blocks, block_size, head_dim]; a block holds rows of one KV head of one layer.
         value_blocks: As `key_blocks`.
         block_table: [num_slots, num_kv_heads, max_blocks] int32; entries beyond a length are never read.
-        lengths: [num_slots, num_kv_heads] int32, tokens present, the new one included; 0 gives zeros.
+        lengths: [num_slots, num_kv_heads] int32, tokens present, the new one included; none seen gives zeros.
         slots: [batch] int32 or int64, each sequence's row of table and lengths; rows may repeat.
         scaling: Factor of the logits.
         num_splits: Programs per KV head; without effect here.
+        first: As `lengths`, the first token that is seen, those before it having left a window; None sees all.
 
     Returns:
         [batch, num_query_heads, head_dim] in the query's dtype, accumulated in fp32.
@@ -36,9 +38,10 @@ def paged_attention(
     out = torch.zeros_like(grouped)
     for sequence, slot in enumerate(slots.tolist()):
         for head, length in enumerate(lengths[slot].tolist()):
-            key = _rows(key_blocks, block_table[slot, head], length)
-            value = _rows(value_blocks, block_table[slot, head], length)
-            if length > 0:
+            begin = 0 if first is None else int(first[slot, head])
+            key = _rows(key_blocks, block_table[slot, head], length)[begin:]
+            value = _rows(value_blocks, block_table[slot, head], length)[begin:]
+            if length > begin:
                 logits = grouped[sequence, head] @ key.T * scaling
                 out[sequence, head] = torch.softmax(logits, dim=-1) @ value
     return out.view(query.shape).to(query.dtype)

@@ -4,7 +4,7 @@ One program reads K and V of one (sequence, KV head, split) once, for all query 
 the M axis of its products. With more than one split, partial results go through memory and a second launch merges
 them by their log-sum-exp. Launches depend on shapes alone, never on device data, so a CUDA graph can capture them.
 
-    tokens of a KV head    |0 .......................... length|
+    tokens of a KV head    |0, or first seen ........... length|
     splits, in whole tiles | split 0   | split 1   | split 2   |   (split 3 is empty: it returns at once)
     tiles                  |   |   |   |   |   |   |   |   |  ~|
     blocks of the table    |     |     |     |     |     |    ~|
@@ -42,16 +42,20 @@ def paged_attention(
     slots: torch.Tensor,
     scaling: float,
     num_splits: int,
+    first: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the reference of the same name; `choose_splits` gives a good `num_splits`.
 
     The first call with new shapes compiles: make it before a CUDA graph is captured.
     """
     assert query.stride(2) == block_table.stride(2) == lengths.stride(1) == 1, "rows are contiguous"
+    assert first is None or first.stride() == lengths.stride(), "both are found by the same steps"
     assert key_blocks.stride()[1:] == value_blocks.stride()[1:] == (query.shape[2], 1), "blocks are contiguous"
-    shape = _shape(query, key_blocks, block_table.shape[1], num_splits)
+    shape = _shape(query, key_blocks, block_table.shape[1], num_splits, windowed=first is not None)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    arguments = (query, key_blocks, value_blocks, block_table, lengths, slots)
+    # where nothing has left a window nothing reads it
+    first = lengths if first is None else first
+    arguments = (query, key_blocks, value_blocks, block_table, lengths, first, slots)
     if num_splits == 1:
         # the one split writes the result itself
         _launch_splits(*arguments, scaling, out, out, shape)
@@ -61,12 +65,22 @@ def paged_attention(
     lse = out.new_empty((batch, num_query_heads, num_splits), dtype=torch.float32)
     _launch_splits(*arguments, scaling, partial, lse, shape)
     _merge_splits[(num_query_heads, batch)](
-        partial, lse, lengths, slots, out, lengths.stride(0), SPLITS_PAD=triton.next_power_of_2(num_splits), **shape
+        partial,
+        lse,
+        lengths,
+        first,
+        slots,
+        out,
+        lengths.stride(0),
+        SPLITS_PAD=triton.next_power_of_2(num_splits),
+        **shape,
     )
     return out
 
 
-def _shape(query: torch.Tensor, blocks: torch.Tensor, num_kv_heads: int, num_splits: int) -> dict[str, int]:
+def _shape(
+    query: torch.Tensor, blocks: torch.Tensor, num_kv_heads: int, num_splits: int, *, windowed: bool
+) -> dict[str, int]:
     """The constants that both kernels are compiled for."""
     head_dim = query.shape[2]
     dim_pad = max(MIN_DOT, triton.next_power_of_2(head_dim))
@@ -77,6 +91,7 @@ def _shape(query: torch.Tensor, blocks: torch.Tensor, num_kv_heads: int, num_spl
         "DIM_PAD": dim_pad,
         "TILE": min(MIN_SPLIT_TOKENS, max(MIN_DOT, tile)),
         "NUM_SPLITS": num_splits,
+        "WINDOWED": windowed,
         "MIN_SPLIT": MIN_SPLIT_TOKENS,
     }
 
@@ -87,6 +102,7 @@ def _launch_splits(
     value_blocks: torch.Tensor,
     block_table: torch.Tensor,
     lengths: torch.Tensor,
+    first: torch.Tensor,
     slots: torch.Tensor,
     scaling: float,
     partial: torch.Tensor,
@@ -100,6 +116,7 @@ def _launch_splits(
         value_blocks,
         block_table,
         lengths,
+        first,
         slots,
         partial,
         lse,
@@ -135,6 +152,7 @@ def _attend_split(
     p_values: tl.tensor,
     p_table: tl.tensor,
     p_lengths: tl.tensor,
+    p_first: tl.tensor,
     p_slots: tl.tensor,
     p_partial: tl.tensor,
     p_lse: tl.tensor,
@@ -153,6 +171,7 @@ def _attend_split(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    WINDOWED: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
@@ -161,8 +180,9 @@ def _attend_split(
     sequence = tl.program_id(2)
     slot = tl.load(p_slots + sequence).to(tl.int64)
     length = tl.load(p_lengths + slot * lengths_stride + head)
-    split_tokens = _split_tokens(length, TILE, NUM_SPLITS, MIN_SPLIT)
-    start = split * split_tokens
+    begin = tl.load(p_first + slot * lengths_stride + head) if WINDOWED else 0
+    split_tokens = _split_tokens(length - begin, TILE, NUM_SPLITS, MIN_SPLIT)
+    start = begin + split * split_tokens
     end = tl.minimum(start + split_tokens, length)
     if NUM_SPLITS > 1 and start >= end:
         return
@@ -224,6 +244,7 @@ def _merge_splits(
     p_partial: tl.tensor,
     p_lse: tl.tensor,
     p_lengths: tl.tensor,
+    p_first: tl.tensor,
     p_slots: tl.tensor,
     p_out: tl.tensor,
     lengths_stride: tl.tensor,
@@ -232,6 +253,7 @@ def _merge_splits(
     DIM_PAD: tl.constexpr,
     TILE: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    WINDOWED: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
 ) -> None:
@@ -239,6 +261,8 @@ def _merge_splits(
     sequence = tl.program_id(1)
     slot = tl.load(p_slots + sequence).to(tl.int64)
     length = tl.load(p_lengths + slot * lengths_stride + head // GROUP)
+    if WINDOWED:
+        length -= tl.load(p_first + slot * lengths_stride + head // GROUP)
     o_split = tl.arange(0, SPLITS_PAD)
     # splits beyond the sequence have written nothing
     m_split = o_split * _split_tokens(length, TILE, NUM_SPLITS, MIN_SPLIT) < length

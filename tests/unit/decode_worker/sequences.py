@@ -94,7 +94,7 @@ class DoublePool:
 
     def attention(self, batch: Items[SlabKV]) -> SlabAttention:
         """See `KVPool`."""
-        return SlabAttention(self._memory, batch, slab_attention)
+        return SlabAttention(self._memory, batch, slab_attention, LAYOUT)
 
     def complete(self, batch: Items[SlabKV]) -> None:
         """See `KVPool`."""

@@ -45,4 +45,5 @@ def raw_prompt(input_ids: list[int], shape: PromptShape, **inputs: torch.Tensor)
         next_position=len(input_ids),
         shape=shape,
         pixels=(),
+        views=(1,) * len(inputs.get("pixel_values", ())),
     )

@@ -344,7 +344,7 @@ def test_a_refusal_reaches_the_caller(world: World, monkeypatch: pytest.MonkeyPa
         assert served.held_bytes() == before
         release(served, work)
 
-    monkeypatch.setattr("prefill_worker.compute.body_digest", lambda body: b"another")
+    monkeypatch.setattr("prefill_worker.compute.body_digest", lambda *_: b"another")
     world.run(test)
 
 

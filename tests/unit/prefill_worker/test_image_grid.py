@@ -11,6 +11,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from prefill_worker.preprocess.families import DEFAULT
 from prefill_worker.preprocess.image_grid import ImageGrid, image_grids
 
 SIZES = [(400, 400), (500, 300), (300, 420)]
@@ -27,7 +28,7 @@ PROCESSORS = {
 
 def grids(image_processor: Any, visual: np.ndarray, seen: np.ndarray, *sizes: tuple[int, int]) -> tuple[ImageGrid, ...]:
     processor = SimpleNamespace(patch_size=14, image_processor=image_processor)
-    return image_grids(processor, visual, seen, sizes)
+    return image_grids(processor, DEFAULT, visual, {"pixel_values": seen}, sizes)
 
 
 def slopes(width: int, height: int) -> Image.Image:

@@ -20,10 +20,9 @@ from shared.model.loading import (
     load_spec,
     load_tokenizer,
     pick_dtype,
-    resolve_checkpoint,
 )
 from shared.model.processor import load_processor
-from shared.model.spec import UnsupportedModelError
+from shared.model.support import UnsupportedModelError
 from tests.unit.shared.tiny_llava import HEAD_DIM, KV_HEADS, LAYERS, PlainHook, copied, edit_json, edit_weights
 
 CPU = torch.device("cpu")
@@ -103,29 +102,6 @@ def test_weights_have_the_precision_that_was_asked_for(tiny_checkpoint: Path) ->
 def test_the_tokenizer_alone_is_that_of_the_processor(tiny_checkpoint: Path) -> None:
     text = "What colour is the circle?"
     assert load_tokenizer(tiny_checkpoint).encode(text) == load_processor(tiny_checkpoint).tokenizer.encode(text)
-
-
-@pytest.mark.parametrize("model", ["/no/such/model", "./no-such", "../no/such", "~/no-such", "a/b/c", "no-such", ""])
-def test_a_path_that_does_not_exist_is_not_looked_up_in_the_network(
-    model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loading, "snapshot_download", lambda _: pytest.fail("asked the hub"))
-    with pytest.raises(FileNotFoundError):
-        resolve_checkpoint(model)
-
-
-def test_a_directory_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "snapshot_download", lambda _: pytest.fail("asked the hub"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner" / "name").mkdir(parents=True)
-    for model in ("owner/name", str(tmp_path / "owner" / "name"), "./owner/name"):
-        assert resolve_checkpoint(model).samefile(tmp_path / "owner" / "name")
-
-
-def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "snapshot_download", lambda model: f"/cache/{model}")
-    assert resolve_checkpoint("owner/name") == Path("/cache/owner/name")
 
 
 def test_dtypes_by_name() -> None:

@@ -1,4 +1,4 @@
-"""What the services read from a configuration, and which models they refuse with a sentence."""
+"""What the services read from a configuration."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, Gemma2Config, LlamaConfig, LlavaConfig, MistralConfig, Qwen2Config, Qwen2VLConfig
+from transformers import AutoConfig, LlavaConfig
 
 from shared.kv.layout import KVLayout
 from shared.model.loading import load_spec
-from shared.model.spec import UnsupportedModelError, VLMSpec
+from shared.model.spec import VLMSpec
 from tests.unit.shared.tiny_llava import (
     EOS,
     HEAD_DIM,
@@ -66,38 +66,6 @@ def test_generation_settings_decide_where_text_ends(
     changed = copied(tiny_checkpoint, tmp_path)
     edit_json(changed / "generation_config.json", lambda fields: fields.update(eos_token_id=configured))
     assert load_spec(changed, torch.float32).eos_token_ids == expected
-
-
-@pytest.mark.parametrize("config", [Qwen2VLConfig(), Qwen2Config(), Gemma2Config()], ids=lambda c: c.model_type)
-def test_another_architecture_is_refused_by_name(config: Any) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"'{config.model_type}' is not supported; supported: llava"):
-        read(config)
-
-
-def test_capped_logits_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="attn_logit_softcapping"):
-        read(LlavaConfig(text_config=Gemma2Config()))
-
-
-def test_a_sliding_window_is_refused_unless_it_is_switched_off() -> None:
-    with pytest.raises(UnsupportedModelError, match="sliding-window"):
-        read(LlavaConfig(text_config=MistralConfig(sliding_window=4096)))
-    with pytest.raises(UnsupportedModelError, match="sliding-window"):
-        read(LlavaConfig(text_config=Qwen2Config(sliding_window=4096, use_sliding_window=True)))
-    assert read(LlavaConfig(text_config=MistralConfig(sliding_window=None))).num_query_heads == 32
-    switched_off = Qwen2Config(use_sliding_window=False)
-    switched_off.sliding_window = 4096
-    assert read(LlavaConfig(text_config=switched_off)).model_type == "llava"
-
-
-@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_positions_that_depend_on_other_requests_are_refused(rope: str) -> None:
-    text = LlamaConfig()
-    text.rope_parameters = {"rope_type": rope, "rope_theta": 1e4}
-    with pytest.raises(UnsupportedModelError, match=rope):
-        read(LlavaConfig(text_config=text))
-    text.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-    assert read(LlavaConfig(text_config=text)).model_type == "llava"
 
 
 def test_a_precision_that_kv_cannot_have_is_an_error() -> None:

@@ -28,7 +28,8 @@ def draw(question: str, completion: Completion, images: Sequence[bytes]) -> Imag
     completion: the answer to a request that said `explain`.
     images: the encoded files that were asked about, in their order.
 
-    Raises ValueError when the service did not say which tokens were kept, OSError when an image is none.
+    Raises ValueError when the service did not say which tokens were kept, or when those of an image are no grid over
+    it; OSError when an image is none.
     """
     compressed, kept = _kept_of(completion)
     mosaic = Mosaic(kept, [open_image(data) for data in images]) if images else None
@@ -61,6 +62,11 @@ def _kept_of(completion: Completion) -> tuple[Compressed, Kept]:
         )
     if compressed.kept is None:
         raise ValueError("the service does not say which tokens it kept: it is older than this client")
+    if any(not grid.tokens for grid in compressed.kept.images):
+        raise ValueError(
+            "the model reads an image as several views that overlap, so its tokens are no grid over the image: "
+            "there is no picture of them"
+        )
     return compressed, compressed.kept
 
 

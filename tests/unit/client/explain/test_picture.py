@@ -2,12 +2,12 @@ import dataclasses
 
 import pytest
 from PIL import Image, ImageChops
-from vlcache import Guard
+from vlcache import Guard, ImageGrid
 from vlcache.explain.canvas import TEXT as TEXT_COLOR
 from vlcache.explain.canvas import VISUAL
 from vlcache.explain.picture import MARGIN, WIDTH, draw
 
-from tests.unit.client.explain.answers import COLUMNS, HEADS, ROWS, TEXT, answer, encoded, grid, kept, red
+from tests.unit.client.explain.answers import COLUMNS, HEADS, ROWS, TEXT, WHOLE, answer, encoded, grid, kept, red
 
 PATCHES = ROWS * COLUMNS
 
@@ -86,3 +86,9 @@ def test_an_answer_that_was_never_handed_over_has_no_picture():
 def test_an_older_service_says_nothing():
     with pytest.raises(ValueError, match="does not say which tokens"):
         draw("Which?", answer(None), [encoded(red())])
+
+
+def test_tokens_of_overlapping_views_have_no_picture():
+    views = ImageGrid(first_token=0, rows=0, columns=0, box=WHOLE)
+    with pytest.raises(ValueError, match="several views that overlap"):
+        draw("Which?", answer(kept([[4] * 9], views)), [encoded(red())])

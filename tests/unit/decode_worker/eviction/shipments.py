@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from decode_worker.eviction.kinds import opened
 from decode_worker.kv_pool.base import SequenceKV, growth_of
 from decode_worker.sequence import Sequence
 from shared.kv.eviction import Eviction
-from shared.kv.manifest import Manifest, TransferId, body_digest
+from shared.kv.manifest import Manifest, TransferId
 from shared.request.params import Sampling
 from tests.unit.decode_worker.eviction.twin import Twin
 from tests.unit.decode_worker.parcels import body_of, manifest_of
@@ -44,9 +45,9 @@ class RuledShipment:
             "next_position": self.prompt.num_tokens,
             "generated": (self.prompt.first_token,),
             "eviction": self.eviction,
-            "digest": body_digest(memoryview(self.body)),
         }
-        return manifest_of(LAYOUT, self.num_kept, self.body, **(truth | changes))
+        manifest = manifest_of(LAYOUT, self.num_kept, self.body, **(truth | changes))
+        return manifest if "digest" in changes else replace(manifest, digest=manifest.digest_of(memoryview(self.body)))
 
     def twin(self) -> Twin:
         return Twin(self.eviction, self._pairs, LAYOUT.num_layers, self.prompt.num_tokens, self._scores.tolist())

@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 
 from models.shapes_vlm.paths import CHECKPOINT
-from prefill_worker.compression.layer_sharing import FILE_NAME, LayerSharing, SharedPair, weights_hash
-from shared.kv.layout import KVLayout
-from tests.unit.decode_worker.sequences import LAYOUT
+from prefill_worker.compression.layer_sharing import FILE_NAME, LayerSharing, SharedPair
+from shared.model.loading import checkpoint_hash
+from tests.unit.decode_worker.tiny import LAYERS
 from tests.unit.prefill_worker.sharing import sharing
-
-BUNDLED = KVLayout(num_layers=8, num_kv_heads=4, head_dim=32, dtype="bfloat16")
 
 
 @pytest.fixture
@@ -24,19 +22,18 @@ def written(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint with its file."""
     path = tmp_path / "copy"
     shutil.copytree(checkpoint, path)
-    dataclasses.replace(sharing((2, 0)), compatibility=weights_hash(path, LAYOUT)).save(path)
+    dataclasses.replace(sharing((2, 0)), checkpoint=checkpoint_hash(path)).save(path)
     return path
 
 
-def test_it_is_read_as_it_was_written_in_any_precision(written: Path) -> None:
-    found = LayerSharing.load(written, LAYOUT)
+def test_it_is_read_as_it_was_written(written: Path) -> None:
+    found = LayerSharing.load(written, LAYERS)
     assert found is not None
     assert found.pairs == (SharedPair(borrower=2, lender=0, distance=1.0, cosine=0.9),)
-    assert LayerSharing.load(written, dataclasses.replace(LAYOUT, dtype="bfloat16")) == found
 
 
 def test_nothing_is_known_without_a_file(checkpoint: Path) -> None:
-    assert LayerSharing.load(checkpoint, LAYOUT) is None
+    assert LayerSharing.load(checkpoint, LAYERS) is None
 
 
 def test_it_is_of_no_use_with_other_weights(written: Path) -> None:
@@ -44,7 +41,7 @@ def test_it_is_of_no_use_with_other_weights(written: Path) -> None:
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    assert LayerSharing.load(written, LAYOUT) is None
+    assert LayerSharing.load(written, LAYERS) is None
 
 
 DAMAGES: dict[str, dict[str, Any]] = {
@@ -69,17 +66,17 @@ def test_a_damaged_file_is_not_used(written: Path, damage: dict[str, Any], caplo
     if isinstance(listed := damage.get("pairs"), list) and not any(isinstance(each, dict) for each in listed):
         damage = {"pairs": [pair | {"borrower": high, "lender": low} for high, low in listed]}
     (written / FILE_NAME).write_text(json.dumps(values | damage))
-    assert LayerSharing.load(written, LAYOUT) is None
+    assert LayerSharing.load(written, LAYERS) is None
     assert FILE_NAME in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "null", '{"format": 1}', "{"])
 def test_something_else_is_not_used(written: Path, text: str) -> None:
     (written / FILE_NAME).write_text(text)
-    assert LayerSharing.load(written, LAYOUT) is None
+    assert LayerSharing.load(written, LAYERS) is None
 
 
 def test_the_bundled_model_has_one_for_its_weights() -> None:
-    found = LayerSharing.load(CHECKPOINT, BUNDLED)
+    found = LayerSharing.load(CHECKPOINT, 8)
     assert found is not None, "python -m prefill_worker.calibrate makes it anew"
     assert all(pair.cosine > found.threshold for pair in found.pairs)

@@ -13,6 +13,7 @@ import pytest
 
 from prefill_worker.preprocess import pool as pool_module
 from prefill_worker.preprocess.pool import PreprocessPool, PreprocessStartError
+from prefill_worker.preprocess.positions import plain_positions
 from prefill_worker.preprocess.processed import ProcessedPrompt
 from prefill_worker.preprocess.wire import Frame, FrameError
 from prefill_worker.prompt import Prompt
@@ -26,7 +27,14 @@ VISUAL = 3
 
 
 def answer(tokens: list[int]) -> ProcessedPrompt:
-    return ProcessedPrompt(inputs={"input_ids": np.array([tokens])}, special=(), punctuation=(), seed=5, pixels=())
+    return ProcessedPrompt(
+        inputs={"input_ids": np.array([tokens])},
+        special=(),
+        punctuation=(),
+        seed=5,
+        pixels=(),
+        positions=plain_positions(len(tokens)),
+    )
 
 
 class Scripted:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from prefill_worker.preprocess.image_grid import ImageGrid
+from prefill_worker.preprocess.positions import plain_positions
 from prefill_worker.preprocess.processed import ProcessedPrompt
 from prefill_worker.preprocess.wire import (
     DTYPES,
@@ -47,6 +48,8 @@ PROMPTS = st.builds(
     punctuation=PLACES,
     seed=st.integers(0, (1 << 64) - 1),
     pixels=PLACES,
+    positions=hnp.arrays("int64", hnp.array_shapes(min_dims=2, max_dims=2)),
+    views=PLACES,
     grids=st.lists(GRIDS, max_size=2).map(tuple),
 )
 
@@ -66,7 +69,8 @@ def test_a_prompt_arrives_as_it_was(prompt: ProcessedPrompt) -> None:
         assert arrived.inputs[name].dtype == array.dtype
         assert arrived.inputs[name].flags.aligned
         np.testing.assert_array_equal(arrived.inputs[name], array)
-    for field in ("special", "punctuation", "seed", "pixels", "grids"):
+    np.testing.assert_array_equal(arrived.positions, prompt.positions)
+    for field in ("special", "punctuation", "seed", "pixels", "views", "grids"):
         assert getattr(arrived, field) == getattr(prompt, field)
 
 
@@ -85,8 +89,18 @@ def test_an_error_arrives_as_it_was(kind: type[ServiceError]) -> None:
 
 
 GOOD = reply_frame(
-    ProcessedPrompt(inputs={"input_ids": np.arange(6)[None]}, special=(0,), punctuation=(), seed=1, pixels=())
+    ProcessedPrompt(
+        inputs={"input_ids": np.arange(6)[None]},
+        special=(0,),
+        punctuation=(),
+        seed=1,
+        pixels=(),
+        positions=plain_positions(6),
+    )
 )
+
+
+POSITIONS = ["positions", "int64", [1, 6]]
 
 
 @pytest.mark.parametrize(
@@ -95,12 +109,12 @@ GOOD = reply_frame(
         {"error": "SystemExit", "message": "", "reason": ""},
         {"error": "InvalidRequestError"},
         {"arrays": None},
-        {"arrays": [["input_ids", "object", [1, 6]]]},
-        {"arrays": [["input_ids", "int64", [1, 7]]]},
-        {"arrays": [["input_ids", "int64", [1, 5]]]},
-        {"arrays": [["input_ids", "int64", [-1, -6]]]},
-        {"arrays": [["input_ids", "int64", [1 << 40, 1 << 40]]]},
-        {"arrays": [["input_ids", "int64", ["6"]]]},
+        {"arrays": [["input_ids", "object", [1, 6]], POSITIONS]},
+        {"arrays": [["input_ids", "int64", [1, 7]], POSITIONS]},
+        {"arrays": [["input_ids", "int64", [1, 5]], POSITIONS]},
+        {"arrays": [["input_ids", "int64", [-1, -6]], POSITIONS]},
+        {"arrays": [["input_ids", "int64", [1 << 40, 1 << 40]], POSITIONS]},
+        {"arrays": [["input_ids", "int64", ["6"]], POSITIONS]},
         {"arrays": []},
         {"special": 3},
         {"special": ["x"]},
@@ -123,9 +137,12 @@ def test_absurd_sizes_are_refused_before_there_is_memory_for_them(counts: tuple[
     assert sizes(PREFIX.pack(MAX_HEADER_BYTES, MAX_BODY_BYTES)) == (MAX_HEADER_BYTES, MAX_BODY_BYTES)
 
 
-def checked(ids: Any, **places: tuple[int, ...]) -> None:
-    values = {"special": (), "punctuation": (), **places}
-    prompt = ProcessedPrompt(inputs={"input_ids": np.asarray(ids)}, seed=0, pixels=(), **values)
+def checked(ids: Any, positions: Any = None, grids: Any = None, **places: tuple[int, ...]) -> None:
+    values: dict[str, Any] = {"special": (), "punctuation": (), **places}
+    ids = np.asarray(ids)
+    inputs = {"input_ids": ids} if grids is None else {"input_ids": ids, "image_grid_thw": np.asarray(grids)}
+    values["positions"] = np.arange(ids.size)[None] if positions is None else positions
+    prompt = ProcessedPrompt(inputs=inputs, seed=0, pixels=(), **values)
     prompt.check(vocabulary=10)
 
 
@@ -137,3 +154,20 @@ def test_tokens_and_places_that_cannot_be_are_refused() -> None:
     for places in ({"special": (3,)}, {"punctuation": (-1,)}, {"special": (0, 7)}):
         with pytest.raises(ValueError):
             checked([[0, 9, 3]], **places)
+
+
+def test_positions_and_views_that_cannot_be_are_refused() -> None:
+    checked([[0, 9, 3]], np.array([[0, 1, 2], [0, 0, 1], [2, 1, 0]]), views=(1, 4))
+    for positions in ([[0, 1, 3]], [[0, -1, 2]], [[0, 1]], [0, 1, 2], [[0, 1, 2]] * 2, [[0.0, 1.0, 2.0]]):
+        with pytest.raises(ValueError):
+            checked([[0, 9, 3]], np.array(positions))
+    for views in ((0,), (1, -1)):
+        with pytest.raises(ValueError):
+            checked([[0, 9, 3]], views=views)
+
+
+def test_grids_that_are_not_those_of_the_images_are_refused() -> None:
+    checked([[0, 9, 3]], grids=[[1, 2, 4], [1, 2, 2]], views=(8, 4))
+    for grids in ([[1, 2, 4]], [[1, 2, 4], [1, 2, 3]], [[-1, -2, 4], [1, 2, 2]], [[1.0, 2, 4], [1, 2, 2]], [[8], [4]]):
+        with pytest.raises(ValueError):
+            checked([[0, 9, 3]], grids=grids, views=(8, 4))

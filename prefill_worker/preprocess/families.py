@@ -1,0 +1,42 @@
+"""What preprocessing must know of a family of models that its processor does not tell.
+
+A family is added here when its prompts differ from the default's; what processors and models tell is asked of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The default: a token has one position, and all visual tokens of an image are a grid over the whole of it.
+
+    Attributes:
+        mrope: Whether a token has positions in time, height and width, as Qwen2-VL's.
+        tiles: Whether an image may become several views, whose tokens are no grid over the image.
+    """
+
+    mrope: bool = False
+    tiles: bool = False
+
+
+DEFAULT = Family()
+FAMILIES = {
+    "llava": DEFAULT,
+    "gemma3": DEFAULT,
+    "llava_next": Family(tiles=True),
+    "llava_onevision": Family(tiles=True),
+    "internvl": Family(tiles=True),
+    "idefics3": Family(tiles=True),
+    "smolvlm": Family(tiles=True),
+    "qwen2_vl": Family(mrope=True),
+    "qwen2_5_vl": Family(mrope=True),
+    "qwen3_vl": Family(mrope=True),
+}
+"""By `model_type`."""
+
+
+def family_of(model_type: str) -> Family:
+    """The family's entry; the default of one that has none."""
+    return FAMILIES.get(model_type, DEFAULT)

@@ -1,0 +1,58 @@
+"""What a router reserves by, and how images are told apart, by the sizes of images alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from prefill_worker.preprocess.image_counts import image_views
+from tests.families.chats import QUESTION, asked
+from tests.families.loaded import noise
+from tests.families.prefilling import Prefilling
+
+Size = tuple[int, int]
+
+SIZES: list[list[Size]] = [[(8, 8), (8, 9)], [(200, 8), (31, 90)], [(150, 150), (10, 200), (57, 56)]]
+ANY_SIZE = st.tuples(st.integers(8, 9000), st.integers(8, 9000)).filter(lambda size: max(size) <= 200 * min(size))
+
+
+@pytest.fixture(scope="session")
+def bounds(prefilling: Prefilling) -> tuple[int, int]:
+    """Most visual tokens and most text tokens of an image."""
+    markers = prefilling.builder.processing.marker_tokens()
+    return prefilling.builder.processing.image_tokens() - markers, markers
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_prompt_is_within_the_bounds(prefilling: Prefilling, bounds: tuple[int, int], sizes: list[Size]) -> None:
+    visual, markers = bounds
+    text = prefilling.prompt(asked(QUESTION)).shape
+    shape = prefilling.prompt(asked(*(Image.new("RGB", size) for size in sizes), QUESTION)).shape
+    assert shape.num_visual <= len(sizes) * visual
+    assert shape.num_tokens - shape.num_visual <= text.num_tokens + len(sizes) * markers
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=ANY_SIZE)
+def test_no_image_has_more_tokens_than_the_bound(prefilling: Prefilling, bounds: tuple[int, int], size: Size) -> None:
+    told = prefilling.loaded.processor._get_num_multimodal_tokens(image_sizes=[size])
+    assert told.num_image_tokens[0] <= bounds[0]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_each_image_has_its_own_rows(prefilling: Prefilling, sizes: list[Size]) -> None:
+    images = [noise(*size, seed=at) for at, size in enumerate(sizes)]
+    prompt = prefilling.prompt(asked(*images, QUESTION))
+    assert image_views(prefilling.loaded.processor, sizes) == prompt.views
+    apart = [image["pixel_values"].flatten() for image in prompt.images]
+    assert torch.equal(torch.cat(apart), prompt.inputs["pixel_values"].flatten())
+    if "batch_num_images" in prompt.inputs:
+        # several images are shown otherwise than one
+        return
+    for rows, image in zip(apart, images, strict=True):
+        alone = prefilling.prompt(asked(image, QUESTION)).inputs["pixel_values"].flatten()
+        # behind its own views may be padding, to as many as another image has
+        assert torch.equal(rows[: len(alone)], alone)
