@@ -7,13 +7,15 @@ import asyncio
 from decode_worker.config import DecodeConfig
 from decode_worker.worker import DecodeWorker, build_engine, load_model
 from shared.config import parse_config
+from shared.model.checkpoint import refused_in_a_sentence
 from shared.rpc.serving import serve
 from shared.telemetry.logs import configure_logging
 
 
 async def main(config: DecodeConfig) -> None:
     """Runs the worker until SIGTERM or SIGINT, then drains."""
-    model = load_model(config)
+    with refused_in_a_sentence(config.model):
+        model = load_model(config)
     await serve(
         [DecodeWorker(config, model, *build_engine(config, model))], drain_s=config.drain_s, registry=config.registry
     )

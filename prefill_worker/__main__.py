@@ -7,13 +7,16 @@ import asyncio
 from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import PrefillWorker, load_model
 from shared.config import parse_config
+from shared.model.checkpoint import refused_in_a_sentence
 from shared.rpc.serving import serve
 from shared.telemetry.logs import configure_logging
 
 
 async def main(config: PrefillConfig) -> None:
     """Runs the worker until SIGTERM or SIGINT, then drains."""
-    await serve([PrefillWorker(config, load_model(config))], drain_s=config.drain_s, registry=config.registry)
+    with refused_in_a_sentence(config.model):
+        worker = PrefillWorker(config, load_model(config))
+    await serve([worker], drain_s=config.drain_s, registry=config.registry)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from prefill_worker.config import PrefillConfig
 from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.config import parse_config
+from shared.errors import ServiceError
 from shared.model.checkpoint import open_checkpoint
 from shared.model.loading import checkpoint_hash, load_prefill_model
 from shared.model.processor import load_processor
@@ -118,6 +119,7 @@ def calibrate(config: CalibrationConfig) -> LayerSharing:
     Raises:
         FileNotFoundError: There is no such checkpoint, or no such prompt.
         UnsupportedModelError: The checkpoint's architecture cannot be served.
+        InvalidRequestError: A prompt is refused, or the model does not allow passes that are changed.
         ValueError: There are no prompts, or no pair is similar enough.
     """
     checkpoint = open_checkpoint(
@@ -165,7 +167,10 @@ def _message(folder: Path, entry: Mapping[str, Any]) -> public.Message:
 
 def main(config: CalibrationConfig) -> None:
     """Calibrates, and says what was found."""
-    sharing = calibrate(config)
+    try:
+        sharing = calibrate(config)
+    except (OSError, ValueError, ServiceError) as error:
+        raise SystemExit(f"calibration: {error}") from error
     for pair in sharing.pairs:
         found = f"distance {pair.distance:.3f}, cosine {pair.cosine:.4f}"
         print(f"layer {pair.borrower} reads layer {pair.lender}: {found}")

@@ -38,6 +38,7 @@ from shared.kv.eviction import Eviction
 from shared.kv.manifest import Manifest, layer_tokens
 from shared.model.identity import ModelIdentity
 from shared.model.spec import VLMSpec
+from shared.model.support import UnsupportedModelError
 from shared.telemetry.metrics import PrefillMetrics
 
 Emit = Callable[[Event], None]
@@ -52,7 +53,7 @@ class PrefillCompute:
         cascade: Whether layers lose tokens while the pass goes on, where the policy allows it.
 
     Raises:
-        ValueError: `cascade` with a model whose layers have windows.
+        UnsupportedModelError: `cascade` with a model whose layers have windows.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class PrefillCompute:
         cascade: bool = False,
     ) -> None:
         if cascade and identity.layout.windows:
-            raise ValueError("cascade is not offered for this model: what it drops early knows no sliding windows")
+            raise UnsupportedModelError("cascade is not offered for a model with sliding windows: it drops too early")
         self._engine = engine
         self._tokenizer = tokenizer
         self._spec = spec

@@ -216,8 +216,10 @@ def _served_model(
     served = identity.to_proto()
     served.max_images = config.max_images
     served.template_tokens = processing.template_tokens()
-    served.max_tokens_per_image = processing.image_tokens()
+    *closer, most = processing.image_bounds()
+    served.image_bounds.extend(worker_pb2.ImageBound(**bound._asdict()) for bound in closer)
     served.max_marker_tokens_per_image = processing.marker_tokens()
+    served.max_tokens_per_image = most.visual_tokens + served.max_marker_tokens_per_image
     served.policies.extend(sorted(CHOICES))
     served.default_policy = DEFAULT_POLICY
     served.default_retention = config.default_retention

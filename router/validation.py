@@ -15,6 +15,7 @@ from vlcache.worker.v1 import worker_pb2
 
 from router.admission.retention import Offer, offers_of
 from router.admission.tenants import DEFAULT_TENANT
+from router.image_size import pixels_of
 from shared.errors import InvalidRequestError
 from shared.request.params import Budget, Guard, Sampling, Wire
 from shared.rpc.options import MAX_REQUEST_BYTES
@@ -109,7 +110,7 @@ def accept(
     images = _num_images(message)
     markers = images * model.max_marker_tokens_per_image
     text = min(_text_tokens_bound(message, model) + markers, model.context_tokens)
-    visual = min(images * model.max_tokens_per_image - markers, model.context_tokens - text)
+    visual = min(_visual_tokens_bound(message, model), model.context_tokens - text)
     # a request for everything is a request for exact answers
     default = min_retention if budget.retention_of(text, visual) < 1 else 1.0
     return AcceptedRequest(
@@ -174,6 +175,20 @@ def _text_tokens_bound(message: pb.GenerateRequest, model: worker_pb2.ServedMode
     """A byte is at least as long as a token, and every message brings its own piece of the template."""
     text_bytes = sum(len(part.text.encode()) for entry in message.messages for part in entry.parts)
     return text_bytes + model.template_tokens * len(message.messages)
+
+
+def _visual_tokens_bound(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> int:
+    """By the size that an image's header tells; that the worker decodes it is not sure yet."""
+    images = (part.image.data for entry in message.messages for part in entry.parts if part.HasField("image"))
+    return sum(_image_tokens_bound(pixels_of(image), model) for image in images)
+
+
+def _image_tokens_bound(pixels: int | None, model: worker_pb2.ServedModel) -> int:
+    if pixels is not None:
+        for bound in model.image_bounds:
+            if pixels <= bound.pixels:
+                return bound.visual_tokens
+    return model.max_tokens_per_image - model.max_marker_tokens_per_image
 
 
 def _num_images(message: pb.GenerateRequest) -> int:

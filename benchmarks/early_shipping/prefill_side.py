@@ -83,7 +83,6 @@ class PrefillSide:
             num_query_heads=config.text.query_heads,
             context_tokens=CONTEXT,
             vocabulary=config.text.vocabulary,
-            image_side=0,
             eos_token_ids=frozenset(),
             layout=layout,
         )

@@ -7,13 +7,16 @@ import asyncio
 from deploy.combined.config import CombinedConfig
 from deploy.combined.worker import build_workers, load_model
 from shared.config import parse_config
+from shared.model.checkpoint import refused_in_a_sentence
 from shared.rpc.serving import serve
 from shared.telemetry.logs import configure_logging
 
 
 async def main(config: CombinedConfig) -> None:
     """Runs both halves until SIGTERM or SIGINT, then drains."""
-    await serve(build_workers(config, load_model(config)), drain_s=config.drain_s, registry=config.registry)
+    with refused_in_a_sentence(config.model):
+        workers = build_workers(config, load_model(config))
+    await serve(workers, drain_s=config.drain_s, registry=config.registry)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -44,8 +44,7 @@ class Prefilled:
         seconds: Duration of the stages vision_encode, prefill, statistics, and cascade where there was one.
         peak_kv_bytes: Most KV that there was during the pass.
         survivors: [num_tokens] bool, the tokens that reached the last layer of a sparse pass; None when all did.
-        lenders: Per layer the one below whose keys and values it attended to, which then are its own here, too; empty
-            where none borrowed.
+        lenders: Of each layer that borrowed, the one below whose keys and values it attended to; they are its own here.
         ahead: Per layer what the answer's first tokens attended to, see `ObservedLayer`; empty without looking ahead.
         peaks: Per layer the largest of their weights, see `LookAhead`; as `ahead`.
         held: Per layer which tokens the rows of `keys` are, [num_kv_heads, num_tokens] bool; empty without a cascade.
@@ -62,7 +61,7 @@ class Prefilled:
     seconds: dict[str, float]
     peak_kv_bytes: int = 0
     survivors: torch.Tensor | None = None
-    lenders: Sequence[int | None] = ()
+    lenders: Mapping[int, int] = field(default_factory=dict)
     ahead: Sequence[torch.Tensor | None] = ()
     peaks: Sequence[torch.Tensor] = ()
     held: Sequence[torch.Tensor] = ()
@@ -80,19 +79,19 @@ class Prefilled:
         """The layers as a policy sees them: the prompt's tokens alone."""
         if self.scored:
             return list(self.scored)
-        seen, nothing = slice(prompt.num_tokens), [None] * len(self.keys)
+        seen, ahead = slice(prompt.num_tokens), self.ahead or [None] * len(self.keys)
         return [
             ObservedLayer(
                 prompt=prompt,
                 key=key[:, seen],
                 value=value[:, seen],
                 measured=measured,
-                lender=lender,
+                lender=self.lenders.get(index),
                 survivors=self.survivors,
                 ahead=attention,
             )
-            for key, value, measured, lender, attention in zip(
-                self.keys, self.values, self.measured, self.lenders or nothing, self.ahead or nothing, strict=True
+            for index, (key, value, measured, attention) in enumerate(
+                zip(self.keys, self.values, self.measured, ahead, strict=True)
             )
         ]
 
@@ -163,20 +162,11 @@ class PrefillEngine:
         model = self._model if sparse is None else self._sparse_model
         logits = self._pass(model, prompt, inputs, cache, observer)
         self._memory.keep(recalled, cache.begins)
-        lenders = _lenders(sparse, len(cache.keys))
-        return Prefilled(
-            logits=logits,
-            keys=_lent(cache.keys, lenders),
-            values=_lent(cache.values, lenders),
-            measured=observer.measured,
+        return replace(
+            _prefilled(logits, cache, observer),
             seconds=_stage_seconds(started, observer),
-            peak_kv_bytes=cache.peak_bytes,
-            survivors=observer.survivors,
-            lenders=lenders,
-            held=cache.held,
             scored=cascade.layers if cascade else (),
             known_images=known_images,
-            known_tokens=cache.get_seq_length(),
             early=early,
         )
 
@@ -257,15 +247,21 @@ class PrefillEngine:
         return with_own_layers(self._model)
 
 
-def _lenders(sparse: SparsePrefill | None, num_layers: int) -> list[int | None]:
-    """See `Prefilled.lenders`."""
-    lenders = [sparse.lender(layer) for layer in range(num_layers)] if sparse else []
-    return lenders if any(lender is not None for lender in lenders) else []
-
-
-def _lent(tensors: list[torch.Tensor], lenders: Sequence[int | None]) -> list[torch.Tensor]:
-    """What each layer attended to; what a borrowing one had of its own is let go."""
-    return [tensors[layer if lender is None else lender] for layer, lender in enumerate(lenders)] or tensors
+def _prefilled(logits: torch.Tensor, cache: PromptCache, observer: PrefillObserver) -> Prefilled:
+    # what a borrowing layer had of its own is let go
+    read = [observer.lenders.get(layer, layer) for layer in range(len(cache.keys))]
+    return Prefilled(
+        logits=logits,
+        keys=[cache.keys[layer] for layer in read],
+        values=[cache.values[layer] for layer in read],
+        measured=observer.measured,
+        seconds={},
+        peak_kv_bytes=cache.peak_bytes,
+        survivors=observer.survivors,
+        lenders=observer.lenders,
+        held=cache.held,
+        known_tokens=cache.get_seq_length(),
+    )
 
 
 def _stage_seconds(started: float, observer: PrefillObserver) -> dict[str, float]:

@@ -28,6 +28,7 @@ class SparseObserver(PrefillObserver):
 
     Attributes:
         survivors: [num_tokens] bool, the tokens that reach the last layer; None while nothing was dropped.
+        lenders: Of each layer that has borrowed, the one below whose keys and values it attended to.
     """
 
     def __init__(
@@ -56,8 +57,9 @@ class SparseObserver(PrefillObserver):
         """See `LayerHook.attend`; batch is 1."""
         assert mask is None, "a sparse pass knows plain causal attention only"
         self._begin(layer)
-        lender = self._sparse.lender(layer)
-        self._read.append((key[0], value[0]) if lender is None else self._read[lender])
+        self._read.append((key[0], value[0]))
+        if (lender := self._sparse.lender(layer)) is not None:
+            self.lenders[layer], self._read[layer] = lender, self._read[lender]
         attention = self._layer(query[0], *self._read[layer], scaling)
         self._measure(attention)
         return self._sparse.attend(attention, self.measured[-1])[None].transpose(1, 2)

@@ -14,7 +14,7 @@ from PIL import Image
 from vlcache.v1 import inference_pb2 as pb
 
 from prefill_worker.preprocess.families import family_of
-from prefill_worker.preprocess.image_counts import image_views, most_image_tokens
+from prefill_worker.preprocess.image_counts import ImageBound, image_bounds, image_views
 from prefill_worker.preprocess.image_grid import ImageGrid, image_grids
 from prefill_worker.preprocess.images import open_images
 from prefill_worker.preprocess.positions import Positions, grid_positions, plain_positions
@@ -84,9 +84,9 @@ class PromptProcessor:
         """Upper bound of what the chat template adds to a message: its bytes, whatever they merge with."""
         return len(self._render([_empty_message(0)]).encode())
 
-    def image_tokens(self) -> int:
-        """Upper bound of the tokens of one image together with what template and processor put around it."""
-        return most_image_tokens(self._processor) + self.marker_tokens()
+    def image_bounds(self) -> list[ImageBound]:
+        """Upper bounds of the visual tokens of one image, ascending; the last one is for all."""
+        return image_bounds(self._processor)
 
     def marker_tokens(self) -> int:
         """Upper bound of the text tokens that template and processor put around one image, and between its tiles."""
@@ -151,7 +151,7 @@ class PromptProcessor:
         shown = [images] if images else None
         # the template writes the special tokens itself
         encoded = self._processor(images=shown, text=[text], add_special_tokens=False, return_tensors="np")
-        return {name: np.ascontiguousarray(array) for name, array in encoded.items() if name not in UNUSED_INPUTS}
+        return {name: _compact(name, array) for name, array in encoded.items() if name not in UNUSED_INPUTS}
 
     def _positions(self, inputs: dict[str, Array]) -> Positions:
         visual = self._visual(inputs)
@@ -174,6 +174,11 @@ class PromptProcessor:
 
     def _visual(self, inputs: dict[str, Array]) -> NDArray[np.bool_]:
         return inputs["input_ids"][0] == self._limits.image_token_id
+
+
+def _compact(name: str, array: Array) -> Array:
+    """A mask of pixels comes as large integers, which would take more memory than the pixels."""
+    return np.ascontiguousarray(array, dtype=bool if name == "pixel_attention_mask" else None)
 
 
 def _hash(inputs: dict[str, Array]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,16 @@ from shared.model.hub import resolve_checkpoint
 from shared.model.identity import ModelIdentity
 from shared.model.loading import load_spec, pick_dtype
 from shared.model.spec import VLMSpec
+from shared.model.support import UnsupportedModelError
+
+
+@contextlib.contextmanager
+def refused_in_a_sentence(model: str) -> Iterator[None]:
+    """Where a worker starts: a model that it cannot serve ends the process, with the reason and no traceback."""
+    try:
+        yield
+    except (FileNotFoundError, UnsupportedModelError) as error:
+        raise SystemExit(f"cannot serve {model!r}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +43,6 @@ def open_checkpoint(config: WorkerConfig) -> Checkpoint:
     Raises:
         FileNotFoundError: There is no such checkpoint.
         UnsupportedModelError: Its architecture cannot be served, or its weights are pickled.
-        ValueError: A directory has no revisions.
     """
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -29,16 +29,15 @@ def resolve_checkpoint(model: str, revision: str = "") -> Path:
         revision: Branch, tag or commit of a hub id; its main branch when empty.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: There is no such checkpoint, or a directory should have had revisions.
         UnsupportedModelError: Its weights are not safetensors.
-        ValueError: A directory has no revisions.
     """
     path = Path(model)
     local = bool(model) and path.is_dir()
     if not local and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise FileNotFoundError(f"there is no checkpoint at {model!r}")
     if local and revision:
-        raise ValueError(f"revision {revision!r} belongs to a hub id, and {model!r} is a directory")
+        raise FileNotFoundError(f"revision {revision!r} belongs to a hub id, and {model!r} is a directory")
     folder = path if local else _snapshot(model, revision)
     _check_weights(model, folder)
     return folder

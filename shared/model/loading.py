@@ -59,7 +59,7 @@ def load_spec(path: Path, dtype: torch.dtype) -> VLMSpec:
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer alone: all that decode needs."""
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def load_prefill_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -24,8 +24,6 @@ class VLMSpec:
     num_query_heads: int
     context_tokens: int
     vocabulary: int
-    image_side: int
-    """Pixels per side of the vision tower's input, the larger one; 0 where images keep their resolution."""
     eos_token_ids: frozenset[int]
     layout: KVLayout
 
@@ -45,7 +43,6 @@ class VLMSpec:
             num_query_heads=text.num_attention_heads,
             context_tokens=text.max_position_embeddings,
             vocabulary=text.vocab_size,
-            image_side=_image_side(config.vision_config),
             eos_token_ids=eos_token_ids,
             layout=KVLayout(
                 num_layers=text.num_hidden_layers,
@@ -55,8 +52,3 @@ class VLMSpec:
                 windows=layer_windows(text),
             ),
         )
-
-
-def _image_side(vision: PretrainedConfig) -> int:
-    side = getattr(vision, "image_size", 0)
-    return side if isinstance(side, int) else max(side)

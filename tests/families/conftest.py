@@ -7,6 +7,7 @@ import pytest
 from tests.families.catalogue import FAMILIES
 from tests.families.family import Family
 from tests.families.loaded import Loaded, load
+from tests.families.oracle import Oracle
 from tests.families.prefilling import Prefilling
 
 
@@ -25,3 +26,8 @@ def loaded(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 @pytest.fixture(scope="session")
 def prefilling(loaded: Loaded) -> Prefilling:
     return Prefilling(loaded)
+
+
+@pytest.fixture(scope="session")
+def oracle(loaded: Loaded) -> Oracle:
+    return Oracle(loaded)

@@ -52,11 +52,12 @@ class Oracle:
         self._cache = DynamicCache()
 
     @torch.inference_mode()
-    def prefill(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Logits [vocab] of the first token."""
+    def prefill(self, inputs: dict[str, Any], evicted: Evicted | None = None) -> torch.Tensor:
+        """Logits [vocab] of the first token, where nobody sees what is evicted."""
         self._cache = DynamicCache()
         doubled = {name: each.double() if each.is_floating_point() else each for name, each in inputs.items()}
-        return self._model(**doubled, past_key_values=self._cache, use_cache=True).logits[0, -1]
+        output = self._model(**doubled, past_key_values=self._cache, use_cache=True, evicted=evicted)
+        return output.logits[0, -1]
 
     @torch.inference_mode()
     def step(self, token: int, position: int, evicted: Evicted) -> torch.Tensor:

@@ -1,4 +1,8 @@
-"""At retention 0.1 a decode worker computes what the whole model computes over its full cache, evicted rows masked."""
+"""At retention 0.1 a ragged batch computes what the whole model computes over full caches, evicted rows masked.
+
+Any rows may have been kept here, other ones in every layer and KV head; `test_prefill_to_decode.py` has those of a
+policy.
+"""
 
 from __future__ import annotations
 
@@ -6,53 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForImageTextToText
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import AutoModelForImageTextToText
 
 from decode_worker.engine import EagerEngine
 from shared.model.loading import load_decode_model, load_spec
 from tests.families.decoding import Computed, DoubleSlabs, compute, short_text
 from tests.families.loaded import Loaded, noise
+from tests.families.oracle import NAME
 from tests.unit.decode_worker.pools import CPU
 from tests.unit.decode_worker.sequences import advance
 from tests.unit.decode_worker.sighted import Tokens, some_seen
+from tests.unit.decode_worker.test_engine import Recorded
 
 STEPS = 20
-
-
-def masked_attention(
-    module: Any, query: Any, key: Any, value: Any, mask: Any = None, *, scaling: float, evicted: Any = None, **_: Any
-) -> Any:
-    """Attention over the full cache under the family's own mask; `evicted` tokens by layer and KV head are unseen."""
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    logits = query @ key.transpose(2, 3) * scaling
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    elif query.shape[2] > 1:
-        logits = logits.masked_fill(torch.ones(logits.shape[2:]).triu(1).bool(), -torch.inf)
-    for kv_head, tokens in enumerate(evicted[module.layer_idx] if evicted else ()):
-        logits[:, kv_head * group : (kv_head + 1) * group, :, tokens] = -torch.inf
-    return (logits.softmax(dim=-1) @ value).transpose(1, 2), None
-
-
-AttentionInterface.register("family_oracle", masked_attention)
-AttentionMaskInterface.register("family_oracle", sdpa_mask)
-
-
-class Noted:
-    """A model whose logits are seen before the engine rounds them."""
-
-    device = CPU
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.logits = torch.empty(0)
-
-    def __call__(self, **inputs: Any) -> Any:
-        output = self._model(**inputs)
-        self.logits = output.logits[:, -1]
-        return output
 
 
 def in_double(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +62,7 @@ def oracle(loaded: Loaded) -> Any:
         loaded.folder,
         dtype=torch.float64,
         local_files_only=True,
-        attn_implementation={"text_config": "family_oracle"},
+        attn_implementation={"text_config": NAME},
     ).eval()
 
 
@@ -111,7 +81,7 @@ def test_logits_are_those_of_a_full_cache_whose_evicted_rows_are_masked(loaded: 
     ]
     memory = DoubleSlabs(layout)
     batch = [memory.sequence(each, keep, STEPS) for each, keep in zip(computed, kept, strict=True)]
-    model = Noted(load_decode_model(loaded.folder, dtype=torch.float64, device=CPU))
+    model = Recorded(load_decode_model(loaded.folder, dtype=torch.float64, device=CPU))
     engine = EagerEngine(model, memory)
     for _ in range(STEPS):
         fed = [(each.last_token, each.next_position) for each in batch]

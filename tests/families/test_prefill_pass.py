@@ -10,9 +10,11 @@ import torch
 
 from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.statistics import Statistic
+from prefill_worker.engine.engine import PrefillEngine
+from shared.model.loading import load_prefill_model
 from tests.families.chats import CHATS, QUESTION, SMALL, TALL, WIDE, asked, images_of
 from tests.families.family import HEAD_DIM, KV_HEADS, LAYERS, QUERY_HEADS, Family
-from tests.families.prefilling import Prefilling, close
+from tests.families.prefilling import CPU, Prefilling, close
 
 every_chat = pytest.mark.parametrize("kind", CHATS)
 
@@ -51,6 +53,31 @@ def test_positions_go_on_where_the_model_would(family: Family, prefilling: Prefi
     assert torch.equal(prompt.position_ids[1:], positions)
     assert torch.equal(prompt.position_ids[0, 0], torch.arange(tokens))
     assert prompt.next_position == tokens + delta.item()
+
+
+@every_chat
+def test_grids_are_all_of_the_visual_tokens_or_none(family: Family, prefilling: Prefilling, kind: str) -> None:
+    prompt = prefilling.prompt(CHATS[kind])
+    places = [range(grid.first_token, grid.first_token + grid.rows * grid.columns) for grid in prompt.grids]
+    visual = prompt.shape.visual.nonzero().flatten().tolist()
+    assert [place for image in places for place in image] == ([] if family.tiles else visual)
+
+
+def test_a_grid_has_the_shape_of_its_image(family: Family, prefilling: Prefilling) -> None:
+    if family.tiles:
+        pytest.skip("no grid")
+    (grid,) = prefilling.prompt(CHATS["tiles"]).grids
+    assert (grid.columns > grid.rows) == family.mrope
+    # LLaVA's processor cuts out the middle of an image
+    assert grid.box == ((0.25, 0, 0.75, 1) if family.name == "llava" else (0, 0, 1, 1))
+
+
+def test_the_pass_in_bfloat16_is_as_precise_as_that(prefilling: Prefilling) -> None:
+    model = load_prefill_model(prefilling.loaded.folder, dtype=torch.bfloat16, device=CPU)
+    found = PrefillEngine(model).prefill(prefilling.prompt(CHATS["several images"]), (), threading.Event())
+    expected = prefilling.expected(CHATS["several images"])
+    assert found.keys[0].dtype == torch.bfloat16
+    assert (found.logits - expected.logits).norm() < 0.1 * expected.logits.norm()
 
 
 def test_a_text_after_an_image_begins_anew(prefilling: Prefilling) -> None:

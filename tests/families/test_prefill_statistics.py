@@ -12,19 +12,23 @@ from transformers import AutoModelForImageTextToText
 
 from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.pipeline import select_tokens, sparse_prefill_for, statistics_for
+from prefill_worker.compression.policies.fast_v import FastV
 from prefill_worker.compression.registry import POLICIES, build_policy
 from prefill_worker.compression.rows import post_vision_rows
 from prefill_worker.compression.statistics import ColumnSums, Statistic, Sweep
 from shared.errors import InvalidRequestError
 from shared.request.params import Budget
 from tests.families.chats import CHATS, QUESTION, WIDE, Chat, asked, inputs_of
-from tests.families.family import KV_HEADS, QUERY_HEADS, Family
+from tests.families.family import KV_HEADS, LAYERS, QUERY_HEADS, Family
 from tests.families.loaded import Loaded
+from tests.families.oracle import Evicted, Oracle
 from tests.families.prefilling import Prefilling, close
 
 THRESHOLD = 0.05
 # without a text behind the image, rows of the image itself are observed
 OBSERVED = ("several images", "image last", "text")
+# features for deeper layers, and windows
+REFUSE_SPARSE = ("qwen3_vl", "gemma3")
 every_policy = pytest.mark.parametrize("policy", [build_policy(name, {}) for name in POLICIES], ids=[*POLICIES])
 
 
@@ -77,7 +81,7 @@ def test_every_policy_chooses_or_says_why_not(family: Family, prefilling: Prefil
         statistics = statistics_for(policy, prompt.shape)
         return prefilling.engine.prefill(prompt, statistics, threading.Event(), sparse)
 
-    if sparse is not None and family.name in ("qwen3_vl", "gemma3"):
+    if sparse is not None and family.name in REFUSE_SPARSE:
         with pytest.raises(InvalidRequestError, match="this model does not allow"):
             run()
         return
@@ -85,6 +89,22 @@ def test_every_policy_chooses_or_says_why_not(family: Family, prefilling: Prefil
         pytest.skip("looks ahead first")
     selections = select_tokens(policy, run().observed(prompt.shape), budget)
     assert all(selection.num_kept(KV_HEADS, prompt.shape.num_tokens) for selection in selections)
+
+
+def test_a_pass_that_drops_tokens_is_one_where_nobody_sees_them(
+    family: Family, prefilling: Prefilling, oracle: Oracle
+) -> None:
+    if family.name in REFUSE_SPARSE:
+        pytest.skip("refused")
+    policy, budget, chat = FastV(layer=1), Budget(retention=0.7), CHATS["several images"]
+    prompt = prefilling.prompt(chat)
+    sparse = sparse_prefill_for(policy, prompt.shape, budget, LAYERS)
+    found = prefilling.engine.prefill(prompt, statistics_for(policy, prompt.shape), threading.Event(), sparse)
+    assert found.survivors is not None
+    dropped = (~found.survivors).nonzero().flatten().tolist()
+    assert dropped
+    nobody: Evicted = [[[]] * KV_HEADS] + [[dropped] * KV_HEADS] * (LAYERS - 1)
+    assert close(found.logits.double(), oracle.prefill(inputs_of(prefilling.loaded, chat), nobody))
 
 
 def test_looking_ahead_draws_the_tokens_of_generate(prefilling: Prefilling) -> None:

@@ -39,11 +39,6 @@ TOGETHER = ("tiles", "text", "several images", "image last")
 
 
 @pytest.fixture(scope="session")
-def oracle(loaded: Loaded) -> Oracle:
-    return Oracle(loaded)
-
-
-@pytest.fixture(scope="session")
 def decoder(loaded: Loaded) -> Recorded:
     return Recorded(load_decode_model(loaded.folder, dtype=torch.float32, device=CPU))
 

@@ -193,5 +193,6 @@ def test_any_text_makes_a_prompt_or_a_service_error(
     # what the router reserves by: a byte is at least as long as a token
     text_bytes = sum(len(part.encode()) for _, parts in [*turns, ("user", last)] for part in parts if part != PICTURE)
     processing = builder.processing
-    bound = text_bytes + len(messages) * processing.template_tokens() + images * processing.image_tokens()
+    per_image = processing.image_bounds()[-1].visual_tokens + processing.marker_tokens()
+    bound = text_bytes + len(messages) * processing.template_tokens() + images * per_image
     assert len(ids) <= bound

@@ -55,7 +55,7 @@ def model(builder: PromptBuilder) -> worker_pb2.ServedModel:
         context_tokens=CONTEXT,
         max_images=MAX_IMAGES,
         template_tokens=builder.processing.template_tokens(),
-        max_tokens_per_image=builder.processing.image_tokens(),
+        max_tokens_per_image=builder.processing.image_bounds()[-1].visual_tokens + builder.processing.marker_tokens(),
         max_marker_tokens_per_image=builder.processing.marker_tokens(),
         policies=["vl_cache"],
         default_policy="vl_cache",

@@ -1,9 +1,11 @@
 """The life of a prefill with scripted pieces: whatever ends it, its memory comes back and its thread lets go."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
+from prefill_worker.compression.policies.h2o import H2O
 from prefill_worker.job import Compressed, FirstToken, Retained, Transferred
 from shared.errors import (
     DuplicateRequestError,
@@ -37,6 +39,18 @@ def test_events_come_in_order_and_memory_goes_back() -> None:
         assert events[3] == Transferred(transport="grpc", sent_bytes=manifest().body_bytes, seconds=0.1)
         assert pieces.sent == [b"k" * manifest().body_bytes]
         assert pieces.retained.filling_bytes == 0
+
+    run(body)
+
+
+def test_a_policy_that_knows_no_windows_is_refused_before_any_work() -> None:
+    async def body(pieces: Pieces) -> None:
+        pieces.runner._layout = replace(LAYOUT, windows=(8,) * LAYOUT.num_layers)
+        with pytest.raises(InvalidRequestError) as caught:
+            await collect(pieces, replace(job(), policy=H2O()))
+        assert caught.value.reason == "POLICY_MODEL"
+        assert not pieces.computing.reached.is_set()
+        assert pieces.store.used_bytes == 0
 
     run(body)
 

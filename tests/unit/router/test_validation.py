@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import grpc
 import pytest
+from PIL import Image
 from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import worker_pb2
 
@@ -151,6 +154,27 @@ def test_what_the_template_writes_around_an_image_is_text() -> None:
     assert accepted.offers[0].kept_tokens_bound == text + 2 * 57 + 16
     assert accept(ask(images=2), MODEL).prompt_tokens_bound == accepted.prompt_tokens_bound
     assert accept(ask("x" * 100_000, images=2, compression=visual), MODEL).offers[0].kept_tokens_bound == 4096
+
+
+def test_an_image_of_a_known_size_has_a_closer_bound() -> None:
+    closer = [worker_pb2.ImageBound(pixels=400, visual_tokens=5), worker_pb2.ImageBound(pixels=900, visual_tokens=9)]
+    model = served_model(image_bounds=closer)
+
+    def bound(*images: bytes) -> int:
+        parts = [pb.Part(image=pb.Image(data=image)) for image in images]
+        asked = pb.GenerateRequest(messages=[message("user", *parts, pb.Part(text="hello"))])
+        return accept(asked, model).prompt_tokens_bound - len("hello") - 20 - 6 * len(images)
+
+    for size, tokens in (((20, 20), 5), ((21, 20), 9), ((30, 30), 9), ((30, 31), 570)):
+        assert bound(png(*size)) == tokens
+        assert bound(png(*size), png(3, 3)) == tokens + 5
+    assert bound(b"no header") == 570
+
+
+def png(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def two_models() -> tuple[list[FakePrefill], list[FakeDecode]]:

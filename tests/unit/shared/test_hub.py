@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,7 @@ def test_a_directory_wins_over_a_hub_id(tmp_path: Path, tiny_checkpoint: Path, m
 
 @pytest.mark.usefixtures("nobody_asks")
 def test_a_directory_has_no_revisions(tiny_checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match="revision 'v1' belongs to a hub id"):
+    with pytest.raises(FileNotFoundError, match="revision 'v1' belongs to a hub id"):
         resolve_checkpoint(str(tiny_checkpoint), "v1")
 
 
@@ -132,6 +134,14 @@ def test_pickled_weights_are_refused_with_the_reason(tiny_checkpoint: Path, tmp_
     with pytest.raises(UnsupportedModelError, match=r"must have weights as safetensors.*a pickle can") as caught:
         resolve_checkpoint(str(folder))
     assert ("its weights are pickled" in str(caught.value)) == (name is not None)
+
+
+def test_a_worker_that_cannot_serve_its_model_ends_with_a_sentence() -> None:
+    command = [sys.executable, "-m", "decode_worker", "--model", "/no/such/model"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "cannot serve '/no/such/model': there is no checkpoint at '/no/such/model'"
+    assert "Traceback" not in done.stderr
 
 
 def test_progress_that_nobody_watches_goes_to_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,6 @@ from tests.unit.shared.tiny_llava import (
     LAYERS,
     OTHER_EOS,
     QUERY_HEADS,
-    SIDE,
     copied,
     edit_json,
 )
@@ -37,7 +36,6 @@ def test_the_facts_of_a_checkpoint(tiny_checkpoint: Path) -> None:
         num_query_heads=QUERY_HEADS,
         vocabulary=AutoConfig.from_pretrained(tiny_checkpoint).text_config.vocab_size,
         context_tokens=256,
-        image_side=SIDE,
         eos_token_ids=frozenset({EOS, OTHER_EOS}),
         layout=KVLayout(num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float16"),
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,8 +14,10 @@ from prefill_worker.compression.budget import share_surplus
 from prefill_worker.compression.pipeline import Selection, keep_everything, select_tokens
 from prefill_worker.compression.registry import POLICIES, build_policy
 from prefill_worker.compression.windows import check_policy, seen_bitmaps, seen_parts
+from prefill_worker.compute import PrefillCompute
 from shared.errors import InvalidRequestError
 from shared.kv.layout import KVLayout
+from shared.model.support import UnsupportedModelError
 from shared.request.params import Budget, BudgetScope
 from tests.unit.prefill_worker.compression.observing import observe, positions, prompt_shape, random_attention
 
@@ -67,6 +72,16 @@ def test_every_policy_chooses_among_what_is_seen(name: str, kind: str, retention
     assert kept <= max(sum(len(tokens) for selection in whole for tokens in positions(selection)), 8)
     parts = seen_parts(selections, LAYOUT, [layer.key for layer in layers])
     assert [positions(part) for part in parts] == [positions(selection) for selection in selections]
+
+
+def test_a_cascade_is_refused_with_the_reason() -> None:
+    identity: Any = SimpleNamespace(layout=LAYOUT)
+    nobody: Any = None
+    with pytest.raises(UnsupportedModelError, match="cascade is not offered for a model with sliding windows"):
+        PrefillCompute(nobody, nobody, nobody, identity, nobody, cascade=True)
+    PrefillCompute(nobody, nobody, nobody, identity, nobody)
+    identity.layout = PLAIN
+    PrefillCompute(nobody, nobody, nobody, identity, nobody, cascade=True)
 
 
 def test_what_a_window_cannot_hold_goes_to_other_layers() -> None:

@@ -38,7 +38,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., epoch: _Optional[str] = ..., state: _Optional[str] = ..., model: _Optional[_Union[ServedModel, _Mapping]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., kv: _Optional[_Union[_inference_pb2.KVBytes, _Mapping]] = ..., arena_socket: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class ServedModel(_message.Message):
-    __slots__ = ("name", "compatibility", "layout", "context_tokens", "max_images", "template_tokens", "max_tokens_per_image", "policies", "default_policy", "default_retention", "max_new_tokens", "default_max_new_tokens", "max_marker_tokens_per_image")
+    __slots__ = ("name", "compatibility", "layout", "context_tokens", "max_images", "template_tokens", "max_tokens_per_image", "policies", "default_policy", "default_retention", "max_new_tokens", "default_max_new_tokens", "max_marker_tokens_per_image", "image_bounds")
     NAME_FIELD_NUMBER: _ClassVar[int]
     COMPATIBILITY_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class ServedModel(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_MARKER_TOKENS_PER_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_BOUNDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     compatibility: str
     layout: KVLayout
@@ -65,7 +66,16 @@ class ServedModel(_message.Message):
     max_new_tokens: int
     default_max_new_tokens: int
     max_marker_tokens_per_image: int
-    def __init__(self, name: _Optional[str] = ..., compatibility: _Optional[str] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., context_tokens: _Optional[int] = ..., max_images: _Optional[int] = ..., template_tokens: _Optional[int] = ..., max_tokens_per_image: _Optional[int] = ..., policies: _Optional[_Iterable[str]] = ..., default_policy: _Optional[str] = ..., default_retention: _Optional[float] = ..., max_new_tokens: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., max_marker_tokens_per_image: _Optional[int] = ...) -> None: ...
+    image_bounds: _containers.RepeatedCompositeFieldContainer[ImageBound]
+    def __init__(self, name: _Optional[str] = ..., compatibility: _Optional[str] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., context_tokens: _Optional[int] = ..., max_images: _Optional[int] = ..., template_tokens: _Optional[int] = ..., max_tokens_per_image: _Optional[int] = ..., policies: _Optional[_Iterable[str]] = ..., default_policy: _Optional[str] = ..., default_retention: _Optional[float] = ..., max_new_tokens: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., max_marker_tokens_per_image: _Optional[int] = ..., image_bounds: _Optional[_Iterable[_Union[ImageBound, _Mapping]]] = ...) -> None: ...
+
+class ImageBound(_message.Message):
+    __slots__ = ("pixels", "visual_tokens")
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    VISUAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    pixels: int
+    visual_tokens: int
+    def __init__(self, pixels: _Optional[int] = ..., visual_tokens: _Optional[int] = ...) -> None: ...
 
 class KVLayout(_message.Message):
     __slots__ = ("num_layers", "num_kv_heads", "head_dim", "dtype", "windows")
