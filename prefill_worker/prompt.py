@@ -18,6 +18,9 @@ from shared.model.spec import VLMSpec
 ProcessedImage = dict[str, torch.Tensor]
 """What the image processor made of one image."""
 
+# Of `pixel_values` where images may have several views.
+PADDED_DIMENSIONS = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -74,7 +77,7 @@ class Prompt:
         """Image by image what `inputs` has of them together."""
         made = {name: tensor for name, tensor in self.inputs.items() if name != "input_ids"}
         return [
-            {name: _of_image(tensor, self.views, index) for name, tensor in made.items()}
+            {name: _without_padding(_of_image(tensor, self.views, index)) for name, tensor in made.items()}
             for index in range(len(self.views))
         ]
 
@@ -91,6 +94,18 @@ def _of_image(tensor: torch.Tensor, views: Sequence[int], index: int) -> torch.T
     if tensor.shape[:2] == (1, sum(views)):
         return tensor[:, rows]
     return tensor[index : index + 1] if len(tensor) == len(views) else tensor
+
+
+def _without_padding(tensor: torch.Tensor) -> torch.Tensor:
+    """Without empty views behind the last one, of [1, views, channels, height, width].
+
+    With them a processor gives each image of a prompt as many as the largest has. What is no padding is normalised,
+    which leaves no pixel at exactly 0.
+    """
+    if tensor.dim() != PADDED_DIMENSIONS:
+        return tensor
+    filled = tensor[0].flatten(1).any(dim=1).nonzero()
+    return tensor[:, : int(filled[-1]) + 1] if len(filled) else tensor
 
 
 class PromptBuilder:

@@ -240,7 +240,9 @@ class PrefillEngine:
         elif not self._kinds.causal:
             why = "not every token of it sees all before it and nothing else"
         if why:
-            raise InvalidRequestError(f"the policy changes the pass, which this model does not allow: {why}")
+            raise InvalidRequestError(
+                f"the policy changes the pass, which this model does not allow: {why}", reason="POLICY_MODEL"
+            )
 
     @cached_property
     def _sparse_model(self) -> PreTrainedModel:

@@ -31,6 +31,9 @@ LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 3, 4, 2, 16
 WIDTH = QUERY_HEADS * HEAD_DIM
 CONTEXT = 1024
 
+# Features for deeper layers, or windows: policies that change the pass are refused.
+REFUSE_SPARSE = ("qwen3_vl", "gemma3")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:

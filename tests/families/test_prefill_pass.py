@@ -92,14 +92,11 @@ def test_each_image_is_encoded_alone(prefilling: Prefilling) -> None:
     """What is known of images in one prompt serves any other that shows as many."""
     engine, cancelled = prefilling.keeping(), threading.Event()
     engine.prefill(prefilling.prompt(asked(TALL, SMALL, QUESTION)), (), cancelled)
-    again = prefilling.prompt(asked("One:", SMALL, "and:", TALL, "Compare."))
-    found = engine.prefill(again, (), cancelled)
-    engine.features.check_integrity()
-    # tiles are padded to as many as the largest image of a prompt has, here and there
-    assert found.known_images == 2
-    assert found.known_tokens == 0
-    expected = prefilling.expected(asked("One:", SMALL, "and:", TALL, "Compare."))
-    assert close(found.logits, expected.logits)
+    for chat, known in ((asked("One:", SMALL, "and:", TALL, "Compare."), 2), (asked(WIDE, SMALL, QUESTION), 1)):
+        found = engine.prefill(prefilling.prompt(chat), (), cancelled)
+        engine.features.check_integrity()
+        assert (found.known_images, found.known_tokens) == (known, 0)
+        assert close(found.logits, prefilling.expected(chat).logits)
 
 
 def test_another_question_about_known_images_passes_alone(prefilling: Prefilling) -> None:

@@ -19,7 +19,7 @@ from prefill_worker.compression.statistics import ColumnSums, Statistic, Sweep
 from shared.errors import InvalidRequestError
 from shared.request.params import Budget
 from tests.families.chats import CHATS, QUESTION, WIDE, Chat, asked, inputs_of
-from tests.families.family import KV_HEADS, LAYERS, QUERY_HEADS, Family
+from tests.families.family import KV_HEADS, LAYERS, QUERY_HEADS, REFUSE_SPARSE, Family
 from tests.families.loaded import Loaded
 from tests.families.oracle import Evicted, Oracle
 from tests.families.prefilling import Prefilling, close
@@ -27,8 +27,6 @@ from tests.families.prefilling import Prefilling, close
 THRESHOLD = 0.05
 # without a text behind the image, rows of the image itself are observed
 OBSERVED = ("several images", "image last", "text")
-# features for deeper layers, and windows
-REFUSE_SPARSE = ("qwen3_vl", "gemma3")
 every_policy = pytest.mark.parametrize("policy", [build_policy(name, {}) for name in POLICIES], ids=[*POLICIES])
 
 

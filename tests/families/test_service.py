@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import vlcache
 
 import decode_worker.worker as decode
@@ -19,6 +20,7 @@ from router.config import RouterConfig
 from router.router import Router
 from shared.rpc.server import RpcServer
 from tests.families.chats import QUESTION, SMALL, TALL, WIDE, inputs_of, png
+from tests.families.family import REFUSE_SPARSE, Family
 from tests.families.loaded import Loaded
 
 TOKENS = 6
@@ -64,12 +66,14 @@ async def stack(checkpoint: Path, sockets: Path) -> AsyncIterator[vlcache.AsyncC
         yield await servers.enter_async_context(vlcache.AsyncClient(router.address))
 
 
-def test_the_service_answers_as_generate_does(loaded: Loaded) -> None:
+def test_the_service_answers_as_generate_does(family: Family, loaded: Loaded) -> None:
     sampling = vlcache.Sampling(max_new_tokens=TOKENS, ignore_eos=True)
 
-    async def ask(client: vlcache.AsyncClient, question: str, kind: str, retention: float) -> vlcache.Completion:
+    async def ask(
+        client: vlcache.AsyncClient, question: str, kind: str, retention: float, policy: str = "vl_cache"
+    ) -> vlcache.Completion:
         images = [png(image) for image in IMAGES[kind]]
-        compression = vlcache.Compression(retention=retention)
+        compression = vlcache.Compression(retention=retention, policy=policy)
         return await client.generate(question, images=images, sampling=sampling, compression=compression)
 
     async def body(sockets: Path) -> None:
@@ -85,6 +89,10 @@ def test_the_service_answers_as_generate_does(loaded: Loaded) -> None:
             assert cut.compression is not None
             assert cut.compression.realised_retention <= 0.1
             assert len(cut.token_ids) == TOKENS
+            if family.name in REFUSE_SPARSE:
+                with pytest.raises(vlcache.InvalidRequest, match="this model") as refused:
+                    await ask(client, LONG, "several", 0.5, policy="fast_v")
+                assert refused.value.reason == "POLICY_MODEL"
 
     # pytest's own folders may be too deep for a socket
     with tempfile.TemporaryDirectory() as sockets:

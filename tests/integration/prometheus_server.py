@@ -41,6 +41,7 @@ class PrometheusServer:
         self._folder = folder
         self._targets = list(targets)
         self._address = f"127.0.0.1:{free_port()}"
+        self.url = f"http://{self._address}"
 
     def __enter__(self) -> PrometheusServer:
         self._write_config()
@@ -77,7 +78,7 @@ class PrometheusServer:
         Raises:
             AssertionError: It was an error, such as an expression that cannot be read.
         """
-        url = f"http://{self._address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        url = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:
             with urllib.request.urlopen(url, timeout=GIVE_UP_S) as response:
                 return json.load(response)["data"]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import vlcache
 
+from deploy.grafana.picture.__main__ import PictureConfig, collect
 from models.shapes_vlm.paths import SAMPLES
 from tests.integration.conftest import stack_config
 from tests.integration.prometheus_server import ROOT, PrometheusServer
@@ -95,6 +96,15 @@ def complaint_of(watched: Watched, kind: str, target: dict[str, Any]) -> str:
     if not values or min(values) < 0:
         return f"{expr} has the values {values}"
     return f"{expr} has no row per bucket" if kind == "heatmap" and len(series) < 5 else ""
+
+
+def test_a_picture_has_something_to_draw_in_every_panel(watched: Watched) -> None:
+    config = PictureConfig(out=Path("unused.png"), prometheus=watched.server.url, seconds=30)
+    view = collect(config)
+    assert [len(shown["series"]) > 0 for shown in view["panels"]] == [True] * 9
+    layers = next(shown for shown in view["panels"] if shown["panel"]["title"] == "Retention by layer")
+    assert {"layer 0", "layer 7"} <= {series["legend"] for series in layers["series"]}
+    json.dumps(view, allow_nan=False)
 
 
 def test_what_must_not_happen_is_shown_as_zero(watched: Watched) -> None:

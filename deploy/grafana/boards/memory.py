@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from deploy.grafana.panel import BYTES, BYTES_PER_S, COUNT, RATIO, Board, Panel, Query, heatmap, number, rate
+from deploy.grafana.panel import (
+    BYTES,
+    BYTES_PER_S,
+    COUNT,
+    FULL,
+    RATIO,
+    Board,
+    Panel,
+    Query,
+    heatmap,
+    number,
+    quantile,
+    rate,
+)
 
 ACTIVE = 'sum (vlcache_kv_resident_bytes{role="decode",state="active"})'
 SAVED = "sum (vlcache_kv_resident_saved_bytes)"
@@ -46,15 +59,10 @@ MEMORY = Board(
             unit=BYTES,
             queries=(Query(f"{ACTIVE} + {SAVED}", "full cache"), Query(ACTIVE, "held")),
         ),
-        heatmap(
-            "Retention",
-            "vlcache_kv_retention_ratio",
-            "Kept share of each prompt's KV.",
-            RATIO,
-        ),
         Panel(
             title="Retention by layer",
-            text="Kept share of the last prompt in each layer: where a policy spends its budget.",
+            text="Kept share of the last prompt in each layer: where a policy spends its budget. Repetitions for the"
+            " shadow sample keep everything.",
             unit=RATIO,
             queries=(Query("avg by (layer) (vlcache_kv_layer_retention_ratio)", "layer {{layer}}"),),
         ),
@@ -77,11 +85,12 @@ MEMORY = Board(
                 ),
             ),
         ),
-        heatmap(
-            "Most KV held during a pass",
-            "vlcache_kv_prefill_peak_ratio",
-            "Over the prompt's KV: 100 % unless a pass gives rows up on its way (`--cascade`, sparse prefill).",
-            RATIO,
+        Panel(
+            title="Most KV held during a pass, median",
+            text="Over the prompt's KV: 100 % unless a pass gives rows up on its way (`--cascade`, sparse prefill).",
+            unit=RATIO,
+            queries=(Query(quantile(0.5, "vlcache_kv_prefill_peak_ratio", "worker"), "{{worker}}"),),
         ),
+        heatmap("Retention", "vlcache_kv_retention_ratio", "Kept share of each prompt's KV.", RATIO, FULL),
     ),
 )
