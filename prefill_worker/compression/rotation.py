@@ -38,7 +38,8 @@ class Rotation:
     def mean_of_next(self, count: int) -> torch.Tensor:
         """The mean rotation at the `count` positions that follow the prompt, a matrix [head_dim, head_dim] fp32."""
         following = torch.arange(count, device=self.positions.device) + self.next_position
-        cos, sin = (part.mean(dim=0) for part in self.angles(following))
+        # what is generated has the same position in all axes
+        cos, sin = (part.mean(dim=0) for part in self.angles(following.expand(*self.positions.shape[:-1], count)))
         identity = torch.eye(len(cos), device=cos.device)
         return cos[:, None] * identity + sin[:, None] * half_turn(identity).mT
 

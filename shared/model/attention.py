@@ -15,22 +15,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 PREFILL_ATTENTION = "vlcache_prefill"
 DECODE_ATTENTION = "vlcache_decode"
-# What models pass that changes nothing here: a window is in the mask, or in what the KV pool shows of a sequence;
-# keys and queries come rotated; and some settings of `forward` travel down to every layer.
-HARMLESS_TERMS = frozenset(
-    {
-        "sliding_window",
-        "position_ids",
-        "use_cache",
-        "logits_to_keep",
-        "image_sizes",
-        "cache_position",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "is_causal",
-    }
-)
+# What models pass that changes nothing here: a window is in the mask, or in what the KV pool shows of a sequence, keys
+# and queries come rotated, and some arguments of `forward` travel down to every layer.
+HARMLESS_TERMS = frozenset({"sliding_window", "position_ids", "use_cache", "logits_to_keep", "image_sizes"})
 
 
 class LayerHook(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from shared.model.progress import progress_class
@@ -47,7 +47,12 @@ def _snapshot(model: str, revision: str) -> Path:
     log.info("looking for %s at %s", model, revision or "its main branch")
     try:
         folder = snapshot_download(
-            model, revision=revision or None, allow_patterns=list(NEEDED_FILES), tqdm_class=progress_class()
+            model,
+            revision=revision or None,
+            allow_patterns=list(NEEDED_FILES),
+            tqdm_class=progress_class(),
+            # some versions ask the network for the files of a commit all the same
+            local_files_only=is_offline_mode(),
         )
     except (LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         named = f"{model!r} at {revision or 'main'!r}"

@@ -20,8 +20,12 @@ from tests.integration.prometheus_server import ROOT, PrometheusServer
 from tests.integration.running_stack import RunningStack
 
 FOLDER = ROOT / "deploy" / "grafana" / "dashboards"
+# the stack and the scrapes belong to whichever test comes first
+pytestmark = pytest.mark.timeout(300)
 # Grafana takes four scrape intervals; longer, so that a slow machine still has two scrapes with work between them.
 INTERVAL = "30s"
+# Names that `docs/operations.md` gives to endpoint pickers.
+PICKED = ("vlcache_num_requests_waiting", "vlcache_num_requests_running", "vlcache_kv_cache_usage_ratio")
 IMAGE = (SAMPLES / "scene_1.png").read_bytes()
 
 
@@ -112,6 +116,13 @@ def test_what_must_not_happen_is_shown_as_zero(watched: Watched) -> None:
         assert total(watched.server, f"vlcache_{metric}") == 0, metric
     assert total(watched.server, 'vlcache_circuit_state{state="closed"}') == 2
     assert total(watched.server, 'vlcache_circuit_state{state!="closed"}') == 0
+
+
+@pytest.mark.parametrize("name", PICKED)
+def test_every_process_has_what_an_endpoint_picker_reads(watched: Watched, name: str) -> None:
+    samples = watched.server.query(name)
+    assert {sample["metric"]["role"] for sample in samples} == {"router", "prefill", "decode"}
+    assert len(samples) == 3, "a picker takes any sample of a name"
 
 
 def test_what_was_saved_adds_up(watched: Watched) -> None:

@@ -217,7 +217,8 @@ class OnTheDevice(TorchDispatchMode):
         return result
 
 
-def test_a_captured_step_needs_nothing_of_the_host() -> None:
+@pytest.mark.parametrize("windows", [(), (8, *[0] * (LAYOUT.num_layers - 1))])
+def test_a_captured_step_needs_nothing_of_the_host(windows: tuple[int, ...]) -> None:
     """On the meta device, where values cannot be known: reading one raises, bringing one from the host is noted.
 
     Either would fail while a CUDA graph is captured, or freeze in it what should change.
@@ -231,7 +232,8 @@ def test_a_captured_step_needs_nothing_of_the_host() -> None:
         paged_attention=lambda query, *rest: torch.empty_like(query),
         append_token=lambda *rest: None,
     )
-    pool = block_pool(LAYOUT, device=meta, kernels=kernels, max_batch=3)
+    layout = dataclasses.replace(LAYOUT, windows=windows)
+    pool = block_pool(layout, device=meta, kernels=kernels, max_batch=3)
     with OnTheDevice() as watch, torch.inference_mode():
         engine = GraphEngine(model, pool, max_batch=3)
         for graph in engine._graphs.values():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grpc
 import pytest
+from prometheus_client import generate_latest
 from vlcache.v1 import inference_pb2 as pb
 
 from router.accounting import Accounting
@@ -116,6 +118,21 @@ def test_names_of_tenants_make_a_bounded_number_of_series(accounting: Accounting
     assert by_tenant["vlcache_tenant_kv_bytes_saved_total"] >= {"other", "tenant-0"}
     assert max(len(tenants) for tenants in by_tenant.values()) <= MAX_LABELS + 1
     assert value(accounting, "kv_bytes_saved_total") == 200 * 6
+
+
+def test_what_clients_name_is_no_label() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await b.answer(model="evil-model", request_id="evil-id")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await b.answer(compression=pb.CompressionParams(policy="evil-policy"))
+            await b.answer(request_id="evil-id")
+            text = generate_latest(b.router.metrics.registry).decode()
+            assert 'code="NOT_FOUND"' in text
+            assert "evil" not in text
+
+    run(main)
 
 
 def test_a_real_answer_fills_every_metric_of_it() -> None:
