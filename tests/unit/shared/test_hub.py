@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,15 @@ def test_a_hub_id_is_found_in_the_cache(cache: Cache, tiny_checkpoint: Path) -> 
     assert resolve_checkpoint("owner/name", "main") == new
     assert resolve_checkpoint("owner/name", "v1") == old
     assert resolve_checkpoint("owner/name", COMMITS[0]) == old
+
+
+def test_the_environment_says_where_and_that_it_is_offline(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    Cache(tmp_path / "hub", "owner/name").add(tiny_checkpoint, COMMITS[0], "v1")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    found = "from shared.model.hub import resolve_checkpoint; print(resolve_checkpoint('owner/name', 'v1').name)"
+    command = [sys.executable, "-c", found]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == [COMMITS[0]]
 
 
 def test_a_checkpoint_of_the_cache_is_opened(cache: Cache, tiny_checkpoint: Path) -> None:
