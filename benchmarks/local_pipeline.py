@@ -56,6 +56,7 @@ class LocalPipeline:
 
     Attributes:
         decoding: The decode side; takes the tracks of this pipeline's parcels.
+        sharing: Which layers of the model may share KV.
     """
 
     def __init__(self, model: str, *, dtype: Dtype, threads: int, kv_memory_mib: int, max_batch: int) -> None:
@@ -66,6 +67,7 @@ class LocalPipeline:
         decode = load_decode(decode_config)
         self._tokenizer: Any = prefill.processor.tokenizer
         self._spec = prefill.spec
+        self.sharing = prefill.sharing
         self._builder = PromptBuilder(prefill.processor, prefill.spec, max_images=MAX_IMAGES)
         metrics = PrefillMetrics(worker="local", model="local")
         self._compute = PrefillCompute(prefill.engine, self._tokenizer, prefill.spec, prefill.identity, metrics)

@@ -35,7 +35,7 @@ from prefill_worker.parcel.writer import kept_counts
 from prefill_worker.prompt import Prompt
 from shared.errors import RequestCancelledError, at_stage
 from shared.kv.eviction import Eviction
-from shared.kv.manifest import Manifest, body_digest, layer_tokens
+from shared.kv.manifest import Manifest, layer_tokens
 from shared.model.identity import ModelIdentity
 from shared.model.spec import VLMSpec
 from shared.model.support import UnsupportedModelError
@@ -320,10 +320,10 @@ def _steps_ahead(job: PrefillJob, prompt: Prompt, prefilled: Prefilled) -> int:
     """Answer tokens that are decoded before anything is chosen: for the policy, or for the guard alone."""
     if _keeps_all(job, prompt):
         return 0
-    drafts = GUARD_TOKENS if job.guard.on and prefilled.survivors is None else 0
+    drafts = GUARD_TOKENS if job.guard.on and prefilled.has_full_kv else 0
     return job.policy.look_ahead or drafts
 
 
 def _complete(draft: Manifest, written: WrittenBody) -> Manifest:
     written.arrival()
-    return replace(draft, digest=body_digest(written.body, draft.seen_tokens))
+    return replace(draft, digest=draft.digest_of(written.body))

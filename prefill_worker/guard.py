@@ -57,7 +57,7 @@ def choose(
     """The budget's own choice, or what its guard makes of it.
 
     Args:
-        prefilled: A pass that has looked ahead where the guard is on, unless it dropped tokens on its way.
+        prefilled: A pass that has looked ahead where the guard is on, unless it has no full KV.
         body: Room for what the budget keeps.
         windows: See `select_tokens`.
     """
@@ -66,7 +66,7 @@ def choose(
         return asked
     if _is_enough(job, prefilled, asked.selections):
         return replace(asked, outcome=public.GUARD_OUTCOME_KEPT)
-    larger = None if prefilled.survivors is not None else _larger(job, prompt, prefilled, more_room, windows)
+    larger = _larger(job, prompt, prefilled, more_room, windows) if prefilled.has_full_kv else None
     return larger or replace(asked, outcome=public.GUARD_OUTCOME_REFUSED)
 
 

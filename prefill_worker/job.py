@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from vlcache.v1 import inference_pb2 as public
 from vlcache.worker.v1 import prefill_pb2 as pb
 
+from prefill_worker.compression.layer_sharing import LayerSharing
 from prefill_worker.compression.policy import Policy
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.registry import build_policy
@@ -52,11 +53,16 @@ class PrefillJob:
         default_max_new_tokens: int,
         default_retention: float,
         default_max_dropped_attention: float = 1.0,
+        sharing: LayerSharing | None = None,
     ) -> PrefillJob:
         """Reads and checks a message.
 
+        Args:
+            sharing: Which layers of the served checkpoint may share KV.
+
         Raises:
-            InvalidRequestError: A parameter is out of its range, the policy is unknown, what was delivered is not the
+            InvalidRequestError: A parameter is out of its range, the policy is unknown or needs what is not known of
+                this checkpoint, what was delivered is not the
                 beginning of an answer, or the parcel's secret has another length.
         """
         request = message.request
@@ -67,7 +73,7 @@ class PrefillJob:
             messages=tuple(request.messages),
             sampling=sampling,
             budget=Budget.from_proto(compression, default_retention=default_retention),
-            policy=build_policy(compression.policy, _parameters(compression)),
+            policy=build_policy(compression.policy, _parameters(compression)).for_checkpoint(sharing),
             ticket=Ticket.from_proto(message.ticket),
             tenant=message.tenant,
             parcel=_parcel(message),

@@ -10,6 +10,7 @@ from vlcache.v1 import inference_pb2 as public
 from vlcache.worker.v1 import prefill_pb2 as pb
 from vlcache.worker.v1 import prefill_pb2_grpc, worker_pb2
 
+from prefill_worker.compression.layer_sharing import LayerSharing
 from prefill_worker.job import PrefillJob
 from prefill_worker.kv_sender import Ticket
 from prefill_worker.parcel.retained import RetainedParcels
@@ -37,6 +38,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         retained: RetainedParcels,
         vocabulary: int,
         max_dropped_attention: float = 1.0,
+        sharing: LayerSharing | None = None,
     ) -> None:
         self._name = name
         self._epoch = epoch
@@ -48,6 +50,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._retained = retained
         self._vocabulary = vocabulary
         self._max_dropped_attention = max_dropped_attention
+        self._sharing = sharing
         self._draining = False
 
     def start_draining(self) -> None:
@@ -95,6 +98,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             default_max_new_tokens=self._model.default_max_new_tokens,
             default_retention=self._model.default_retention,
             default_max_dropped_attention=self._max_dropped_attention,
+            sharing=self._sharing,
         )
         async for event in self._runner.stream(job):
             yield event.to_proto()

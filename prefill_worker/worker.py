@@ -14,6 +14,7 @@ import grpc
 from transformers import PreTrainedModel
 from vlcache.worker.v1 import prefill_pb2_grpc, worker_pb2
 
+from prefill_worker.compression.layer_sharing import LayerSharing
 from prefill_worker.compression.registry import CHOICES, DEFAULT_POLICY
 from prefill_worker.compute import PrefillCompute
 from prefill_worker.config import PrefillConfig
@@ -54,6 +55,7 @@ class LoadedModel:
     processor: Any
     spec: VLMSpec
     identity: ModelIdentity
+    sharing: LayerSharing | None = None
 
 
 def load_model(config: PrefillConfig) -> LoadedModel:
@@ -84,6 +86,7 @@ def with_model(checkpoint: Checkpoint, model: PreTrainedModel, config: PrefillCo
         processor=processor,
         spec=checkpoint.spec,
         identity=checkpoint.identity,
+        sharing=LayerSharing.load(checkpoint.path, checkpoint.spec.layout.num_layers),
     )
 
 
@@ -144,6 +147,7 @@ class PrefillWorker:
             retained=retained,
             vocabulary=model.identity.vocabulary,
             max_dropped_attention=config.max_dropped_attention,
+            sharing=model.sharing,
         )
         self._expiry = asyncio.get_running_loop().create_task(self._expire_leases())
         self.metrics.watch_resident("filling", lambda: retained.filling_bytes)

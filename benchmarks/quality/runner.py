@@ -121,7 +121,11 @@ class QualityRunner:
     def _jobs(self, sample: Sample, prompt: Prompt) -> dict[Setting, PrefillJob]:
         config = self._config
         compared = product(config.contenders, config.budgets.values(), config.guards)
-        jobs = [self._job(each.policy_for(sample, prompt.shape), budget, guard) for each, budget, guard in compared]
+        sharing = self._pipeline.sharing
+        jobs = [
+            self._job(each.policy_for(sample, prompt.shape).for_checkpoint(sharing), budget, guard)
+            for each, budget, guard in compared
+        ]
         return dict(zip(config.settings, jobs, strict=True))
 
     def _job(self, policy: Policy, budget: Budget, guard: Guard = NO_GUARD) -> PrefillJob:

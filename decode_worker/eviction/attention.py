@@ -1,11 +1,11 @@
-"""The attention of a step in which some sequence evicts by attention, or reads only some of its rows.
+"""The attention of a step in which some sequence evicts by attention, or reads other rows than all of its layer's.
 
 All others go through the pool's own kernel as ever, and so does each sequence in every layer where it reads everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -69,6 +69,7 @@ class RuledAttention(Generic[SomeKV]):
         self._ruled = [(member, kv, kv.eviction) for member, kv in enumerate(batch) if kv.eviction is not None]
         self._chosen: dict[int, torch.Tensor | None] = {}
         self._parts: dict[tuple[int, ...], StepAttention] = {}
+        self._new: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attend(
         self,
@@ -80,16 +81,21 @@ class RuledAttention(Generic[SomeKV]):
         scaling: float,
     ) -> torch.Tensor:
         """See `LayerHook.attend`; one query per sequence."""
+        self._new[layer] = (key, value)
+        lenders = self._lenders(layer)
         sparse = {
             member: (kv, chosen)
             for member, kv, ledger in self._ruled
             if not ledger.rule.watches(layer) and (chosen := self._chosen.get(member)) is not None
         }
-        out = self._read_all(layer, query, key, value, scaling, skipped=sparse)
+        out = self._read_all(layer, query, key, value, scaling, skipped={*sparse, *lenders})
         for member, (kv, chosen) in sparse.items():
             self._part((member,)).append(layer, key[member, None, :, 0], value[member, None, :, 0])
             keys, values = self._access.rows(kv, layer, chosen)
             out[member, 0] = _attend(query[member, :, 0], keys, values, scaling)
+        for lender in set(lenders.values()):
+            members = tuple(member for member, other in lenders.items() if other == lender)
+            out[list(members)] = self._read_lender(lender, members, query, scaling)
         for member, kv, ledger in self._ruled:
             if ledger.rule.watches(layer):
                 self._chosen[member] = self._watch(kv, ledger, layer, query[member, :, 0], scaling)
@@ -103,7 +109,7 @@ class RuledAttention(Generic[SomeKV]):
         value: torch.Tensor,
         scaling: float,
         *,
-        skipped: dict[int, tuple[SomeKV, torch.Tensor]],
+        skipped: Collection[int],
     ) -> torch.Tensor:
         """Attention of all others; the rows of those that are skipped are undefined."""
         if not skipped:
@@ -115,6 +121,17 @@ class RuledAttention(Generic[SomeKV]):
             part = self._part(others)
             out[chosen] = part.attend(layer, query[chosen], key[chosen], value[chosen], None, scaling)
         return out
+
+    def _lenders(self, layer: int) -> dict[int, int]:
+        """By its place in the batch, the layer whose rows a sequence reads in this one; without those that read its."""
+        lenders = ((member, ledger.rule.lender(layer)) for member, _, ledger in self._ruled)
+        return {member: lender for member, lender in lenders if lender is not None}
+
+    def _read_lender(self, lender: int, members: tuple[int, ...], query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Attention of some of the batch over the rows of a layer below."""
+        chosen, (key, value) = list(members), self._new[lender]
+        # its new rows are appended once more, to the same places: these are the same bytes
+        return self._part(members).attend(lender, query[chosen], key[chosen], value[chosen], None, scaling)
 
     def _part(self, members: tuple[int, ...]) -> StepAttention:
         if members not in self._parts:

@@ -91,11 +91,15 @@ class RowFacts:
         """Takes a layer's attention from the current token, [num_kv_heads, rows present] fp32."""
         self.attention[layer, :, : attention.shape[1]] = attention
 
-    def append(self) -> None:
-        """Counts the rows of one more token, which lie behind the others."""
-        heads = torch.arange(self.lengths.size, device=self.arrival.device)
-        self.arrival.flatten(0, 1)[heads, self._on_device(self.lengths.ravel())] = self.generated
-        self.lengths += 1
+    def append(self, receiving: np.ndarray) -> None:
+        """Counts the rows of one more token, which lie behind the others.
+
+        Args:
+            receiving: [num_layers, num_kv_heads] bool, the KV heads that get one.
+        """
+        heads, places = np.flatnonzero(receiving), self.lengths[receiving]
+        self.arrival.flatten(0, 1)[self._on_device(heads), self._on_device(places)] = self.generated
+        self.lengths += receiving
         self.generated += 1
 
     def drop(self, heads: np.ndarray, worth: torch.Tensor) -> Move:

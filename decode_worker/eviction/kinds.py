@@ -10,9 +10,10 @@ from decode_worker.eviction.ledger import RowLedger
 from decode_worker.eviction.recall import RecallRule
 from decode_worker.eviction.rule import Rule
 from decode_worker.eviction.scope import ScopeRule
+from decode_worker.eviction.shared_layers import SharedLayersRule
 from decode_worker.eviction.sparse_read import SparseReadRule
 from decode_worker.eviction.text_guard import TextGuardRule
-from shared.kv.eviction import FixedSlot, HeavyHitters, Recall, Scope, SparseRead, TextGuard
+from shared.kv.eviction import FixedSlot, HeavyHitters, Recall, Scope, SharedLayers, SparseRead, TextGuard
 from shared.kv.manifest import Manifest
 
 
@@ -33,6 +34,8 @@ def rule_of(manifest: Manifest) -> Rule | None:
             return TextGuardRule(eviction, kept, prompt_tokens)
         case SparseRead():
             return SparseReadRule(eviction, kept)
+        case SharedLayers():
+            return SharedLayersRule(eviction, kept)
     return None
 
 

@@ -68,7 +68,7 @@ class RowLedger:
 
     def step(self) -> Iterator[Move]:
         """Counts the step's rows, then drops what has to go; each move must be made before the next one."""
-        self.rows.append()
+        self.rows.append(self.rule.own_rows)
         self.rule.learn(self.rows)
         surplus = (self.lengths - self.rule.held_rows(self.rows.generated)).ravel()
         if surplus.any():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -30,6 +31,16 @@ class Rule(ABC):
 
     def __init__(self, kept: np.ndarray) -> None:
         self.kept = kept
+
+    def lender(self, layer: int) -> int | None:
+        """The layer below whose rows this one reads, as it has none; None reads its own."""
+        return None
+
+    @cached_property
+    def own_rows(self) -> np.ndarray:
+        """[num_layers, num_kv_heads] bool, which heads get a row of each token."""
+        own = [self.lender(layer) is None for layer in range(len(self.kept))]
+        return np.repeat(np.array(own)[:, None], self.kept.shape[1], axis=1)
 
     def watches(self, layer: int) -> bool:
         """Whether a layer's attention from the current token is computed."""

@@ -259,7 +259,7 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         return table
 
     def _pieces(self, kv: BlockKV, lengths: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
-        """Layer by layer the K of the first `lengths` tokens of all heads, then their V.
+        """Layer by layer, but for those without any, the K of the first `lengths` tokens of all heads, then their V.
 
         A layer at a time, since what is on its way takes memory beside the pool's.
 
@@ -268,6 +268,8 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         """
         row = 0
         for table, counts in zip(kv.blocks, lengths, strict=True):
+            if not counts.any():
+                continue
             places = self._places(table, counts)
             for blocks in (self.key_blocks, self.value_blocks):
                 yield blocks.view(-1, self.layout.head_dim), places, slice(row, row + len(places))

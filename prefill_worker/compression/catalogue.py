@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prefill_worker.compression.policy import Policy
+from prefill_worker.compression.policy import Policy, parameters_of
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.registry import POLICIES
 from prefill_worker.compression.rows import all_rows, post_vision_rows, probe_rows
@@ -47,7 +47,7 @@ def with_table(guide: str) -> str:
 def _cells(kind: type[Policy]) -> list[str]:
     title, idea = _headline(kind)
     file = f"[`{kind.name}`](../{kind.__module__.replace('.', '/')}.py)"
-    defaults = [f"`{field.name}={field.default}`" for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass
+    defaults = [f"`{field.name}={field.default}`" for field in parameters_of(kind)]
     return [file, idea, title, _observed(kind()), _unit(kind), _also(kind), " ".join(defaults) or "none"]
 
 
@@ -61,7 +61,7 @@ def _headline(kind: type[Policy]) -> tuple[str, str]:
 def _observed(policy: Policy) -> str:
     """The attention rows that its statistics see, for both values of `rows` where it has that parameter."""
     choices = [policy]
-    if "rows" in {field.name for field in fields(policy)}:  # type: ignore[arg-type]  # a dataclass
+    if "rows" in {field.name for field in parameters_of(policy)}:
         choices.append(replace(policy, rows="probe"))  # type: ignore[type-var]
     names = [name for choice in choices for statistic in choice.needs(SAMPLE) for name in _rows(statistic)]
     if policy.look_ahead:
@@ -94,7 +94,7 @@ def _also(kind: type[Policy]) -> str:
     """What it does beside choosing tokens."""
     extras = {
         "merge": "merges dropped tokens",
-        "sparse_prefill": "computes less in the pass",
+        "sparse_prefill": "changes the pass",
         "eviction": "goes on while tokens are generated",
     }
     return _overridden(kind, extras, ", ")

@@ -61,7 +61,13 @@ def sent_channels(
     chosen, row = [], 0
     for measured, section in zip(prefilled.measured, layout.sections(num_kept), strict=True):
         keys = rows[row : row + sum(section.rows)]
-        squares = torch.stack([head.float().square().mean(dim=0) for head in keys.split(section.rows)])
+        # a layer that borrows has no row, and it does not matter which channels of none are sent
+        squares = torch.stack([_mean(head.float().square()) for head in keys.split(section.rows)])
         chosen.append(best_tokens(measured[QUERIES] * squares, [key_channels] * len(squares)))
         row += 2 * len(keys)
     return torch.stack(chosen)
+
+
+def _mean(rows: torch.Tensor) -> torch.Tensor:
+    """Over [rows, channels]; zeros where there are none."""
+    return rows.sum(dim=0) / max(1, len(rows))

@@ -95,8 +95,15 @@ def select_tokens(
     tokens = token_budget(prompt, budget, len(layers))
     text = prompt.num_tokens - tokens.num_tokens
     seen = [_seen_tokens(window, prompt) for window in windows or (0,) * len(layers)]
-    kept = share_surplus([text + count for count in policy.allocate(layers, tokens)], seen)
-    return [_select_layer(policy, *each, keep_text=text > 0) for each in zip(layers, kept, seen, strict=True)]
+    shared = zip(layers, policy.allocate(layers, tokens), strict=True)
+    kept = share_surplus([0 if layer.lender is not None else text + count for layer, count in shared], seen)
+    selections: list[Selection] = []
+    for layer, count, last in zip(layers, kept, seen, strict=True):
+        if layer.lender is None:
+            selections.append(_select_layer(policy, layer, count, last, keep_text=text > 0))
+        else:
+            selections.append(_borrowed(layer, selections[layer.lender]))
+    return selections
 
 
 def token_budget(prompt: PromptShape, budget: Budget, num_layers: int) -> TokenBudget:
@@ -125,9 +132,19 @@ def _select_layer(policy: Policy, layer: ObservedLayer, kept: int, seen: int, *,
     chosen = policy.select(scores, shares)
     assert chosen.sum(dim=1).tolist() == list(shares), "a score is not a number, or a policy miscounts"
     chosen = torch.nn.functional.pad(chosen, (hidden, 0))
+    return Selection(chosen=chosen, attention_mass=_mass(layer, chosen), merged=policy.merge(layer, chosen))
+
+
+def _borrowed(layer: ObservedLayer, lent: Selection) -> Selection:
+    """Nothing of its own, and whatever the lender keeps to attend to."""
+    assert lent.chosen is not None, "a policy chooses"
+    return Selection(chosen=torch.zeros_like(lent.chosen), attention_mass=_mass(layer, lent.chosen))
+
+
+def _mass(layer: ObservedLayer, chosen: torch.Tensor) -> float:
+    """Share of the post-vision attention of a layer that falls on these tokens."""
     received = layer[_attention(layer.prompt)]
-    mass = (received * chosen).sum().item() / received.sum().item()
-    return Selection(chosen=chosen, attention_mass=min(1.0, mass), merged=policy.merge(layer, chosen))
+    return min(1.0, (received * chosen).sum().item() / received.sum().item())
 
 
 def _attention(prompt: PromptShape) -> ColumnSums:

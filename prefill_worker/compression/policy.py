@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields
 from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
 
+from prefill_worker.compression.layer_sharing import LayerSharing
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.selection import best_tokens
 from prefill_worker.compression.sparse.prefill import SparsePrefill
@@ -23,6 +24,9 @@ from prefill_worker.compression.statistics import ObservedLayer, Statistic
 from shared.errors import InvalidRequestError
 from shared.kv.eviction import Eviction
 from shared.request.params import MIN_KEPT_TOKENS
+
+NO_PARAMETER = {"parameter": False}
+"""Metadata of a policy's field that no request may set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,17 @@ class Policy(ABC):
     """Whether layers may lose tokens while the pass goes on (`cascade.py`): `upper_bounds` and `lower_bounds` hold,
     what `select` takes for fewer tokens lies within what it takes for more, and nothing is merged."""
 
+    def for_checkpoint(self, sharing: LayerSharing | None) -> Policy:
+        """This policy with what it must know of the weights that it will run with; by default nothing.
+
+        Args:
+            sharing: Which layers may share KV, where that is known.
+
+        Raises:
+            InvalidRequestError: Something is not known of this checkpoint.
+        """
+        return self
+
     def for_prompt(self, prompt: PromptShape) -> Policy:
         """The policy that runs in its place for prompts that this method does not cover; by default itself."""
         return self
@@ -89,7 +104,10 @@ class Policy(ABC):
         """Worth of each token, [num_kv_heads, num_tokens] fp32; infinity for what must stay, never NaN."""
 
     def allocate(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
-        """Tokens to keep in each layer, mean over its KV heads, each between 1 and num_tokens; by default the same."""
+        """Tokens to keep in each layer, mean over its KV heads, each between 1 and num_tokens; by default the same.
+
+        What it says of a layer that borrows means nothing.
+        """
         return budget.uniform()
 
     def upper_bounds(self, layers: Sequence[ObservedLayer], budget: TokenBudget) -> list[int]:
@@ -155,3 +173,9 @@ class Policy(ABC):
         """
         if not condition:
             raise InvalidRequestError(f"{self.name}: {message}", reason="POLICY_PARAMETER")
+
+
+def parameters_of(policy: Policy | type[Policy]) -> tuple[Field[Any], ...]:
+    """The fields that a request may set."""
+    every = fields(policy)  # type: ignore[arg-type]  # a policy is a dataclass
+    return tuple(field for field in every if field.metadata.get("parameter", True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import get_type_hints
 
 from prefill_worker.compression.policies.ada_kv import AdaKV
@@ -17,6 +16,7 @@ from prefill_worker.compression.policies.fast_v import FastV
 from prefill_worker.compression.policies.h2o import H2O
 from prefill_worker.compression.policies.keyformer import Keyformer
 from prefill_worker.compression.policies.kv_merger import KVMerger
+from prefill_worker.compression.policies.kv_sharer import KVSharer
 from prefill_worker.compression.policies.look_ahead import LookAheadPolicy
 from prefill_worker.compression.policies.look_m import LookM
 from prefill_worker.compression.policies.mix_kv import MixKV
@@ -30,7 +30,7 @@ from prefill_worker.compression.policies.tgv_kv import TGVKV
 from prefill_worker.compression.policies.tidal_decode import TidalDecode
 from prefill_worker.compression.policies.vl_cache import VLCache
 from prefill_worker.compression.policies.zip_vl import ZipVL
-from prefill_worker.compression.policy import Policy
+from prefill_worker.compression.policy import Policy, parameters_of
 from shared.errors import InvalidRequestError
 
 POLICIES: dict[str, type[Policy]] = {
@@ -60,6 +60,7 @@ POLICIES: dict[str, type[Policy]] = {
         LookAheadPolicy,
         Scope,
         TidalDecode,
+        KVSharer,
     )
 }
 DEFAULT_POLICY = VLCache.name
@@ -84,7 +85,7 @@ def build_policy(name: str, parameters: Mapping[str, object]) -> Policy:
         known = ", ".join(sorted(CHOICES))
         raise InvalidRequestError(f"unknown policy {name!r}; known: {known}", reason="UNKNOWN_POLICY")
     types = get_type_hints(policy)
-    known_fields = [field.name for field in fields(policy)]  # type: ignore[arg-type]  # every policy is a dataclass
+    known_fields = [field.name for field in parameters_of(policy)]
     values = {}
     for key, value in parameters.items():
         if key not in known_fields:

@@ -71,6 +71,7 @@ class ObservedLayer:
     Attributes:
         key: [num_kv_heads, num_tokens, head_dim], rotated; in a sparse pass only of the tokens that the layer has.
         value: As `key`.
+        lender: The layer below whose keys and values these are, as it attended to them; None has its own.
         survivors: [num_tokens] bool, the tokens that reached the last layer of a sparse pass; None when all did.
         ahead: [num_kv_heads, num_tokens] fp32, attention that each token received from the answer's first tokens,
             summed over these and the group; None unless the policy looks ahead.
@@ -82,6 +83,7 @@ class ObservedLayer:
     key: torch.Tensor
     value: torch.Tensor
     measured: Mapping[Statistic[Any], Any]
+    lender: int | None = None
     survivors: torch.Tensor | None = None
     ahead: torch.Tensor | None = None
     scores: torch.Tensor | None = None

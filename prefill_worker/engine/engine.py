@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,7 @@ class Prefilled:
         seconds: Duration of the stages vision_encode, prefill, statistics, and cascade where there was one.
         peak_kv_bytes: Most KV that there was during the pass.
         survivors: [num_tokens] bool, the tokens that reached the last layer of a sparse pass; None when all did.
+        lenders: Of each layer that borrowed, the one below whose keys and values it attended to; they are its own here.
         ahead: Per layer what the answer's first tokens attended to, see `ObservedLayer`; empty without looking ahead.
         peaks: Per layer the largest of their weights, see `LookAhead`; as `ahead`.
         held: Per layer which tokens the rows of `keys` are, [num_kv_heads, num_tokens] bool; empty without a cascade.
@@ -60,6 +61,7 @@ class Prefilled:
     seconds: dict[str, float]
     peak_kv_bytes: int = 0
     survivors: torch.Tensor | None = None
+    lenders: Mapping[int, int] = field(default_factory=dict)
     ahead: Sequence[torch.Tensor | None] = ()
     peaks: Sequence[torch.Tensor] = ()
     held: Sequence[torch.Tensor] = ()
@@ -67,6 +69,11 @@ class Prefilled:
     known_images: int = 0
     known_tokens: int = 0
     early: EarlyRows | None = None
+
+    @property
+    def has_full_kv(self) -> bool:
+        """Whether the model could go on from here as from its own pass: of every layer each token's KV is there."""
+        return self.survivors is None and not self.lenders
 
     def observed(self, prompt: PromptShape) -> list[ObservedLayer]:
         """The layers as a policy sees them: the prompt's tokens alone."""
@@ -79,10 +86,13 @@ class Prefilled:
                 key=key[:, seen],
                 value=value[:, seen],
                 measured=measured,
+                lender=self.lenders.get(index),
                 survivors=self.survivors,
                 ahead=attention,
             )
-            for key, value, measured, attention in zip(self.keys, self.values, self.measured, ahead, strict=True)
+            for index, (key, value, measured, attention) in enumerate(
+                zip(self.keys, self.values, self.measured, ahead, strict=True)
+            )
         ]
 
 
@@ -164,14 +174,14 @@ class PrefillEngine:
         """Decodes the answer's first tokens over the full KV of a pass, which stays as it is.
 
         Args:
-            prefilled: A pass whose tokens all reached the last layer.
+            prefilled: A pass with full KV.
             token: The first of them, at `position`.
             steps: Tokens that are fed at most.
 
         Returns:
             The pass with the KV of what was fed, and what it attended to.
         """
-        assert prefilled.survivors is None, "a sparse pass has no full KV"
+        assert prefilled.has_full_kv, "a sparse pass has no full KV"
         ahead = LookAhead(self._model, self._kinds.windows, prefilled.keys, prefilled.values, steps)
         ahead.run(token, position, steps, draw)
         return replace(prefilled, keys=ahead.keys(), values=ahead.values(), ahead=ahead.attention, peaks=ahead.peaks)
@@ -240,14 +250,17 @@ class PrefillEngine:
 
 
 def _prefilled(logits: torch.Tensor, cache: PromptCache, observer: PrefillObserver) -> Prefilled:
+    # what a borrowing layer had of its own is let go
+    read = [observer.lenders.get(layer, layer) for layer in range(len(cache.keys))]
     return Prefilled(
         logits=logits,
-        keys=cache.keys,
-        values=cache.values,
+        keys=[cache.keys[layer] for layer in read],
+        values=[cache.values[layer] for layer in read],
         measured=observer.measured,
         seconds={},
         peak_kv_bytes=cache.peak_bytes,
         survivors=observer.survivors,
+        lenders=observer.lenders,
         held=cache.held,
         known_tokens=cache.get_seq_length(),
     )

@@ -33,6 +33,7 @@ class PrefillObserver:
         seconds: Time that measuring took.
         first_layer_at: When the vision tower was done; None before.
         survivors: None: every token reaches the last layer.
+        lenders: Empty: every layer attends to keys of its own.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class PrefillObserver:
         self.seconds = 0.0
         self.first_layer_at: float | None = None
         self.survivors: torch.Tensor | None = None
+        self.lenders: dict[int, int] = {}
 
     def attend(
         self,

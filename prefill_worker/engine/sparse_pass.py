@@ -1,4 +1,4 @@
-"""A pass that a policy changes: who attends in each layer, and which tokens go on to the next ones."""
+"""A pass that a policy changes: who attends to what in each layer, and which tokens go on to the next ones."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class SparseObserver(PrefillObserver):
 
     Attributes:
         survivors: [num_tokens] bool, the tokens that reach the last layer; None while nothing was dropped.
+        lenders: Of each layer that has borrowed, the one below whose keys and values it attended to.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class SparseObserver(PrefillObserver):
         super().__init__(prompt, statistics, cancelled, rotations)
         self._sparse = sparse
         self._places: torch.Tensor | None = None
+        # views of what the cache holds anyway
+        self._read: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def attend(
         self,
@@ -54,7 +57,10 @@ class SparseObserver(PrefillObserver):
         """See `LayerHook.attend`; batch is 1."""
         assert mask is None, "a sparse pass knows plain causal attention only"
         self._begin(layer)
-        attention = self._layer(query[0], key[0], value[0], scaling)
+        self._read.append((key[0], value[0]))
+        if (lender := self._sparse.lender(layer)) is not None:
+            self.lenders[layer], self._read[layer] = lender, self._read[lender]
+        attention = self._layer(query[0], *self._read[layer], scaling)
         self._measure(attention)
         return self._sparse.attend(attention, self.measured[-1])[None].transpose(1, 2)
 

@@ -32,6 +32,16 @@ class Eviction(ABC):
     carries_scores: ClassVar[bool] = False
     evicts: ClassVar[bool] = True
 
+    @property
+    def empty_layers(self) -> frozenset[int]:
+        """Layers without a row of their own, of the prompt or of the answer."""
+        return frozenset()
+
+    @property
+    def digested(self) -> bytes:
+        """What a parcel's digest covers of it: what says whose rows are read."""
+        return b""
+
     @abstractmethod
     def check(self, layout: KVLayout, num_kept: Sequence[int]) -> None:
         """Compares the numbers with each other and with a parcel's kept rows, layer-major.
@@ -187,6 +197,46 @@ class SparseRead(Eviction):
         return pb.Eviction(sparse_read=pb.Eviction.SparseRead(select_layers=self.select_layers, top=self.top))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedLayers(Eviction):
+    """KVSharer: nothing goes, but `borrowers` have no rows: each reads those of the layer below that `lenders` says.
+
+    They ascend. A layer that borrows does not lend, so what is read is always there.
+    """
+
+    evicts: ClassVar[bool] = False
+
+    borrowers: tuple[int, ...]
+    lenders: tuple[int, ...]
+
+    @property
+    def empty_layers(self) -> frozenset[int]:
+        """See `Eviction`."""
+        return frozenset(self.borrowers)
+
+    @property
+    def digested(self) -> bytes:
+        """See `Eviction`; each layer that borrows, then its lender, as 4 bytes."""
+        pairs = zip(self.borrowers, self.lenders, strict=True)
+        return b"".join(layer.to_bytes(4, "little") for pair in pairs for layer in pair)
+
+    def check(self, layout: KVLayout, num_kept: Sequence[int]) -> None:
+        """See `Eviction`."""
+        _require(0 < len(self.borrowers) == len(self.lenders), "one lender per borrowing layer is needed")
+        _require(list(self.borrowers) == sorted(self.empty_layers), "borrowing layers must ascend")
+        _require(self.borrowers[-1] < layout.num_layers, "a borrowing layer does not exist")
+        pairs = zip(self.lenders, self.borrowers, strict=True)
+        _require(all(0 <= lender < borrower for lender, borrower in pairs), "a lender must lie below its borrower")
+        _require(self.empty_layers.isdisjoint(self.lenders), "a layer that borrows cannot lend")
+        kept = _by_layer(num_kept, layout.num_kv_heads)
+        _require(not any(count for layer in self.borrowers for count in kept[layer]), "a borrowing layer keeps rows")
+
+    def to_proto(self) -> pb.Eviction:
+        """See `Eviction`."""
+        message = pb.Eviction.SharedLayers(borrowers=self.borrowers, lenders=self.lenders)
+        return pb.Eviction(shared_layers=message)
+
+
 def eviction_from_proto(message: pb.Eviction) -> Eviction:
     """Reads a message; `Eviction.check` says whether it makes sense.
 
@@ -211,6 +261,9 @@ def eviction_from_proto(message: pb.Eviction) -> Eviction:
     if kind == "recall":
         recall = message.recall
         return Recall(budget=tuple(recall.budget), recent=tuple(recall.recent), sinks=recall.sinks)
+    if kind == "shared_layers":
+        shared = message.shared_layers
+        return SharedLayers(borrowers=tuple(shared.borrowers), lenders=tuple(shared.lenders))
     raise FailedPreconditionError("unknown kind of eviction", reason="PARCEL_EVICTION")
 
 

@@ -89,13 +89,13 @@ class Manifest:
         heads = self.layout.num_layers * self.layout.num_kv_heads
         _require(0 < self.logical_length <= MAX_LOGICAL_LENGTH, "logical length out of range")
         _require(len(self.num_kept) == heads, "one kept count per layer and KV head is needed")
-        _require(all(1 <= kept <= self.logical_length for kept in self.num_kept), "a kept count is out of range")
+        self._check_eviction()
+        self._check_kept()
         if self.encoding is not None:
             self.encoding.check(self.layout, self.num_kept)
         _require(self.body_bytes == self.kv_bytes + self.score_bytes, "body size and kept counts disagree")
         _require(0 < self.next_position <= 2 * MAX_LOGICAL_LENGTH, "next position out of range")
         self._check_generated()
-        self._check_eviction()
         self._check_kept_tokens()
         self._check_seen_tokens()
 
@@ -108,13 +108,18 @@ class Manifest:
         if self.compatibility != compatibility or self.layout != layout:
             raise FailedPreconditionError("the parcel belongs to another model", reason="INCOMPATIBLE_PARCEL")
 
+    def digest_of(self, body: memoryview) -> bytes:
+        """The digest of this parcel with such a body."""
+        lenders = self.eviction.digested if self.eviction is not None else b""
+        return body_digest(body, (*self.seen_tokens, lenders))
+
     def check_digest(self, body: memoryview) -> None:
         """Compares the body with the digest.
 
         Raises:
             DataLossError: Bytes were lost or changed.
         """
-        if body_digest(body, self.seen_tokens) != self.digest:
+        if self.digest_of(body) != self.digest:
             raise DataLossError("the parcel's digest does not match its bytes", reason="PARCEL_DIGEST")
 
     @classmethod
@@ -185,11 +190,20 @@ class Manifest:
             seen_tokens=self.seen_tokens,
         )
 
+    @property
+    def _empty_layers(self) -> frozenset[int]:
+        return self.eviction.empty_layers if self.eviction is not None else frozenset()
+
+    def _check_kept(self) -> None:
+        heads, empty = self.layout.num_kv_heads, self._empty_layers
+        own = (kept for place, kept in enumerate(self.num_kept) if place // heads not in empty)
+        _require(all(1 <= kept <= self.logical_length for kept in own), "a kept count is out of range")
+
     def _check_generated(self) -> None:
         _require(len(self.generated) > 0, "the answer's first token is missing")
-        fed, heads = len(self.generated) - 1, self.layout.num_kv_heads
+        fed, heads, empty = len(self.generated) - 1, self.layout.num_kv_heads, self._empty_layers
         for layer, window in enumerate(self.layout.windows or (0,) * self.layout.num_layers):
-            least = min(fed, window - 1) if window else fed
+            least = 0 if layer in empty else min(fed, window - 1) if window else fed
             kept = self.num_kept[layer * heads : (layer + 1) * heads]
             _require(min(kept) >= least, "as many rows as tokens that were fed are needed")
 
@@ -235,11 +249,11 @@ def check_format(version: int) -> None:
         raise FailedPreconditionError(f"parcel format {version} is not {FORMAT_VERSION}", reason="PARCEL_FORMAT")
 
 
-def body_digest(body: memoryview, seen_tokens: Sequence[bytes] = ()) -> bytes:
-    """xxh3-128 of a parcel body and of what says which rows are seen: integrity against faults, not attackers."""
+def body_digest(body: memoryview, read_how: Sequence[bytes] = ()) -> bytes:
+    """xxh3-128 of a parcel body and of what says which rows are read: integrity against faults, not attackers."""
     digest = xxhash.xxh3_128(body)
-    for bitmap in seen_tokens:
-        digest.update(bitmap)
+    for part in read_how:
+        digest.update(part)
     return digest.digest()
 
 

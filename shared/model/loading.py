@@ -78,12 +78,14 @@ def load_decode_model(path: Path, *, dtype: torch.dtype, device: torch.device) -
 
 def compatibility_hash(path: Path, layout: KVLayout) -> str:
     """Hex digest of everything two workers must share to exchange KV: architecture, weights, layout."""
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
-        digest.update(f"{file.name}:{file.stat().st_size}".encode())
-        digest.update(_ends_of(file))
+    digest = _checkpoint_digest(path)
     digest.update(repr(layout).encode())
     return digest.hexdigest()
+
+
+def checkpoint_hash(path: Path) -> str:
+    """The part of it that is the checkpoint's: architecture and weights, in whatever precision they are loaded."""
+    return _checkpoint_digest(path).hexdigest()
 
 
 def _load(
@@ -152,6 +154,14 @@ def _eos_token_ids(path: Path, config: PretrainedConfig) -> frozenset[int]:
 
 def _weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def _checkpoint_digest(path: Path) -> hashlib._Hash:
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+        digest.update(_ends_of(file))
+    return digest
 
 
 def _ends_of(file: Path) -> bytes:

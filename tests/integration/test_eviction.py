@@ -17,12 +17,14 @@ EVICTING = {
     "tgv_kv": {},
     "scope": {"decode_window": 16, "decode_recent": 8},
     "tidal_decode": {"first": 1, "second": 3, "top": 8},
+    "kv_sharer": {"layers": 2},
 }
 NOTHING_CHANGES: dict[str, dict[str, object]] = {
     "h2o": {},
     "elastic_cache": {},
     "scope": {},
     "tidal_decode": {"top": 100_000},
+    "kv_sharer": {"layers": 5},
 }
 
 

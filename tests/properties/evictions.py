@@ -14,6 +14,7 @@ from shared.kv.eviction import (
     HeavyHitters,
     Recall,
     Scope,
+    SharedLayers,
     SparseRead,
     TextGuard,
     share_that_travels,
@@ -44,6 +45,9 @@ def evictions(draw: st.DrawFn, layout: KVLayout, num_kept: Sequence[int]) -> Evi
         ),
     ]
     heads = layout.num_kv_heads
+    if empty := [layer for layer in range(layout.num_layers) if not any(num_kept[layer * heads : (layer + 1) * heads])]:
+        lenders = [draw(st.sampled_from([low for low in range(high) if low not in empty])) for high in empty]
+        return SharedLayers(borrowers=tuple(empty), lenders=tuple(lenders))
     if all(len(set(num_kept[at : at + heads])) == 1 for at in range(0, len(num_kept), heads)):
         kinds.append(TextGuard(retention=retention, sinks=draw(st.integers(0, 5)), text=text))
         budget = tuple(max(num_kept) + recent + 6 for _ in range(layout.num_layers))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vlcache.worker.v1 import kv_pb2 as pb
 
 from shared.errors import DataLossError, FailedPreconditionError, InvalidRequestError
-from shared.kv.eviction import FixedSlot, HeavyHitters, Recall
+from shared.kv.eviction import FixedSlot, HeavyHitters, Recall, SharedLayers
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import MAX_LOGICAL_LENGTH, MAX_TABLE_ROWS, Manifest, TransferId, body_digest, score_bytes
 from shared.request.params import Sampling
@@ -39,6 +39,11 @@ samplings = st.builds(
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     layout, num_kept = draw(ragged(largest=40))
+    heads = layout.num_kv_heads
+    upper = st.sets(st.integers(1, layout.num_layers - 1)) if layout.num_layers > 1 else st.just(set())
+    empty = draw(st.one_of(st.just(set()), upper))
+    num_kept = tuple(0 if place // heads in empty else kept for place, kept in enumerate(num_kept))
+    own = [kept for kept in num_kept if kept]
     eviction = draw(evictions(layout, num_kept))
     encoding = draw(saving(layout, num_kept))
     kv_bytes = encoding.body_bytes(layout, num_kept) if encoding else layout.body_bytes(num_kept)
@@ -60,7 +65,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         layer_attention_mass=tuple(draw(st.lists(st.floats(0, 1, width=32), max_size=5))),
         body_bytes=kv_bytes + score_bytes(eviction, num_kept),
         digest=draw(st.binary(max_size=16)),
-        generated=tuple(draw(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=min(num_kept) + 1))),
+        generated=tuple(draw(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=min(own) + 1))),
         sampling=draw(samplings),
         encoding=encoding,
         eviction=eviction,
@@ -138,6 +143,10 @@ def guard(**numbers: Any) -> pb.Eviction:
     return pb.Eviction(text_guard=pb.Eviction.TextGuard(**values))
 
 
+def shared(**numbers: Any) -> pb.Eviction:
+    return pb.Eviction(shared_layers=pb.Eviction.SharedLayers(**({"borrowers": [1], "lenders": [0]} | numbers)))
+
+
 def sparse(**numbers: Any) -> pb.Eviction:
     return pb.Eviction(sparse_read=pb.Eviction.SparseRead(**({"select_layers": [0, 1], "top": 4} | numbers)))
 
@@ -187,6 +196,69 @@ def test_a_table_that_no_worker_could_hold_is_an_invalid_request() -> None:
         else:
             with pytest.raises(InvalidRequestError, match="too many rows"):
                 Manifest.from_proto(message)
+
+
+ONE_LAYER: dict[str, Any] = {"num_kept": [3, 1, 0, 0], "body_bytes": 2 * 4 * 16}
+
+
+def test_a_layer_that_borrows_keeps_nothing() -> None:
+    manifest = Manifest.from_proto(changed(eviction=shared(), **ONE_LAYER, kept_tokens=[*KEPT[:2], b"\0", b"\0"]))
+    assert manifest.eviction == SharedLayers(borrowers=(1,), lenders=(0,))
+    with pytest.raises(InvalidRequestError, match="as many rows"):
+        Manifest.from_proto(changed(eviction=shared(), **ONE_LAYER, generated=[7, 8, 9]))
+
+
+def test_another_lender_breaks_the_digest() -> None:
+    body = memoryview(bytes(8))
+    layout = KVLayout(num_layers=3, num_kv_heads=1, head_dim=1, dtype="float32").to_proto()
+    rows = {"layout": layout, "num_kept": [1, 1, 0], "body_bytes": 2 * 2 * 4}
+    manifest = Manifest.from_proto(changed(eviction=shared(borrowers=[2], lenders=[0]), **rows))
+    for lender in (0, 1):
+        told = changed(eviction=shared(borrowers=[2], lenders=[lender]), digest=manifest.digest_of(body), **rows)
+        if lender == 0:
+            Manifest.from_proto(told).check_digest(body)
+        else:
+            with pytest.raises(DataLossError):
+                Manifest.from_proto(told).check_digest(body)
+
+
+BAD_SHARING = {
+    "nobody says so": None,
+    "nobody borrows": shared(borrowers=[], lenders=[]),
+    "a lender is missing": shared(lenders=[]),
+    "a lender too many": shared(lenders=[0, 0]),
+    "another one borrows": shared(borrowers=[0], lenders=[0]),
+    "from itself": shared(lenders=[1]),
+    "from above": shared(borrowers=[0, 1], lenders=[1, 0]),
+    "from nowhere": shared(lenders=[2**32 - 1]),
+    "a layer that is not there": shared(borrowers=[1, 2], lenders=[0, 0]),
+    "twice": shared(borrowers=[1, 1], lenders=[0, 0]),
+}
+
+
+@pytest.mark.parametrize("eviction", BAD_SHARING.values(), ids=BAD_SHARING.keys())
+def test_a_layer_without_rows_needs_a_lender(eviction: pb.Eviction | None) -> None:
+    with pytest.raises(InvalidRequestError):
+        Manifest.from_proto(changed(eviction=eviction, **ONE_LAYER))
+
+
+@pytest.mark.parametrize("num_kept", [[3, 1, 0, 4], [3, 1, 2, 2], [8, 0, 0, 0], [0, 0, 4, 4], [0, 0, 0, 0]])
+def test_rows_and_lenders_agree(num_kept: list[int]) -> None:
+    body_bytes = 2 * sum(num_kept) * 16
+    with pytest.raises(InvalidRequestError):
+        Manifest.from_proto(changed(eviction=shared(), num_kept=num_kept, logical_length=8, body_bytes=body_bytes))
+
+
+def test_a_chain_of_lenders_is_refused() -> None:
+    layout = KVLayout(num_layers=3, num_kv_heads=1, head_dim=4, dtype="float32").to_proto()
+    rows = {"num_kept": [4, 0, 0], "body_bytes": 2 * 4 * 16}
+    for lenders, chain in (([0, 0], False), ([0, 1], True)):
+        message = changed(layout=layout, eviction=shared(borrowers=[1, 2], lenders=lenders), **rows)
+        if chain:
+            with pytest.raises(InvalidRequestError, match="cannot lend"):
+                Manifest.from_proto(message)
+        else:
+            assert Manifest.from_proto(message).eviction is not None
 
 
 BAD_EVICTIONS = {

@@ -35,8 +35,16 @@ class SparsePrefill(ABC):  # noqa: B024 - each method has a sensible default
         """
         return None
 
+    def lender(self, layer: int) -> int | None:
+        """The layer below whose keys and values `layer` attends to in place of its own; it has its own itself."""
+        return None
+
     def attend(self, layer: LayerAttention, measured: Measured) -> torch.Tensor:
-        """Attention output of a layer, [num_query_heads, num_tokens of the layer, head_dim]; by default causal."""
+        """Attention output of a layer over the keys that it reads; by default causal.
+
+        Returns:
+            [num_query_heads, num_tokens of the layer, head_dim].
+        """
         return causal_attention(layer.query, layer.key, layer.value, layer.scaling)
 
 

@@ -16,6 +16,10 @@ class Rule:
         """Positions that enter a layer, given the attention [heads, tokens, tokens] of those before."""
         return present
 
+    def lender(self, layer: int) -> int | None:
+        """The layer whose keys and values this one attends to."""
+        return None
+
     def attending(self, attention: torch.Tensor, present: list[int]) -> list[int]:
         """Positions that attend among themselves in a layer whose plain causal attention is this."""
         return present
@@ -50,6 +54,9 @@ def naive_pass(model: Any, embeddings: torch.Tensor, rule: Rule) -> NaivePass:
             for part in (there.q_proj, there.k_proj, there.v_proj)
         )
         query, key = (_rotated(part, cos[0], sin[0]) for part in (query, key))
+        lender = rule.lender(index)
+        if lender is not None:
+            key, value = done.keys[lender], done.values[lender]
         attention = _attention(query, key, present)
         among = rule.attending(attention, present)
         group = len(query) // len(key)

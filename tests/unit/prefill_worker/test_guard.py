@@ -29,6 +29,7 @@ from tests.unit.decode_worker.tiny import KV_HEADS, LAYERS, tokenizer
 from tests.unit.prefill_worker.compression.observing import prompt_shape
 from tests.unit.prefill_worker.pieces import job as plain_job
 from tests.unit.prefill_worker.prompts import QUESTION, encoded, picture, user
+from tests.unit.prefill_worker.sharing import sharer, sharing
 
 POLICY = VLCache(min_tokens=4)
 ROOM = 1 << 20
@@ -197,10 +198,17 @@ def test_what_a_sparse_pass_has_dropped_cannot_be_kept(compute: PrefillCompute, 
     assert (sparse.asked, sparse.report.guard) == ([], public.GUARD_OUTCOME_REFUSED)
 
 
+def test_nor_what_layers_without_kv_of_their_own_never_had(compute: PrefillCompute, prompt: Prompt) -> None:
+    shared = Run(compute, prompt, job(0.5, policy=sharer((2, 0))))
+    assert (shared.asked, shared.report.guard) == ([], public.GUARD_OUTCOME_REFUSED)
+    assert shared.manifest.num_kept[-KV_HEADS:] == (0,) * KV_HEADS
+
+
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @pytest.mark.parametrize("limit", [0.0, 0.02])
 def test_every_policy_may_be_guarded(compute: PrefillCompute, prompt: Prompt, name: str, limit: float) -> None:
-    guarded = Run(compute, prompt, job(limit, policy=build_policy(name, {})))
+    policy = build_policy(name, {}).for_checkpoint(sharing((2, 0)))
+    guarded = Run(compute, prompt, job(limit, policy=policy))
     guarded.manifest.check()
     body = guarded.body(guarded.large if guarded.asked else guarded.small)
     guarded.manifest.check_digest(body)

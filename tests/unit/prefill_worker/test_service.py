@@ -1,5 +1,6 @@
 """A whole prefill worker behind real gRPC, with a decode worker that only takes parcels."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from vlcache.worker.v1 import worker_pb2
 from prefill_worker.compression.registry import CHOICES
 from prefill_worker.config import PrefillConfig
 from prefill_worker.worker import LoadedModel, load_model
+from shared.kv.eviction import SharedLayers
 from tests.unit.decode_worker.tiny import CONTEXT, LAYERS, VISUAL_TOKENS
 from tests.unit.prefill_worker.pieces import until
 from tests.unit.prefill_worker.prompts import QUESTION, encoded, picture, user
 from tests.unit.prefill_worker.served import Stack, run
+from tests.unit.prefill_worker.sharing import sharing
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,32 @@ def test_a_request_becomes_a_token_a_report_and_a_parcel(loaded: LoadedModel) ->
         assert events[1].compression.kept_bytes == len(parcel)
         assert events[3].transfer.sent_bytes > len(parcel)
         stack.worker.runner.check_integrity()
+
+    run(loaded, body)
+
+
+def sharing_request(stack: Stack) -> pb.PrefillRequest:
+    request = stack.request(encoded(picture(1)), QUESTION)
+    request.request.compression.policy = "kv_sharer"
+    return request
+
+
+def test_layers_share_kv_where_the_checkpoint_says_which(loaded: LoadedModel) -> None:
+    async def body(stack: Stack) -> None:
+        await stack.prefill(sharing_request(stack))
+        ((_, manifest, _),) = stack.sink.parcels
+        assert manifest.policy == "kv_sharer"
+        assert manifest.eviction == SharedLayers(borrowers=(2,), lenders=(1,))
+
+    run(dataclasses.replace(loaded, sharing=sharing((2, 1))), body)
+
+
+def test_and_nowhere_else(loaded: LoadedModel) -> None:
+    async def body(stack: Stack) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stack.prefill(sharing_request(stack))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "python -m prefill_worker.calibrate" in (caught.value.details() or "")
 
     run(loaded, body)
 

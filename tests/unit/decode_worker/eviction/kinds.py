@@ -6,7 +6,17 @@ from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from shared.kv.eviction import SCOPE_VARIANTS, Eviction, FixedSlot, HeavyHitters, Recall, Scope, SparseRead, TextGuard
+from shared.kv.eviction import (
+    SCOPE_VARIANTS,
+    Eviction,
+    FixedSlot,
+    HeavyHitters,
+    Recall,
+    Scope,
+    SharedLayers,
+    SparseRead,
+    TextGuard,
+)
 from shared.kv.layout import KVLayout
 
 
@@ -21,7 +31,7 @@ def parcels(draw: st.DrawFn) -> tuple[KVLayout, Eviction | None, tuple[int, ...]
     layers, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     layout = KVLayout(num_layers=layers, num_kv_heads=heads, head_dim=draw(st.sampled_from([3, 8])), dtype="float32")
     counts = st.integers(1, 9)
-    kind = draw(st.sampled_from(["none", "slot", "heavy", "recall", "scope", "guard", "sparse"]))
+    kind = draw(st.sampled_from(["none", "slot", "heavy", "recall", "scope", "guard", "sparse", "shared"]))
     if kind in ("guard", "recall"):
         kept = [count for count in draw(st.lists(counts, min_size=layers, max_size=layers)) for _ in range(heads)]
     elif kind == "sparse":
@@ -29,7 +39,18 @@ def parcels(draw: st.DrawFn) -> tuple[KVLayout, Eviction | None, tuple[int, ...]
     else:
         kept = draw(st.lists(counts, min_size=layers * heads, max_size=layers * heads))
     prompt_tokens = max(kept) + draw(st.integers(0, 30))
-    return layout, draw(evictions(kind, layers, max(kept))), tuple(kept), prompt_tokens
+    eviction = draw(shared_layers(layers)) if kind == "shared" else draw(evictions(kind, layers, max(kept)))
+    empty = eviction.empty_layers if eviction is not None else ()
+    kept = [0 if place // heads in empty else count for place, count in enumerate(kept)]
+    return layout, eviction, tuple(kept), prompt_tokens
+
+
+@st.composite
+def shared_layers(draw: st.DrawFn, layers: int) -> SharedLayers | None:
+    """None where a model has one layer."""
+    borrowers = sorted(draw(st.sets(st.integers(1, layers - 1), min_size=1))) if layers > 1 else []
+    lenders = [draw(st.sampled_from([low for low in range(high) if low not in borrowers])) for high in borrowers]
+    return SharedLayers(borrowers=tuple(borrowers), lenders=tuple(lenders)) if borrowers else None
 
 
 @st.composite

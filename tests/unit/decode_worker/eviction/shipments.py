@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from decode_worker.eviction.kinds import opened
 from decode_worker.kv_pool.base import SequenceKV, growth_of
 from decode_worker.sequence import Sequence
 from shared.kv.eviction import Eviction
-from shared.kv.manifest import Manifest, TransferId, body_digest
+from shared.kv.manifest import Manifest, TransferId
 from shared.request.params import Sampling
 from tests.unit.decode_worker.eviction.twin import Twin
 from tests.unit.decode_worker.parcels import body_of, manifest_of
@@ -23,13 +24,15 @@ from tests.unit.decode_worker.sequences import LAYOUT, Kept, Prefilled
 
 
 class RuledShipment:
-    """Some of a prompt, alike in all layers and heads, so that every kind is possible."""
+    """Some of a prompt, alike in all heads and layers that keep rows, so that every kind is possible."""
 
     def __init__(self, prompt: Prefilled, positions: Items[int], eviction: Eviction | None) -> None:
         self.prompt, self.eviction = prompt, eviction
-        kept: Kept = [[[*positions]] * LAYOUT.num_kv_heads for _ in range(LAYOUT.num_layers)]
+        empty = eviction.empty_layers if eviction is not None else ()
+        layers = ([] if layer in empty else [*positions] for layer in range(LAYOUT.num_layers))
+        kept: Kept = [[places] * LAYOUT.num_kv_heads for places in layers]
         self._pairs = prompt.rows(kept)
-        self.num_kept = [len(positions)] * len(self._pairs)
+        self.num_kept = [len(keys) for keys, _ in self._pairs]
         self.body, self._scores = body_of(self._pairs, LAYOUT), np.zeros(0, dtype=np.float32)
         if eviction is not None and eviction.carries_scores:
             self._scores = np.random.default_rng(5).random(sum(self.num_kept), dtype=np.float32)
@@ -42,9 +45,9 @@ class RuledShipment:
             "next_position": self.prompt.num_tokens,
             "generated": (self.prompt.first_token,),
             "eviction": self.eviction,
-            "digest": body_digest(memoryview(self.body)),
         }
-        return manifest_of(LAYOUT, self.num_kept, self.body, **(truth | changes))
+        manifest = manifest_of(LAYOUT, self.num_kept, self.body, **(truth | changes))
+        return manifest if "digest" in changes else replace(manifest, digest=manifest.digest_of(memoryview(self.body)))
 
     def twin(self) -> Twin:
         return Twin(self.eviction, self._pairs, LAYOUT.num_layers, self.prompt.num_tokens, self._scores.tolist())

@@ -12,7 +12,7 @@ import torch
 from decode_worker.engine import EagerEngine
 from decode_worker.graph_engine import GraphEngine
 from decode_worker.sequence import Sequence
-from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Recall, Scope, SparseRead, TextGuard
+from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Recall, Scope, SharedLayers, SparseRead, TextGuard
 from shared.kv.extents import aligned
 from shared.model.loading import load_decode_model
 from tests.unit.decode_worker.eviction.shipments import RuledShipment, TwinDecoding, orders
@@ -35,6 +35,8 @@ KINDS: dict[str, Eviction | None] = {
     "tgv": TextGuard(retention=THIRD, sinks=4, text=(3, 0, 5)),
     "tidal": SparseRead(select_layers=(0,), top=7),
     "tidal, anew": SparseRead(select_layers=(0, 2), top=3),
+    "sharer": SharedLayers(borrowers=(1, 2), lenders=(0, 0)),
+    "sharer, one": SharedLayers(borrowers=(2,), lenders=(1,)),
 }
 
 
@@ -92,7 +94,8 @@ def test_logits_and_kept_tokens_are_those_of_the_twin(
         advance([each], [20 + step])
         assert same(single.logits[0], expected)
         assert orders(each.kv) == twin.twin.orders()
-    dropped = sum(map(len, orders(each.kv))) < sum(shipments[kind].num_kept) + STEPS * len(shipments[kind].num_kept)
+    kept = shipments[kind].num_kept
+    dropped = sum(map(len, orders(each.kv))) < sum(kept) + STEPS * sum(map(bool, kept))
     assert dropped == (KINDS[kind] is not None and KINDS[kind].evicts)  # type: ignore[union-attr]
 
 
@@ -131,7 +134,7 @@ def test_a_graph_engine_steps_a_batch_with_evictions_eagerly(
     checkpoint: Path, single: Noting, shipments: dict[str, RuledShipment]
 ) -> None:
     """And goes back to its graphs as soon as the last of them has left; nobody notices."""
-    kinds = ["nothing", "h2o", "elastic", "tidal"]
+    kinds = ["nothing", "h2o", "sharer", "tidal"]
     slabs = POOLS["slabs"](LAYOUT, 1 << 20)
     eager = EagerEngine(single, slabs)  # type: ignore[arg-type]
     expected = [decode(eager, [shipments[kind].installed(slabs, STEPS)], STEPS)[0] for kind in kinds]
@@ -158,12 +161,14 @@ MOST_ROWS = {
     "d2o": (len(KEPT) + 1, len(KEPT) + 4, len(KEPT) + 7),
     "slide": (len(KEPT) + 7,) * 3,
     "tgv": (137, 69, 114),
+    "sharer": (len(KEPT) + ROOM, 0, 0),
 }
 
 
 @pytest.mark.parametrize("kind", MOST_ROWS)
 def test_memory_is_what_the_rows_need_and_no_more(shipments: dict[str, RuledShipment], pool: Pool, kind: str) -> None:
     each = shipments[kind].installed(pool, ROOM)
-    more = [rows - len(KEPT) for rows in MOST_ROWS[kind] for _ in range(LAYOUT.num_kv_heads)]
+    most = [rows for rows in MOST_ROWS[kind] for _ in range(LAYOUT.num_kv_heads)]
+    more = [rows - kept for rows, kept in zip(most, shipments[kind].num_kept, strict=True)]
     assert pool.used_bytes == aligned(pool.sequence_bytes(shipments[kind].num_kept, more))
     assert each.kv.room == ROOM

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from decode_worker.eviction.facts import ABSENT
 from decode_worker.eviction.ledger import RowLedger
 from decode_worker.kv_pool.base import growth_of
-from shared.kv.eviction import Eviction, HeavyHitters, Recall, Scope, SparseRead
+from shared.kv.eviction import Eviction, HeavyHitters, Recall, Scope, SharedLayers, SparseRead
 from shared.kv.layout import KVLayout
 from tests.unit.decode_worker.eviction.kinds import parcels
 from tests.unit.decode_worker.eviction.ruled import Ruled, ledger_of, step
@@ -66,6 +66,9 @@ MIXED: list[Eviction | None] = [
     Scope(variant="adaptive", window=4, recent=2, delta=3),
     SparseRead(select_layers=(1, 2), top=3),
     Recall(budget=(9, 8, 12), recent=(2, 0, 5), sinks=1),
+    SharedLayers(borrowers=(1, 2), lenders=(0, 0)),
+    SharedLayers(borrowers=(2,), lenders=(0,)),
+    SharedLayers(borrowers=(2,), lenders=(1,)),
 ]
 
 
@@ -74,7 +77,10 @@ def test_a_mixed_batch_is_each_alone(storage: str) -> None:
     """Bit by bit for those without a rule; members come and go."""
 
     def fresh(number: int) -> Ruled:
-        return Ruled(pool, MIXED[number], Rows(LAYOUT, (8,) * 6, seed=number), prompt_tokens=30, room=STEPS)
+        eviction = MIXED[number]
+        empty = eviction.empty_layers if eviction is not None else ()
+        num_kept = [0 if place // LAYOUT.num_kv_heads in empty else 8 for place in range(6)]
+        return Ruled(pool, eviction, Rows(LAYOUT, num_kept, seed=number), prompt_tokens=30, room=STEPS)
 
     pool = POOLS[storage](LAYOUT, CAPACITY)
     poison(pool)

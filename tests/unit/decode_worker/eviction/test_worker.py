@@ -12,7 +12,7 @@ import pytest
 
 from decode_worker.engine import EagerEngine
 from decode_worker.worker import LoadedModel
-from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Recall, Scope, SparseRead, TextGuard
+from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Recall, Scope, SharedLayers, SparseRead, TextGuard
 from shared.kv.manifest import body_digest
 from shared.request.params import Sampling
 from tests.unit.decode_worker.eviction.shipments import RuledShipment
@@ -33,6 +33,7 @@ KINDS: dict[str, Eviction | None] = {
     "scope": Scope(variant="discontinuous", window=6, recent=2, delta=5),
     "tgv": TextGuard(retention=(Fraction(1, 3),) * 3, sinks=4, text=(3, 0, 5)),
     "tidal": SparseRead(select_layers=(0,), top=7),
+    "sharer": SharedLayers(borrowers=(2,), lenders=(0,)),
 }
 
 

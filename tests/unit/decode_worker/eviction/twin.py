@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Recall, Scope, SparseRead, TextGuard
+from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Recall, Scope, SharedLayers, SparseRead, TextGuard
 
 
 @dataclass(eq=False)
@@ -63,6 +63,8 @@ class Twin:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, scaling: float
     ) -> torch.Tensor:
         """One query, [1, heads, 1, head_dim]."""
+        if isinstance(self.eviction, SharedLayers) and layer in self.eviction.borrowers:
+            return self._read_lender(layer, query, scaling)
         caches = self.layers[layer]
         group = query.shape[1] // len(caches)
         outputs = []
@@ -156,6 +158,17 @@ class Twin:
             victim = min(candidates, key=lambda place: mean[place])
             for cache in caches:
                 del cache[victim]
+
+    def _read_lender(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        assert isinstance(self.eviction, SharedLayers)
+        caches = self.layers[self.eviction.lenders[self.eviction.borrowers.index(layer)]]
+        outputs = []
+        for head, row in enumerate(query[0, :, 0].double().numpy()):
+            cache = caches[head // (query.shape[1] // len(caches))]
+            logits = np.array([token.key @ row * scaling for token in cache])
+            weights = np.exp(logits - logits.max())
+            outputs.append(sum(w * token.value for w, token in zip(weights / weights.sum(), cache, strict=True)))
+        return torch.from_numpy(np.stack(outputs))[None, None].to(query.dtype)
 
     def _readable(self, layer: int, head: int, new: Token) -> Cache:
         if isinstance(self.eviction, SparseRead) and layer not in self.eviction.select_layers and self._selected:

@@ -40,7 +40,8 @@ def test_every_policy_has_a_line_that_says_where_it_comes_from(name: str) -> Non
         ("h2o", ["all rows or probe rows", "-", "goes on while tokens are generated", "`rows=all` `recent_share=0.5`"]),
         ("ada_kv", ["last 32 rows", "head", "-"]),
         ("d2o", ["all rows or probe rows", "layer", "merges dropped tokens, goes on while tokens are generated"]),
-        ("fast_v", ["last row", "layer", "computes less in the pass"]),
+        ("kv_sharer", ["post-vision rows", "layer", "changes the pass, goes on while tokens are generated"]),
+        ("fast_v", ["last row", "layer", "changes the pass"]),
     ],
 )
 def test_what_a_line_says(name: str, cells: list[str]) -> None:

@@ -31,7 +31,7 @@ PROMPTS = {
     "shorter than a window": prompt_shape(30, range(1, 20), seed=5),
 }
 EVICTING = {"elastic_cache", "h2o", "prefix_kv", "tgv_kv", "d2o", "scope", "tidal_decode"}
-REFUSED = EVICTING | {"look_m", "kv_merger", "fast_v", "zip_vl"}
+REFUSED = EVICTING | {"look_m", "kv_merger", "fast_v", "zip_vl", "kv_sharer"}
 
 
 def suits(name: str) -> bool:

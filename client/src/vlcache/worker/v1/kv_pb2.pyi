@@ -65,7 +65,7 @@ class KVManifest(_message.Message):
     def __init__(self, format_version: _Optional[int] = ..., transfer: _Optional[_Union[TransferId, _Mapping]] = ..., model: _Optional[str] = ..., compatibility: _Optional[str] = ..., layout: _Optional[_Union[_worker_pb2.KVLayout, _Mapping]] = ..., num_kept: _Optional[_Iterable[int]] = ..., logical_length: _Optional[int] = ..., next_position: _Optional[int] = ..., policy: _Optional[str] = ..., requested_retention: _Optional[float] = ..., realised_retention: _Optional[float] = ..., layer_attention_mass: _Optional[_Iterable[float]] = ..., body_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., generated: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., encoding: _Optional[_Union[KVEncoding, _Mapping]] = ..., eviction: _Optional[_Union[Eviction, _Mapping]] = ..., score_bytes: _Optional[int] = ..., kept_tokens: _Optional[_Iterable[bytes]] = ..., seen_tokens: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Eviction(_message.Message):
-    __slots__ = ("fixed_slot", "heavy_hitters", "scope", "text_guard", "sparse_read", "recall")
+    __slots__ = ("fixed_slot", "heavy_hitters", "scope", "text_guard", "sparse_read", "recall", "shared_layers")
     class Share(_message.Message):
         __slots__ = ("numerator", "denominator")
         NUMERATOR_FIELD_NUMBER: _ClassVar[int]
@@ -123,19 +123,28 @@ class Eviction(_message.Message):
         recent: _containers.RepeatedScalarFieldContainer[int]
         sinks: int
         def __init__(self, budget: _Optional[_Iterable[int]] = ..., recent: _Optional[_Iterable[int]] = ..., sinks: _Optional[int] = ...) -> None: ...
+    class SharedLayers(_message.Message):
+        __slots__ = ("borrowers", "lenders")
+        BORROWERS_FIELD_NUMBER: _ClassVar[int]
+        LENDERS_FIELD_NUMBER: _ClassVar[int]
+        borrowers: _containers.RepeatedScalarFieldContainer[int]
+        lenders: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, borrowers: _Optional[_Iterable[int]] = ..., lenders: _Optional[_Iterable[int]] = ...) -> None: ...
     FIXED_SLOT_FIELD_NUMBER: _ClassVar[int]
     HEAVY_HITTERS_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     TEXT_GUARD_FIELD_NUMBER: _ClassVar[int]
     SPARSE_READ_FIELD_NUMBER: _ClassVar[int]
     RECALL_FIELD_NUMBER: _ClassVar[int]
+    SHARED_LAYERS_FIELD_NUMBER: _ClassVar[int]
     fixed_slot: Eviction.FixedSlot
     heavy_hitters: Eviction.HeavyHitters
     scope: Eviction.Scope
     text_guard: Eviction.TextGuard
     sparse_read: Eviction.SparseRead
     recall: Eviction.Recall
-    def __init__(self, fixed_slot: _Optional[_Union[Eviction.FixedSlot, _Mapping]] = ..., heavy_hitters: _Optional[_Union[Eviction.HeavyHitters, _Mapping]] = ..., scope: _Optional[_Union[Eviction.Scope, _Mapping]] = ..., text_guard: _Optional[_Union[Eviction.TextGuard, _Mapping]] = ..., sparse_read: _Optional[_Union[Eviction.SparseRead, _Mapping]] = ..., recall: _Optional[_Union[Eviction.Recall, _Mapping]] = ...) -> None: ...
+    shared_layers: Eviction.SharedLayers
+    def __init__(self, fixed_slot: _Optional[_Union[Eviction.FixedSlot, _Mapping]] = ..., heavy_hitters: _Optional[_Union[Eviction.HeavyHitters, _Mapping]] = ..., scope: _Optional[_Union[Eviction.Scope, _Mapping]] = ..., text_guard: _Optional[_Union[Eviction.TextGuard, _Mapping]] = ..., sparse_read: _Optional[_Union[Eviction.SparseRead, _Mapping]] = ..., recall: _Optional[_Union[Eviction.Recall, _Mapping]] = ..., shared_layers: _Optional[_Union[Eviction.SharedLayers, _Mapping]] = ...) -> None: ...
 
 class KVEncoding(_message.Message):
     __slots__ = ("bits", "group", "residual", "key_channels")
