@@ -10,6 +10,7 @@ is the peak of the resident set over what was there before, on a GPU what PyTorc
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 import time
@@ -61,6 +62,8 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
             return
+        # what was freed and not yet given back would hide a peak
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text(RESET_PEAK)
         self._before = _resident("VmRSS")
 

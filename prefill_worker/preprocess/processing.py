@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 from PIL import Image
 from vlcache.v1 import inference_pb2 as pb
 
+from prefill_worker.preprocess.conversation import render
 from prefill_worker.preprocess.families import family_of
 from prefill_worker.preprocess.image_counts import ImageBound, image_bounds, image_views
 from prefill_worker.preprocess.image_grid import ImageGrid, image_grids
@@ -66,7 +66,7 @@ class PromptProcessor:
         self._check_messages(messages)
         encoded = [part.image.data for message in messages for part in message.parts if part.HasField("image")]
         images = open_images(encoded)
-        inputs = self._process(self._render(messages), images)
+        inputs = self._process(render(self._processor, messages), images)
         tokens = inputs["input_ids"][0].tolist()
         self._check_context(len(tokens), max_new_tokens)
         return ProcessedPrompt(
@@ -82,7 +82,7 @@ class PromptProcessor:
 
     def template_tokens(self) -> int:
         """Upper bound of what the chat template adds to a message: its bytes, whatever they merge with."""
-        return len(self._render([_empty_message(0)]).encode())
+        return len(render(self._processor, [_empty_message(0)]).encode())
 
     def image_bounds(self) -> list[ImageBound]:
         """Upper bounds of the visual tokens of one image, ascending; the last one is for all."""
@@ -92,7 +92,7 @@ class PromptProcessor:
         """Upper bound of the text tokens that template and processor put around one image, and between its tiles."""
         sample = Image.new("RGB", (SAMPLE_SIDE, SAMPLE_SIDE))
         with_image, without = (
-            self._text_bound(self._process(self._render([_empty_message(len(images))]), images))
+            self._text_bound(self._process(render(self._processor, [_empty_message(len(images))]), images))
             for images in ([sample], [])
         )
         # the marker of the last image is the longest one: it may carry the image's number
@@ -101,7 +101,7 @@ class PromptProcessor:
 
     def _marker_bytes(self, image: int) -> int:
         """What the template writes for one more image."""
-        texts = (self._render([_empty_message(count)]) for count in (image, image - 1))
+        texts = (render(self._processor, [_empty_message(count)]) for count in (image, image - 1))
         last, before = (len(text.encode()) for text in texts)
         return last - before
 
@@ -124,6 +124,8 @@ class PromptProcessor:
                 raise InvalidRequestError(f"a role is one of {', '.join(ROLES)}, not {message.role!r}")
             if any(part.WhichOneof("part") is None for part in message.parts):
                 raise InvalidRequestError("a message part is neither text nor image")
+            if message.role != "user" and any(part.HasField("image") for part in message.parts):
+                raise InvalidRequestError(f"images belong into messages of the user, not of the {message.role}")
         if messages[-1].role != "user":
             raise InvalidRequestError("the last message must come from the user")
         if images > self._limits.max_images:
@@ -138,13 +140,6 @@ class PromptProcessor:
         for token in self._reserved:
             if any(token in text for text in texts):
                 raise InvalidRequestError(f"the text contains the reserved token {token!r}", reason="RESERVED_TOKEN")
-
-    def _render(self, messages: Sequence[pb.Message]) -> str:
-        chat = [{"role": message.role, "content": [_content(part) for part in message.parts]} for message in messages]
-        try:
-            return self._processor.apply_chat_template(chat, add_generation_prompt=True)
-        except TemplateError as error:
-            raise InvalidRequestError(f"the model's chat template refuses this conversation: {error}") from error
 
     def _process(self, text: str, images: list[Image.Image]) -> dict[str, Array]:
         # one list per conversation: some families show several images of one in less detail
@@ -186,10 +181,6 @@ def _hash(inputs: dict[str, Array]) -> int:
     for name in sorted(inputs):
         seed.update(inputs[name].data)
     return seed.intdigest()
-
-
-def _content(part: pb.Part) -> dict[str, str]:
-    return {"type": "image"} if part.HasField("image") else {"type": "text", "text": part.text}
 
 
 def _empty_message(num_images: int) -> pb.Message:

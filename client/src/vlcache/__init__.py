@@ -41,6 +41,7 @@ from vlcache._events import (
 )
 from vlcache._kept import ImageGrid, Kept
 from vlcache._messages import Image, ImageSource, Message
+from vlcache._openai import ChatMessage
 from vlcache._server_info import KVBytes, Model, ServerInfo, Totals, Worker
 from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout, Wire
 from vlcache._stream import Stream
@@ -52,6 +53,7 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "Cancelled",
+    "ChatMessage",
     "Client",
     "Completion",
     "Compressed",

@@ -29,11 +29,12 @@ def run_python(service, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(
-    ("program", "says"), list(zip(README_PROGRAMS, ["a red dot", "stop", "a red dot", "shapes-vlm"], strict=True))
-)
+SAYS = ["a red dot", "stop", "a red dot", "a red dot", "shapes-vlm"]
+
+
+@pytest.mark.parametrize(("program", "says"), list(zip(README_PROGRAMS, SAYS, strict=True)))
 def test_readme(service, run_python, program, says):
-    service.attempts = [whole_answer()]
+    service.attempts = [whole_answer() for _ in range(program.count(".generate(") or 1)]
     connect = f'"{service.address}"'
     program = program.replace(f'"{DEFAULT_ADDRESS}"', connect).replace("Client(timeout", f"Client({connect}, timeout")
     assert says in run_python("-c", program)

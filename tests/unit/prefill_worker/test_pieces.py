@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ def test_pieces_are_the_prompt_and_no_longer_than_they_must_be(
     assert [token for piece in pieces for token in piece] == list(range(first, len(visual)))
     # a prefix leaves so many tokens at least
     assert all(len(piece) >= MIN_TEXT for piece in pieces if len(visual) - first >= MIN_TEXT)
-    for piece, following in zip(pieces, pieces[1:], strict=False):
+    for piece, following in itertools.pairwise(pieces):
         cuts = bool(visual[piece.stop - 1] and visual[following.start])
         assert not (whole_images and cuts)
     for piece in pieces:
