@@ -64,7 +64,9 @@ class VisionEncoder:
         if features.shape[1] != prompt.shape.num_visual:
             raise ValueError(f"{features.shape[1]} image features for {prompt.shape.num_visual} visual tokens")
         if self.deepstack:
-            return {"input_ids": tokens.to(self._model.device), ENCODED: {"image": _outputs(features)}}, known
+            # in their order, whichever are of videos: the model need not know
+            ids = tokens.masked_fill(prompt.shape.visual, self._model.config.image_token_id)
+            return {"input_ids": ids.to(self._model.device), ENCODED: {"image": _outputs(features)}}, known
         (text,) = self.read_text(tokens).values()
         visual = prompt.shape.visual.to(text.device)[None, :, None]
         return {"inputs_embeds": text.masked_scatter(visual, features[0].to(text.dtype))}, known
