@@ -110,11 +110,15 @@ def _without_padding(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class PromptBuilder:
-    """Turns messages into a `Prompt`, in the process that it is called in. Thread-safe."""
+    """Turns messages into a `Prompt`, in the process that it is called in. Thread-safe.
 
-    def __init__(self, processor: Any, spec: VLMSpec, *, max_images: int) -> None:
+    Args:
+        most: See `prompt_limits`.
+    """
+
+    def __init__(self, processor: Any, spec: VLMSpec, **most: int) -> None:
         self._spec = spec
-        self.processing = PromptProcessor(processor, prompt_limits(spec, max_images=max_images))
+        self.processing = PromptProcessor(processor, prompt_limits(spec, **most))
 
     def build(self, messages: Sequence[pb.Message], *, max_new_tokens: int, tenant: str = "") -> Prompt:
         """Checks and tokenises a conversation; raises as `PromptProcessor.process`."""

@@ -21,6 +21,8 @@ MAX_RATE = 1000.0
 # FFmpeg is told which it is: left to guess, it would take playlists, too, which name files and addresses.
 FORMATS = {(4, b"ftyp"): "mov", (0, b"\x1a\x45\xdf\xa3"): "matroska"}
 CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4")
+# What PyAV raises beside its own errors.
+BROKEN = (OSError, ValueError, ArithmeticError, LookupError, EOFError, RuntimeError)
 # Skipping as many seconds is worth a jump to the key frame before.
 SEEK_S = 5.0
 
@@ -52,8 +54,7 @@ class VideoFile:
         try:
             with self.container:
                 yield from self._frames(seconds)
-        # PyAV raises its own kinds of these
-        except (OSError, ValueError, ArithmeticError, LookupError, EOFError, RuntimeError) as error:
+        except (_av().FFmpegError, *BROKEN) as error:
             raise VideoError("is truncated or corrupt") from error
 
     def _frames(self, seconds: Sequence[float]) -> Iterator[Image.Image]:
@@ -90,16 +91,17 @@ def open_file(data: bytes) -> VideoFile:
     kind = next((name for (at, magic), name in FORMATS.items() if data[at:].startswith(magic)), None)
     if kind is None:
         raise VideoError("is no MP4, MOV, WebM or Matroska file")
+    av = _av()
     try:
-        return _open(data, kind)
-    except (OSError, ValueError, ArithmeticError, LookupError, EOFError, RuntimeError) as error:
+        return _open(av, data, kind)
+    except (av.FFmpegError, *BROKEN) as error:
         raise VideoError("is truncated or corrupt") from error
 
 
-def _open(data: bytes, kind: str) -> VideoFile:
+def _open(av: Any, data: bytes, kind: str) -> VideoFile:
     # no protocol: what a file refers to is not opened
     options = {"protocol_whitelist": "none"}
-    container = _av().open(io.BytesIO(data), format=kind, options=options, metadata_errors="ignore")
+    container = av.open(io.BytesIO(data), format=kind, options=options, metadata_errors="ignore")
     try:
         return _checked(container)
     except BaseException:

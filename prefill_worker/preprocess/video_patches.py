@@ -47,9 +47,9 @@ def frames_size(
     """
     share = frames if rule.pixels_together else 1
     # two frames are shown by one token
-    most = min(bounds.most // share, max_tokens * 2 // frames * token_pixels)
-    # rounding up may not pass the upper bound
-    return {"shortest_edge": min(bounds.least // share, most // 4), "longest_edge": most}
+    most = min(max(bounds.most // share, token_pixels), max_tokens * 2 // frames * token_pixels)
+    # not 0, which a side could be rounded to; and rounding up may not pass the upper bound
+    return {"shortest_edge": min(max(bounds.least // share, 1), most // 4), "longest_edge": most}
 
 
 def video_patches(clip: Clip, image_processor: Any, size: dict[str, int]) -> Patches:

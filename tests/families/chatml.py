@@ -7,17 +7,13 @@ START, END = "<|im_start|>", "<|im_end|>"
 
 def chatml(image: str, video: str = "") -> str:
     """A Jinja template of `<|im_start|>role`, content and `<|im_end|>`, with `image` and `video` for every one."""
-    shown = video.replace("\n", "\\n")
+    image, video = image.replace("\n", "\\n"), video.replace("\n", "\\n")
     return (
         "{%- for message in messages -%}"
         "{{- '<|im_start|>' ~ message.role ~ '\\n' -}}"
         "{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
         "{%- for part in message.content -%}"
-        "{{- '"
-        + image.replace("\n", "\\n")
-        + "' if part.type == 'image' else '"
-        + shown
-        + "' if part.type == 'video' else part.text -}}"
+        "{{- {'image': '" + image + "', 'video': '" + video + "'}.get(part.type, part.text) -}}"
         "{%- endfor -%}{%- endif -%}"
         "{{- '<|im_end|>\\n' -}}"
         "{%- endfor -%}"

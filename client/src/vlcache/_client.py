@@ -13,7 +13,7 @@ from vlcache._channel import DEFAULT_ADDRESS, channel_options
 from vlcache._completion import Completion
 from vlcache._errors import error_from_rpc
 from vlcache._exchange import Exchange
-from vlcache._messages import ImageSource, Message, build_request
+from vlcache._messages import ImageSource, Message, VideoSource, build_request
 from vlcache._readiness import POLL_INTERVAL_S, Readiness
 from vlcache._server_info import Model, ServerInfo, models_from_proto, server_info_from_proto
 from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout
@@ -70,6 +70,7 @@ class Client:
         prompt: str | None = None,
         *,
         images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
         messages: Sequence[Message] | None = None,
         model: str = "",
         sampling: Sampling | None = None,
@@ -81,6 +82,7 @@ class Client:
         with self.stream(
             prompt,
             images=images,
+            videos=videos,
             messages=messages,
             model=model,
             sampling=sampling,
@@ -95,6 +97,7 @@ class Client:
         prompt: str | None = None,
         *,
         images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
         messages: Sequence[Message] | None = None,
         model: str = "",
         sampling: Sampling | None = None,
@@ -104,19 +107,20 @@ class Client:
     ) -> Stream:
         """An iterator over the events of the answer; leaving its `with` block early cancels the request.
 
-        prompt, images: one message of the user, images first.
+        prompt, images, videos: one message of the user, images first, then videos.
         messages: a whole chat instead of them.
         model: name of a served model; empty means the only one.
         sampling, compression: the service's defaults when None.
         priority: -100 to 100, less goes first where requests wait; a step is worth 10 s of waiting.
         request_id: 1 to 128 of [A-Za-z0-9._:-]; made when None. Every attempt carries it.
 
-        Raises ValueError when options contradict one another or are out of their range, OSError when an image cannot be
-        read, and InvalidRequest when the request exceeds 64 MiB, all before anything is sent.
+        Raises ValueError when options contradict one another or are out of their range, OSError when an image or a
+        video cannot be read, and InvalidRequest when the request exceeds 64 MiB, all before anything is sent.
         """
         request = build_request(
             prompt=prompt,
             images=images,
+            videos=videos,
             messages=messages,
             model=model,
             sampling=sampling,
