@@ -40,7 +40,7 @@ class CalibrationConfig:
     prompts: Path
     """JSON list of prompts like those to come: {"images": [files beside it], "question": text}; others are ignored."""
     threshold: float = 0.5
-    """Least cosine of the last hidden states with those of the undisturbed model, in [-1, 1]."""
+    """What the cosine of the last hidden states with the undisturbed model's must exceed, in [-1, 1]."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the passes; what is found serves all."""
     device: str = "cpu"

@@ -67,6 +67,9 @@ class PrefillConfig(WorkerConfig):
     prefix_cache_mib: int = 0
     """Full KV of prompts up to their last image, for more questions about the same images: MiB of the device at most;
     0 keeps none. An image takes as much as its tokens' KV before compression."""
+    prefill_chunk: int = 4096
+    """Longer prompts pass through the model in pieces of so many tokens, which bounds the memory of activations; 0
+    passes every prompt at once."""
     preprocess_processes: int = 2
     """Processes that decode images and tokenise."""
     preprocess_timeout_s: float = 20.0
@@ -86,6 +89,8 @@ class PrefillConfig(WorkerConfig):
             raise ValueError("early_shipping needs cascade, which knows what is certain")
         if not 1 <= self.default_max_new_tokens <= self.max_new_tokens:
             raise ValueError("default_max_new_tokens must lie between 1 and max_new_tokens")
+        if self.prefill_chunk < 0 or self.prefill_chunk == 1:
+            raise ValueError(f"prefill_chunk must be 0, or 2 at least, not {self.prefill_chunk}")
         self._check_ranges()
 
     def _check_ranges(self) -> None:

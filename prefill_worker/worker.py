@@ -77,12 +77,16 @@ def with_model(checkpoint: Checkpoint, model: PreTrainedModel, config: PrefillCo
     Raises:
         UnsupportedModelError: Its family has no entry and does not behave like most.
     """
-    vision_cache_bytes, prefix_cache_bytes = config.vision_cache_mib * MIB, config.prefix_cache_mib * MIB
     processor = load_processor(checkpoint.path)
     check_unlisted(model, processor, checkpoint.spec)
     return LoadedModel(
         path=checkpoint.path,
-        engine=PrefillEngine(model, vision_cache_bytes=vision_cache_bytes, prefix_cache_bytes=prefix_cache_bytes),
+        engine=PrefillEngine(
+            model,
+            vision_cache_bytes=config.vision_cache_mib * MIB,
+            prefix_cache_bytes=config.prefix_cache_mib * MIB,
+            chunk_tokens=config.prefill_chunk,
+        ),
         processor=processor,
         spec=checkpoint.spec,
         identity=checkpoint.identity,

@@ -22,9 +22,10 @@ from benchmarks.report import write_json
 
 def measure(config: QualityConfig) -> list[dict[str, Any]]:
     """One row per policy, retention and task, and one with the task `all`; first those of the full cache."""
-    figures = Figures([FULL, *config.settings], config.tasks)
-    total = config.samples * (1 + len(config.settings))
-    for outcome in tqdm(QualityRunner(config).outcomes(), total=total, unit="answer", file=sys.stderr):
+    runner = QualityRunner(config)
+    figures = Figures([FULL, *runner.settings], config.tasks)
+    total = config.samples * (1 + len(runner.settings))
+    for outcome in tqdm(runner.outcomes(), total=total, unit="answer", file=sys.stderr):
         figures.add(outcome)
     return figures.rows()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -30,7 +31,8 @@ class QualityConfig:
     """Seed of the questions; the training used other ones."""
     policies: tuple[str, ...] = (DEFAULT_POLICY,)
     """Compression policies, with parameters or without: `vl_cache`, `snap_kv:window=16,pooling=max`. `all` means every
-    policy with its defaults; `oracle` knows which patches carry the answer, `oracle:base=NAME` tells them a policy."""
+    policy that the model allows, with its defaults; `oracle` knows which patches carry the answer, `oracle:base=NAME`
+    tells them a policy."""
     retentions: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
     """Kept shares, each in (0, 1]."""
     max_dropped_attention: tuple[float, ...] = (1.0,)
@@ -75,16 +77,15 @@ class QualityConfig:
         """The policies, read."""
         return contenders_of(self.policies)
 
+    def settings(self, contenders: Iterable[Contender]) -> list[Setting]:
+        """All that is compared with the full cache, of those contenders that the model allows."""
+        compared = product(contenders, self.budgets, self.guards)
+        return [Setting(each.label, kept, guard.max_dropped_attention) for each, kept, guard in compared]
+
     @cached_property
     def guards(self) -> tuple[Guard, ...]:
         """One per limit."""
         return tuple(Guard(max_dropped_attention=limit) for limit in dict.fromkeys(self.max_dropped_attention))
-
-    @cached_property
-    def settings(self) -> tuple[Setting, ...]:
-        """All that is compared with the full cache."""
-        compared = product(self.contenders, self.budgets, self.guards)
-        return tuple(Setting(each.label, kept, guard.max_dropped_attention) for each, kept, guard in compared)
 
     @cached_property
     def budgets(self) -> dict[float, Budget]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from benchmarks.quality.oracle import ORACLE, answer_tokens, build_oracle
 from models.shapes_vlm.questions import Sample
@@ -22,21 +22,24 @@ class Contender:
     Attributes:
         label: As it was written.
         policy_for: The policy for a question; only an oracle's depends on it.
+        optional: Nobody has named it: it is left out where the model refuses it.
     """
 
     label: str
     policy_for: Callable[[Sample, PromptShape], Policy]
+    optional: bool = False
 
 
-def contenders_of(written: Iterable[str]) -> tuple[Contender, ...]:
-    """Each once, in the order in which they were written; `all` stands for every policy with its defaults.
+def contenders_of(written: Sequence[str]) -> tuple[Contender, ...]:
+    """Each once, in the order in which they were written; `all` stands for every policy with its defaults, as far as
+    the model allows it.
 
     Raises:
         InvalidRequestError: An unknown policy or parameter, or a value of the wrong type or range.
         ValueError: A parameter without a value.
     """
     names = [name for text in written for name in (sorted(POLICIES) if text == ALL else [text])]
-    return tuple(_contender(name) for name in dict.fromkeys(names))
+    return tuple(replace(_contender(name), optional=name not in written) for name in dict.fromkeys(names))
 
 
 def _contender(written: str) -> Contender:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections import deque
 from collections.abc import Iterator
 from itertools import product
@@ -13,6 +14,7 @@ from vlcache.v1 import inference_pb2 as public
 from benchmarks.local_decoding import Track
 from benchmarks.local_pipeline import NO_GUARD, LocalPipeline, local_job
 from benchmarks.quality.config import QualityConfig
+from benchmarks.quality.contenders import Contender
 from benchmarks.quality.outcome import Outcome, outcome_of
 from benchmarks.quality.setting import FULL, Setting
 from benchmarks.quality.trial import Question, Trial
@@ -23,7 +25,10 @@ from prefill_worker.compression.registry import DEFAULT_POLICY, build_policy
 from prefill_worker.engine.engine import Prefilled
 from prefill_worker.job import PrefillJob
 from prefill_worker.prompt import Prompt
+from shared.errors import InvalidRequestError
 from shared.request.params import Budget, Guard
+
+log = logging.getLogger(__name__)
 
 # Whose keys, values and statistics are held at once.
 OPEN_QUESTIONS = 32
@@ -46,6 +51,9 @@ class QualityRunner:
             kv_memory_mib=config.kv_memory_mib,
             max_batch=config.batch,
         )
+        self._contenders = [contender for contender in config.contenders if self._runs(contender)]
+        self.settings = config.settings(self._contenders)
+        """All that is compared with the full cache."""
         self._samples = enumerate(draw_any(seed=config.seed, count=config.samples, tasks=config.tasks))
         self._of_track: dict[Track, Trial] = {}
         self._compressed: deque[Iterator[Trial]] = deque()
@@ -118,15 +126,31 @@ class QualityRunner:
         prefilled = self._pipeline.prefill(prompt, [job for job in jobs.values() if not job.policy.needs_own_pass])
         return Question(number=number, sample=sample, prompt=prompt, jobs=jobs, prefilled=prefilled)
 
+    def _runs(self, contender: Contender) -> bool:
+        """Whether the model allows it, by the first question; one that was named has to run."""
+        config = self._config
+        sample = next(iter(draw_any(seed=config.seed, count=config.samples, tasks=config.tasks)))
+        prompt = self._pipeline.build(messages_for(sample), max_new_tokens=config.max_new_tokens)
+        try:
+            policy = contender.policy_for(sample, prompt.shape).for_checkpoint(self._pipeline.sharing)
+            job = self._job(policy, config.budgets[min(config.budgets)])
+            self._pipeline.compress(prompt, self._pipeline.prefill(prompt, [job]), job)
+        except InvalidRequestError as error:
+            if not contender.optional:
+                raise
+            log.warning("%s is left out: %s", contender.label, error.message)
+            return False
+        return True
+
     def _jobs(self, sample: Sample, prompt: Prompt) -> dict[Setting, PrefillJob]:
         config = self._config
-        compared = product(config.contenders, config.budgets.values(), config.guards)
+        compared = product(self._contenders, config.budgets.values(), config.guards)
         sharing = self._pipeline.sharing
         jobs = [
             self._job(each.policy_for(sample, prompt.shape).for_checkpoint(sharing), budget, guard)
             for each, budget, guard in compared
         ]
-        return dict(zip(config.settings, jobs, strict=True))
+        return dict(zip(self.settings, jobs, strict=True))
 
     def _job(self, policy: Policy, budget: Budget, guard: Guard = NO_GUARD) -> PrefillJob:
         return local_job(policy, budget, max_new_tokens=self._config.max_new_tokens, guard=guard)

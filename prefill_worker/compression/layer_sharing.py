@@ -42,7 +42,7 @@ class LayerSharing:
 
     Attributes:
         checkpoint: The `checkpoint_hash` of the weights.
-        threshold: The least cosine of a pair.
+        threshold: What the cosine of each pair exceeds.
         prompts: What it was found with, in words.
     """
 

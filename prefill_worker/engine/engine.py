@@ -21,6 +21,7 @@ from prefill_worker.engine.layer_kinds import VISUAL_TYPES, LayerKinds
 from prefill_worker.engine.look_ahead import Draw, LookAhead
 from prefill_worker.engine.memory import Memory
 from prefill_worker.engine.observer import CascadeObserver, PrefillObserver
+from prefill_worker.engine.pieces import cut
 from prefill_worker.engine.prefix import Prefix
 from prefill_worker.engine.prompt_cache import PromptCache
 from prefill_worker.engine.sparse_pass import SparseObserver, with_own_layers
@@ -102,13 +103,23 @@ class PrefillEngine:
     Args:
         vision_cache_bytes: Features of images that may be kept for later prompts, on the model's device.
         prefix_cache_bytes: KV of prompts up to their last image that may be kept there, too.
+        chunk_tokens: Longer prompts pass in pieces of so many tokens; 0 lets every prompt pass at once. So do those
+            whose policy changes the pass, or gives KV up layer by layer: a layer needs all of its tokens then.
 
     Attributes:
-        prefixes: The latter.
+        prefixes: The KV that is kept.
     """
 
-    def __init__(self, model: PreTrainedModel, *, vision_cache_bytes: int = 0, prefix_cache_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        vision_cache_bytes: int = 0,
+        prefix_cache_bytes: int = 0,
+        chunk_tokens: int = 0,
+    ) -> None:
         self._model = model
+        self._chunk_tokens = chunk_tokens
         self.prefixes: ContentCache[Prefix] = ContentCache(prefix_cache_bytes)
         self._vision = VisionEncoder(model, vision_cache_bytes)
         self._memory = Memory(self.features, self.prefixes)
@@ -139,7 +150,7 @@ class PrefillEngine:
         Args:
             prompt: One unpadded prompt.
             statistics: What is measured in each layer; none at retention 1.
-            cancelled: Checked at the start, before every image and before every layer.
+            cancelled: Checked at the start, before every image and before every layer of each piece.
             sparse: What a policy changes in the pass.
             cascade: Begins the selection of the one policy that the pass is for; a fresh one, and not with `sparse`.
             early: Takes what that cascade is certain to keep.
@@ -155,18 +166,23 @@ class PrefillEngine:
             self._check_sparse()
         started = time.monotonic()
         recalled = self._memory.recall(prompt, statistics, sparse=sparse is not None)
+        known_tokens = recalled.prefix.num_tokens if recalled.prefix else 0
+        pieces = self._pieces(prompt, known_tokens, at_once=bool(sparse or cascade))
+        rest = prompt.shape.num_tokens - pieces[0].stop
         # sliding layers, too, keep every token until the selection
-        cache = PromptCache(cascade, recalled.prefix, kept_tokens=recalled.kept_tokens, early=early)
+        cache = PromptCache(cascade, recalled.prefix, rest=rest, kept_tokens=recalled.kept_tokens, early=early)
         observer = self._observer(prompt, statistics, cancelled, sparse, cache.passed if cascade else None)
-        inputs, known_images = self._read(prompt, cache.get_seq_length(), recalled.image_keys, cancelled)
+        features, known_images = self._features(prompt, known_tokens, recalled.image_keys, cancelled)
         model = self._model if sparse is None else self._sparse_model
-        logits = self._pass(model, prompt, inputs, cache, observer)
+        for piece in pieces:
+            logits = self._pass(model, prompt, piece, features, cache, observer)
         self._memory.keep(recalled, cache.begins)
         return replace(
             _prefilled(logits, cache, observer),
             seconds=_stage_seconds(started, observer),
             scored=cascade.layers if cascade else (),
             known_images=known_images,
+            known_tokens=known_tokens,
             early=early,
         )
 
@@ -203,21 +219,27 @@ class PrefillEngine:
             return CascadeObserver(prompt.shape, statistics, cancelled, rotations, passed, causal=causal)
         return PrefillObserver(prompt.shape, statistics, cancelled, rotations, causal=causal)
 
+    def _pieces(self, prompt: Prompt, first: int, *, at_once: bool) -> list[range]:
+        """The tokens that pass, from `first` on."""
+        most = 0 if at_once else self._chunk_tokens
+        return cut(prompt.shape, first, most, whole_images=self._kinds.bidirectional)
+
     def _pass(
         self,
         model: PreTrainedModel,
         prompt: Prompt,
-        inputs: Mapping[str, Any],
+        piece: range,
+        features: torch.Tensor | None,
         cache: PromptCache,
         observer: PrefillObserver,
     ) -> torch.Tensor:
-        """The logits [vocab] fp32 behind the prompt; only what the cache does not begin with passes."""
-        passes = slice(cache.get_seq_length(), None)
+        """The logits [vocab] fp32 behind a piece, which follows what the cache has."""
+        inputs = self._vision.inputs(prompt, piece, features)
         if self._kinds.bidirectional:
-            inputs = {**inputs, VISUAL_TYPES: prompt.shape.visual[None, passes].to(self.device, torch.long)}
+            inputs[VISUAL_TYPES] = self._kinds.visual_types(prompt.shape, piece)
         output = model(
             **inputs,
-            position_ids=prompt.position_ids[..., passes].to(self.device),
+            position_ids=prompt.position_ids[..., piece.start : piece.stop].to(self.device),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -225,13 +247,13 @@ class PrefillEngine:
         )
         return output.logits[0, -1].float()
 
-    def _read(
+    def _features(
         self, prompt: Prompt, first: int, image_keys: Sequence[bytes], cancelled: threading.Event
-    ) -> tuple[dict[str, Any], int]:
-        """The model's inputs from token `first` on, and how many images the vision tower was spared."""
+    ) -> tuple[torch.Tensor | None, int]:
+        """What the tokens from `first` on read of images, and how many of these the vision tower was spared."""
         if first:
-            return self._vision.read_text(prompt.inputs["input_ids"][:, first:]), len(image_keys)
-        return self._vision.read(prompt, image_keys, cancelled)
+            return None, len(image_keys)
+        return self._vision.encode(prompt, image_keys, cancelled)
 
     def _check_sparse(self) -> None:
         why = None
@@ -262,7 +284,6 @@ def _prefilled(logits: torch.Tensor, cache: PromptCache, observer: PrefillObserv
         survivors=observer.survivors,
         lenders=observer.lenders,
         held=cache.held,
-        known_tokens=cache.get_seq_length(),
     )
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
+from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rotation import Rotation
 from prefill_worker.prompt import Prompt
 from shared.model.support import layer_windows
@@ -40,6 +41,14 @@ class LayerKinds:
     def causal(self) -> bool:
         """Whether every query sees itself and all before it, and nothing else."""
         return not (any(self.windows) or self.bidirectional)
+
+    def visual_types(self, prompt: PromptShape, piece: range) -> torch.Tensor:
+        """What a `bidirectional` model must be told: [1, num_tokens] int64, 1 for visual tokens.
+
+        The model reads them by position, so they begin with the prompt where one of the piece is visual.
+        """
+        first = 0 if prompt.visual[piece.start : piece.stop].any() else piece.start
+        return prompt.visual[None, first : piece.stop].to(self._model.device, torch.long)
 
     def rotations(self, prompt: Prompt) -> list[Rotation]:
         """How each layer rotates the queries and keys of a prompt."""

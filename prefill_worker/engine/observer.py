@@ -13,11 +13,15 @@ from prefill_worker.compression.attention import LayerAttention
 from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.compression.rotation import Rotation
 from prefill_worker.compression.statistics import ObservedLayer, Statistic, measure_all
+from prefill_worker.engine.held_rows import HeldRows
 from shared.errors import RequestCancelledError
+
+# Queries that attend at once where there is a mask: PyTorch's CPU kernel makes numbers of its booleans.
+MASKED_ROWS = 512
 
 
 class PrefillObserver:
-    """The `LayerHook` of one prefill pass.
+    """The `LayerHook` of one prefill, whose prompt passes at once or in pieces.
 
     Cancellation is checked before every layer, so a departed client costs at most one layer of compute.
 
@@ -50,6 +54,7 @@ class PrefillObserver:
         self._cancelled = cancelled
         self._rotations = rotations
         self._causal = causal
+        self._held = HeldRows(min((each.first_row(prompt) for each in statistics), default=prompt.num_tokens))
         self.measured: list[dict[Statistic[Any], Any]] = []
         self.seconds = 0.0
         self.first_layer_at: float | None = None
@@ -69,11 +74,29 @@ class PrefillObserver:
         self._begin(layer)
         if self._statistics:
             said = None if mask is None or self._causal else mask[0, 0]
-            self._measure(self._layer(query[0], key[0], value[0], scaling, said))
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-        )
+            self._observe(layer, query[0], key[0], value[0], scaling, said)
+        if mask is None:
+            return _attended(query, key, value, None, scaling).transpose(1, 2)
+        rows = zip(query.split(MASKED_ROWS, dim=2), mask.split(MASKED_ROWS, dim=2), strict=True)
+        output = torch.cat([_attended(some, key, value, seen, scaling) for some, seen in rows], dim=2)
         return output.transpose(1, 2)
+
+    def _observe(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        mask: torch.Tensor | None,
+    ) -> None:
+        """Measures when all keys are there; `mask` as in `_layer`."""
+        end = key.shape[1]
+        if end < self._prompt.num_tokens:
+            self._held.hold(layer, query, mask, end)
+            return
+        query, mask = self._held.join(layer, query, mask, end)
+        self._measure(self._layer(query, key, value, scaling, mask))
 
     def _begin(self, layer: int) -> None:
         if self._cancelled.is_set():
@@ -92,7 +115,7 @@ class PrefillObserver:
         """What is measured on; `mask` [num_queries, num_keys] bool says who sees whom, None is plain causal."""
         missing = key.shape[1] - query.shape[1]
         if missing:
-            # those of a known prefix never passed: whoever looked at them would get no number at all
+            # never passed, or not held: whoever looked at them would get no number at all
             query = torch.nn.functional.pad(query, (0, 0, missing, 0), value=torch.nan)
             mask = None if mask is None else torch.nn.functional.pad(mask, (0, 0, missing, 0), value=True)
         return LayerAttention(
@@ -150,3 +173,11 @@ class CascadeObserver(PrefillObserver):
         self._passed(ObservedLayer(prompt=self._prompt, key=key[0], value=value[0], measured=self.measured[-1]))
         self.seconds_after += time.monotonic() - started
         return output
+
+
+def _attended(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+    )

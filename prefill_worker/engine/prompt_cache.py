@@ -21,6 +21,7 @@ class PromptCache:
     Args:
         cascade: Says which tokens of the layers that have attended may go; None keeps all of them.
         prefix: What the prompt begins with and need not pass; it stays as it is.
+        rest: Tokens of the prompt that pass after its first piece; 0 where it passes at once.
         kept_tokens: So many of the first tokens are copied for later prompts.
         early: Takes rows that the cascade will keep for certain; None where nothing leaves before the end.
 
@@ -37,14 +38,17 @@ class PromptCache:
         cascade: Cascade | None = None,
         prefix: Prefix | None = None,
         *,
+        rest: int = 0,
         kept_tokens: int = 0,
         early: EarlyRows | None = None,
     ) -> None:
         self._cascade = cascade
         self._prefix = prefix
+        self._rest = rest
         self._kept_tokens = kept_tokens
         self._early = early
         self._bounds: list[int] = []
+        self._filled: list[int] = []
         self._held_bytes = 0
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
@@ -93,24 +97,36 @@ class PromptCache:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the KV of a layer's tokens that pass, [1, num_kv_heads, num_tokens, head_dim]; returns all of it."""
-        assert layer_idx == len(self.keys), "layers pass in their order"
-        if self._prefix is None:
-            # a view would keep what it was cut from
-            key, value = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (key, value))
-        else:
-            key = torch.cat((self._prefix.keys[layer_idx][None], key), dim=2)
-            value = torch.cat((self._prefix.values[layer_idx][None], value), dim=2)
-        if self._kept_tokens:
-            self.begins.keys.append(key[0, :, : self._kept_tokens].clone())
-            self.begins.values.append(value[0, :, : self._kept_tokens].clone())
-        for tensors, tensor in ((self.keys, key), (self.values, value)):
-            tensors.append(tensor[0])
-            self._add(tensor)
-        return key, value
+        """Stores the KV of a layer's tokens that pass, [1, num_kv_heads, num_tokens, head_dim]; returns all so far."""
+        assert layer_idx <= len(self.keys), "layers pass in their order"
+        if layer_idx == len(self.keys):
+            self._begin(key, value)
+        first, end = self._filled[layer_idx], self._filled[layer_idx] + key.shape[2]
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[:, first:end], values[:, first:end] = key[0], value[0]
+        self._filled[layer_idx] = end
+        if self._kept_tokens and end == keys.shape[1]:
+            self.begins.keys.append(keys[:, : self._kept_tokens].clone())
+            self.begins.values.append(values[:, : self._kept_tokens].clone())
+        return keys[None, :, :end], values[None, :, :end]
+
+    def _begin(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """The next layer, of which the prompt's first piece has come; it gets room for all of them."""
+        known = self._prefix.num_tokens if self._prefix else 0
+        for tensors, rows in ((self.keys, key), (self.values, value)):
+            heads, tokens, head_dim = rows.shape[1:]
+            tensors.append(rows.new_empty(heads, known + tokens + self._rest, head_dim))
+            self._add(tensors[-1])
+        if self._prefix is not None:
+            layer = len(self.keys) - 1
+            self.keys[layer][:, :known] = self._prefix.keys[layer]
+            self.values[layer][:, :known] = self._prefix.values[layer]
+        self._filled.append(known)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before those that pass."""
+        if layer_idx < len(self._filled):
+            return self._filled[layer_idx]
         return self._prefix.num_tokens if self._prefix else 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:

@@ -43,35 +43,51 @@ class VisionEncoder:
         if self.deepstack and ENCODED not in inspect.signature(model.forward).parameters:
             raise UnsupportedModelError(f"{model.config.model_type} needs a newer transformers, which has {ENCODED}")
 
-    def read(
+    def encode(
         self, prompt: Prompt, image_keys: Sequence[bytes], cancelled: threading.Event
-    ) -> tuple[dict[str, Any], int]:
-        """The model's inputs for a prompt, and how many of its images were not encoded anew.
+    ) -> tuple[torch.Tensor | None, int]:
+        """What the language model reads of a prompt's images, and how many of them were not encoded anew.
 
         Args:
             image_keys: Names of the images; only looked at when something is kept.
 
+        Returns:
+            The former is [levels, num_visual_tokens, hidden], see `_features`; None without images.
+
         Raises:
             RequestCancelledError: `cancelled` was set; checked before every image.
         """
-        tokens = prompt.inputs["input_ids"]
         images = prompt.images
         if not images:
-            return self.read_text(tokens), 0
+            return None, 0
         names = image_keys if self.cache.on else [None] * len(images)
         encoded = [self._features(image, name, cancelled) for image, name in zip(images, names, strict=True)]
         features, known = torch.cat([feature for feature, _ in encoded], dim=1), sum(known for _, known in encoded)
         if features.shape[1] != prompt.shape.num_visual:
             raise ValueError(f"{features.shape[1]} image features for {prompt.shape.num_visual} visual tokens")
+        return features, known
+
+    def inputs(self, prompt: Prompt, tokens: range, features: torch.Tensor | None) -> dict[str, Any]:
+        """The model's inputs for some of a prompt's tokens.
+
+        Args:
+            features: Of the whole prompt, as `encode` made them; None where none of these tokens stands for an image.
+        """
+        piece = slice(tokens.start, tokens.stop)
+        ids, visual = prompt.inputs["input_ids"][:, piece], prompt.shape.visual[piece]
+        if features is None or not visual.any():
+            return self._read_text(ids)
+        before = int(prompt.shape.visual[: tokens.start].sum())
+        features = features[:, before : before + int(visual.sum())]
         if self.deepstack:
             # in their order, whichever are of videos: the model need not know
-            ids = tokens.masked_fill(prompt.shape.visual, self._model.config.image_token_id)
-            return {"input_ids": ids.to(self._model.device), ENCODED: {"image": _outputs(features)}}, known
-        (text,) = self.read_text(tokens).values()
-        visual = prompt.shape.visual.to(text.device)[None, :, None]
-        return {"inputs_embeds": text.masked_scatter(visual, features[0].to(text.dtype))}, known
+            ids = ids.masked_fill(visual, self._model.config.image_token_id)
+            return {"input_ids": ids.to(self._model.device), ENCODED: {"image": _outputs(features)}}
+        (text,) = self._read_text(ids).values()
+        places = visual.to(text.device)[None, :, None]
+        return {"inputs_embeds": text.masked_scatter(places, features[0].to(text.dtype))}
 
-    def read_text(self, tokens: torch.Tensor) -> dict[str, Any]:
+    def _read_text(self, tokens: torch.Tensor) -> dict[str, Any]:
         """The model's inputs for tokens [1, num_tokens] that stand for no images."""
         return {"inputs_embeds": self._model.get_input_embeddings()(tokens.to(self._model.device))}
 

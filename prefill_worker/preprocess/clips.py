@@ -49,7 +49,7 @@ def open_clip(video: pb.Video, index: int, *, max_frames: int) -> Clip:
         InvalidRequestError: Not a video, a forbidden format, or beyond the limits.
     """
     try:
-        most = min(max_frames, _positive(video, "max_frames", max_frames))
+        most = min(max_frames, int(_positive(video, "max_frames", max_frames)))
         fps = _positive(video, "sample_fps", SAMPLE_FPS)
         kind = video.WhichOneof("source")
         if kind is None:

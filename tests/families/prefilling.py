@@ -36,7 +36,7 @@ class Expected:
 
 
 class Prefilling:
-    """`engine` keeps nothing from prompt to prompt; `keeping` makes one that does."""
+    """`engine` keeps nothing from prompt to prompt; `keeping` makes one that does, `cutting` one of pieces."""
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
@@ -53,6 +53,9 @@ class Prefilling:
         identity = ModelIdentity.of("tiny", self.loaded.folder, self.spec)
         tokenizer = self.loaded.processor.tokenizer
         return PrefillCompute(self.engine, tokenizer, self.spec, identity, PrefillMetrics(worker="p", model="tiny"))
+
+    def cutting(self, chunk_tokens: int) -> PrefillEngine:
+        return PrefillEngine(self.model, prefix_cache_bytes=1 << 22, chunk_tokens=chunk_tokens)
 
     def prompt(self, chat: Chat, max_new_tokens: int = 1) -> Prompt:
         return self.builder.build(messages(chat), max_new_tokens=max_new_tokens)

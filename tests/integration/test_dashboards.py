@@ -66,8 +66,9 @@ def work(stack: RunningStack) -> None:
 
 def has_seen(server: PrometheusServer, *, answers: int, shadows: int) -> bool:
     """Whether scrapes know of so many answers, and of so many of their shadows at least."""
-    compared = total(server, 'vlcache_shadow_requests_total{outcome="compared"}')
-    return total(server, 'vlcache_requests_total{outcome="finished"}') == answers and compared >= shadows
+    finished = f'sum (vlcache_requests_total{{outcome="finished"}}) == {answers}'
+    compared = f'sum (vlcache_shadow_requests_total{{outcome="compared"}}) >= {shadows}'
+    return bool(server.query(f"({finished}) and ({compared})"))
 
 
 def total(server: PrometheusServer, selector: str) -> float:

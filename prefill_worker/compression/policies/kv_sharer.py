@@ -4,7 +4,7 @@ Idea: a layer may attend to the KV of another one, and where the two differ most
 property of the weights: `python -m prefill_worker.calibrate` finds pairs (lender i < borrower j), by
 
     distance_ij = |mean K_i - mean K_j, mean V_i - mean V_j|      means over calibration prompts, the largest first
-    a pair stays while cos(last hidden states, the undisturbed model's) >= T     with all pairs before it
+    a pair stays while cos(last hidden states, the undisturbed model's) > T      with all pairs before it
 
 In the pass and while tokens are generated, layer j attends with its own queries to what layer i has kept; nothing of
 its own K and V is kept or sent. At retention r of L layers the first ceil((1 - r) L) pairs share.

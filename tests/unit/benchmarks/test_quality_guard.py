@@ -59,9 +59,10 @@ def test_it_is_told_and_drawn(rows: list[dict[str, Any]]) -> None:
 
 def test_settings_are_policies_by_retentions_by_limits() -> None:
     config = QualityConfig(policies=("vl_cache", "snap_kv"), retentions=(0.2, 0.1), max_dropped_attention=(1.0, 0.03))
-    assert len(config.settings) == 8
-    assert config.settings[1] == Setting("vl_cache", 0.2, 0.03)
-    assert [setting.label for setting in config.settings[:2]] == ["vl_cache", "vl_cache, guard 0.03"]
+    settings = config.settings(config.contenders)
+    assert len(settings) == 8
+    assert settings[1] == Setting("vl_cache", 0.2, 0.03)
+    assert [setting.label for setting in settings[:2]] == ["vl_cache", "vl_cache, guard 0.03"]
 
 
 @pytest.mark.parametrize("limits", [(), (1.5,)])

@@ -20,8 +20,10 @@ from benchmarks.quality.setting import FULL, Setting
 from models.shapes_vlm.held_out import draw_any
 from models.shapes_vlm.paths import CHECKPOINT
 from models.shapes_vlm.questions import draw_samples
+from prefill_worker.compression.registry import POLICIES as POLICY_NAMES
 from prefill_worker.compression.registry import build_policy
 from prefill_worker.prompt import Prompt
+from shared.errors import InvalidRequestError
 from shared.request.params import Budget
 from shared.rpc.options import MIB
 from tests.unit.decode_worker.tiny import load_whole
@@ -51,6 +53,22 @@ def test_every_question_has_an_outcome_under_every_setting(together: dict[tuple[
     for (setting, _), outcome in together.items():
         assert outcome.compression.realised_retention <= setting.retention
     assert all(outcome.question == TASKS.index(task) for (_, task), outcome in together.items())
+
+
+def test_what_the_model_refuses_is_left_out_unless_it_was_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A checkpoint of which nobody knows what its layers may share."""
+    monkeypatch.setattr(LocalPipeline, "__setattr__", without_sharing)
+    runner = QualityRunner(QualityConfig(**SETTINGS, policies=("all",), retentions=(0.1,)))
+    assert {setting.policy for setting in runner.settings} == set(POLICY_NAMES) - {"kv_sharer"}
+    assert "kv_sharer is left out" in caplog.text
+    with pytest.raises(InvalidRequestError, match="calibrate"):
+        QualityRunner(QualityConfig(**SETTINGS, policies=("all", "kv_sharer"), retentions=(0.1,)))
+
+
+def without_sharing(pipeline: LocalPipeline, name: str, value: Any) -> None:
+    object.__setattr__(pipeline, name, None if name == "sharing" else value)
 
 
 def test_retention_one_is_the_full_cache(together: dict[tuple[Setting, str], Outcome]) -> None:

@@ -25,12 +25,13 @@ from prefill_worker.parcel import early_rows
 from prefill_worker.parcel.early_rows import EarlyRows
 from prefill_worker.parcel.retained import RetainedParcels
 from prefill_worker.parcel.store import ParcelStore
+from prefill_worker.parcel.wire_stage import WrittenBody
 from prefill_worker.prompt import Prompt, PromptBuilder
 from prefill_worker.runner import PrefillRunner
 from prefill_worker.scheduler import PrefillScheduler
 from shared.errors import AbortedError, DataLossError, ServiceError
 from shared.kv.arena import Arena
-from shared.kv.manifest import TransferId
+from shared.kv.manifest import Manifest, TransferId
 from shared.kv.transport import early_stream
 from shared.kv.transport.base import Parcel, SendReport
 from shared.kv.transport.grpc_stream import GrpcTransport
@@ -344,7 +345,11 @@ def test_a_refusal_reaches_the_caller(world: World, monkeypatch: pytest.MonkeyPa
         assert served.held_bytes() == before
         release(served, work)
 
-    monkeypatch.setattr("prefill_worker.compute.body_digest", lambda *_: b"another")
+    def complete(draft: Manifest, written: WrittenBody) -> Manifest:
+        written.arrival()
+        return dataclasses.replace(draft, digest=b"another")
+
+    monkeypatch.setattr("prefill_worker.compute._complete", complete)
     world.run(test)
 
 
