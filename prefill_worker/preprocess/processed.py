@@ -59,8 +59,9 @@ class ProcessedPrompt:
         positions = self.positions
         if positions.dtype != np.int64 or positions.shape not in ((1, num_tokens), (3, num_tokens)):
             raise ValueError("these are no positions")
-        # a video may be longer than its tokens are many
-        if positions.min() < 0 or positions.max() >= MAX_LOGICAL_LENGTH:
+        # a video may last longer than it has tokens
+        limit = num_tokens if len(positions) == 1 else MAX_LOGICAL_LENGTH
+        if positions.min() < 0 or positions.max() >= limit:
             raise ValueError("a position outside of the prompt")
 
     def _check_views(self) -> None:

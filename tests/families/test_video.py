@@ -164,3 +164,10 @@ def test_a_family_that_reads_none_names_those_that_do(prefilling: Prefilling) ->
     assert refused.value.reason == "VIDEO_MODEL"
     assert not prefilling.builder.processing.reads_videos
     assert prefilling.builder.processing.video_marker_tokens() == 0
+
+
+@reading
+def test_a_video_may_pass_in_pieces(prefilling: Prefilling) -> None:
+    prompt = built(prefilling, SMALL, sent(EIGHT), QUESTION)
+    whole, pieces = passed(prefilling.engine, prompt), passed(prefilling.cutting(7), prompt)
+    assert close(pieces.logits, whole.logits)
