@@ -105,6 +105,22 @@ def test_a_long_file_is_not_decoded_whole(monkeypatch: pytest.MonkeyPatch) -> No
     assert clip.seconds == (0, 8, 16, 24)
 
 
+def test_a_film_of_a_turned_camera_is_upright() -> None:
+    """As telephones write it: a matrix that turns the picture clockwise by a quarter."""
+    shown = Image.new("RGB", (64, 48))
+    shown.paste((255, 255, 255), (0, 0, 32, 48))
+    film = recorded([shown] * 4)
+    track = film.index(b"tkhd")
+    plain, turned = ((1, 0, 0, 0, 1, 0, 0, 0), (0, 1, 0, -1, 0, 0, 0, 0))
+    matrix, wanted = (struct.pack(">9i", *(one << 16 for one in values), 1 << 30) for values in (plain, turned))
+    place = film.index(matrix, track)
+    _, (first, *_) = opened(film[:place] + wanted + film[place + len(wanted) :])
+    assert first.size == (48, 64)
+    top, bottom = (first.getpixel((24, row)) for row in (8, 56))
+    assert min(top) > 200  # type: ignore[arg-type]
+    assert max(bottom) < 50  # type: ignore[arg-type]
+
+
 def test_frames_are_sampled_only_where_they_say_how_fast_they_are() -> None:
     images = [pb.Image(data=png(frame)) for frame in greys(20)]
     for fps, indices in ((10.0, [0, 5, 10, 15]), (None, list(range(20)))):
