@@ -188,10 +188,10 @@ class PrefillCompute:
 
     def _count_known(self, prompt: Prompt, prefilled: Prefilled) -> None:
         self._metrics.vision_cache_hits.inc(prefilled.known_images)
-        self._metrics.vision_cache_misses.inc(len(prompt.pixels) - prefilled.known_images)
+        self._metrics.vision_cache_misses.inc(len(prompt.views) - prefilled.known_images)
         if prefilled.known_tokens:
             self._metrics.prefix_cache_hits.inc()
-        elif prompt.pixels:
+        elif prompt.views:
             self._metrics.prefix_cache_misses.inc()
 
     def _sparse(self, jobs: Sequence[PrefillJob], prompt: Prompt) -> SparsePrefill | None:

@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from prefill_worker.preprocess.video_limits import MAX_VIDEO_FRAMES, MAX_VIDEO_TOKENS, MIN_FRAME_TOKENS
 from shared.config import WorkerConfig
 from shared.rpc.options import MIB
 
@@ -13,6 +14,7 @@ AT_LEAST_ONE = (
     "arena_mib",
     "max_images",
     "max_new_tokens",
+    "max_video_frames",
     "max_waiting",
     "preprocess_processes",
     "preprocess_memory_mib",
@@ -38,7 +40,11 @@ class PrefillConfig(WorkerConfig):
     socket_dir: Path = field(default_factory=lambda: Path(tempfile.gettempdir()) / "vlcache-arenas")
     """Private directory of the Unix socket that hands the arena to decode workers on this host."""
     max_images: int = 16
-    """Images of one request at most."""
+    """Images and videos of one request at most."""
+    max_video_frames: int = MAX_VIDEO_FRAMES
+    """Frames that are looked at of one video, at most."""
+    max_video_tokens: int = MAX_VIDEO_TOKENS
+    """Visual tokens of one video at most: frames are shown smaller where they would be more. At least 8 per frame."""
     max_new_tokens: int = 4096
     """Largest max_new_tokens that a request may ask for."""
     default_max_new_tokens: int = 256
@@ -88,6 +94,8 @@ class PrefillConfig(WorkerConfig):
         self._check_ranges()
 
     def _check_ranges(self) -> None:
+        if self.max_video_tokens < MIN_FRAME_TOKENS * self.max_video_frames:
+            raise ValueError(f"max_video_tokens must be at least {MIN_FRAME_TOKENS} per frame of max_video_frames")
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -13,6 +13,7 @@ from prefill_worker.compression.prompt_shape import PromptShape
 from prefill_worker.preprocess.image_grid import ImageGrid
 from prefill_worker.preprocess.processed import ProcessedPrompt
 from prefill_worker.preprocess.processing import PromptLimits, PromptProcessor
+from prefill_worker.preprocess.video_limits import MAX_VIDEO_FRAMES, MAX_VIDEO_TOKENS
 from shared.model.spec import VLMSpec
 
 ProcessedImage = dict[str, torch.Tensor]
@@ -31,8 +32,8 @@ class Prompt:
         position_ids: Rotary positions, [1, num_tokens], or [4, 1, num_tokens] where a token has one in time, height and
             width: its place comes first. Always explicit, a model must not remember the previous request's.
         next_position: RoPE position of the first generated token.
-        pixels: Pixels of each image as sent.
-        views: Rows of each image in `pixel_values`.
+        pixels: Pixels of each image as sent, without videos.
+        views: Rows of each image or video in `pixel_values`.
         grids: Where the visual tokens of each image lie.
         tenant: Whose images they are: what is kept of them is used for nobody else.
     """
@@ -47,7 +48,7 @@ class Prompt:
     tenant: str = ""
 
     @classmethod
-    def of(cls, processed: ProcessedPrompt, *, image_token_id: int, tenant: str = "") -> Prompt:
+    def of(cls, processed: ProcessedPrompt, *, spec: VLMSpec, tenant: str = "") -> Prompt:
         """The tensors of a preprocessed request; they share its memory."""
         inputs = {name: torch.from_numpy(array) for name, array in processed.inputs.items()}
         positions = torch.from_numpy(processed.positions)
@@ -56,7 +57,7 @@ class Prompt:
             position_ids=_with_places(positions) if len(positions) > 1 else positions,
             next_position=int(positions.max()) + 1,
             shape=PromptShape(
-                visual=inputs["input_ids"][0] == image_token_id,
+                visual=torch.isin(inputs["input_ids"][0], torch.tensor(spec.visual_token_ids)),
                 special=processed.special,
                 punctuation=processed.punctuation,
                 seed=processed.seed,
@@ -109,23 +110,37 @@ def _without_padding(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class PromptBuilder:
-    """Turns messages into a `Prompt`, in the process that it is called in. Thread-safe."""
+    """Turns messages into a `Prompt`, in the process that it is called in. Thread-safe.
 
-    def __init__(self, processor: Any, spec: VLMSpec, *, max_images: int) -> None:
+    Args:
+        most: See `prompt_limits`.
+    """
+
+    def __init__(self, processor: Any, spec: VLMSpec, **most: int) -> None:
         self._spec = spec
-        self.processing = PromptProcessor(processor, prompt_limits(spec, max_images=max_images))
+        self.processing = PromptProcessor(processor, prompt_limits(spec, **most))
 
     def build(self, messages: Sequence[pb.Message], *, max_new_tokens: int, tenant: str = "") -> Prompt:
         """Checks and tokenises a conversation; raises as `PromptProcessor.process`."""
         processed = self.processing.process(messages, max_new_tokens=max_new_tokens)
-        return Prompt.of(processed, image_token_id=self._spec.image_token_id, tenant=tenant)
+        return Prompt.of(processed, spec=self._spec, tenant=tenant)
 
 
-def prompt_limits(spec: VLMSpec, *, max_images: int) -> PromptLimits:
+def prompt_limits(
+    spec: VLMSpec,
+    *,
+    max_images: int,
+    max_video_frames: int = MAX_VIDEO_FRAMES,
+    max_video_tokens: int = MAX_VIDEO_TOKENS,
+) -> PromptLimits:
     """What preprocessing must know of a model."""
     return PromptLimits(
         model_type=spec.model_type,
         image_token_id=spec.image_token_id,
         context_tokens=spec.context_tokens,
         max_images=max_images,
+        video_token_id=spec.video_token_id,
+        tokens_per_second=spec.tokens_per_second,
+        max_video_frames=max_video_frames,
+        max_video_tokens=max_video_tokens,
     )

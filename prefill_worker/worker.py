@@ -116,7 +116,12 @@ class PrefillWorker:
     ) -> None:
         self.name, self.listen = config.name, config.listen
         epoch = epoch or new_epoch()
-        limits = prompt_limits(model.spec, max_images=config.max_images)
+        limits = prompt_limits(
+            model.spec,
+            max_images=config.max_images,
+            max_video_frames=config.max_video_frames,
+            max_video_tokens=config.max_video_tokens,
+        )
         self.metrics = PrefillMetrics(worker=config.name, model=model.identity.name)
         self._preprocess = _preprocess_pool(config, model, limits, self.metrics)
         self._arena = Arena(config.arena_mib * MIB)
@@ -224,6 +229,9 @@ def _served_model(
     served.image_bounds.extend(worker_pb2.ImageBound(**bound._asdict()) for bound in closer)
     served.max_marker_tokens_per_image = processing.marker_tokens()
     served.max_tokens_per_image = most.visual_tokens + served.max_marker_tokens_per_image
+    if processing.reads_videos:
+        served.max_marker_tokens_per_video = processing.video_marker_tokens()
+        served.max_tokens_per_video = config.max_video_tokens + served.max_marker_tokens_per_video
     served.policies.extend(sorted(CHOICES))
     served.default_policy = DEFAULT_POLICY
     served.default_retention = config.default_retention

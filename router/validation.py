@@ -6,6 +6,7 @@ import math
 import re
 import secrets
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -50,14 +51,13 @@ class AcceptedRequest:
 
     @cached_property
     def image_key(self) -> int | None:
-        """Hash of tenant and first image, with which everything that could be used again begins; None without image."""
-        parts = (part for entry in self.message.messages for part in entry.parts)
-        image = next((part.image for part in parts if part.WhichOneof("part") == "image"), None)
-        if image is None:
+        """Hash of tenant and first image or video, with which everything that could be used again begins, if any."""
+        visual = next((part for part in _parts(self.message) if part.WhichOneof("part") != "text"), None)
+        if visual is None:
             return None
         # what is kept of an image is its tenant's alone
         content = xxhash.xxh3_64(self.tenant.encode())
-        content.update(image.data)
+        content.update(visual.image.data or visual.video.SerializeToString(deterministic=True))
         return content.intdigest()
 
     @property
@@ -102,13 +102,14 @@ def accept(
     _require(message.ByteSize() <= MAX_REQUEST_BYTES, f"a request has at most {MAX_REQUEST_BYTES >> 20} MiB")
     _check_messages(message)
     _check_priority(message.priority)
-    _require(_num_images(message) <= model.max_images, f"the model takes at most {model.max_images} images")
+    visuals = _count(message, "image") + _count(message, "video")
+    _require(visuals <= model.max_images, f"the model takes at most {model.max_images} images and videos")
     _fill_sampling(message, model)
     budget = _fill_compression(message, model)
     message.model = model.name
     # whether the prompt fits the context is known to the prefill worker alone: loose bounds are cut, not refused
-    images = _num_images(message)
-    markers = images * model.max_marker_tokens_per_image
+    markers = _count(message, "image") * model.max_marker_tokens_per_image
+    markers += _count(message, "video") * model.max_marker_tokens_per_video
     text = min(_text_tokens_bound(message, model) + markers, model.context_tokens)
     visual = min(_visual_tokens_bound(message, model), model.context_tokens - text)
     # a request for everything is a request for exact answers
@@ -128,9 +129,11 @@ def _check_messages(message: pb.GenerateRequest) -> None:
         _require(entry.role in ROLES, f"a role is one of {', '.join(ROLES)}, not {entry.role!r}")
         for part in entry.parts:
             kind = part.WhichOneof("part")
-            _require(kind is not None, "a part is a text or an image")
+            _require(kind is not None, "a part is a text, an image or a video")
             _require(kind != "image" or bool(part.image.data), "an image has no data")
-    texts = (part.text for entry in message.messages for part in entry.parts)
+            source = part.video.WhichOneof("source")
+            _require(kind != "video" or source is not None, "a video has neither a file nor frames")
+    texts = (part.text for part in _parts(message))
     _require(any(text.strip() for text in texts), "some message must have a text")
 
 
@@ -173,14 +176,15 @@ def _floor(given: pb.CompressionParams, default: float) -> float:
 
 def _text_tokens_bound(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> int:
     """A byte is at least as long as a token, and every message brings its own piece of the template."""
-    text_bytes = sum(len(part.text.encode()) for entry in message.messages for part in entry.parts)
+    text_bytes = sum(len(part.text.encode()) for part in _parts(message))
     return text_bytes + model.template_tokens * len(message.messages)
 
 
 def _visual_tokens_bound(message: pb.GenerateRequest, model: worker_pb2.ServedModel) -> int:
     """By the size that an image's header tells; that the worker decodes it is not sure yet."""
-    images = (part.image.data for entry in message.messages for part in entry.parts if part.HasField("image"))
-    return sum(_image_tokens_bound(pixels_of(image), model) for image in images)
+    images = (part.image.data for part in _parts(message) if part.HasField("image"))
+    videos = _count(message, "video") * (model.max_tokens_per_video - model.max_marker_tokens_per_video)
+    return videos + sum(_image_tokens_bound(pixels_of(image), model) for image in images)
 
 
 def _image_tokens_bound(pixels: int | None, model: worker_pb2.ServedModel) -> int:
@@ -191,8 +195,12 @@ def _image_tokens_bound(pixels: int | None, model: worker_pb2.ServedModel) -> in
     return model.max_tokens_per_image - model.max_marker_tokens_per_image
 
 
-def _num_images(message: pb.GenerateRequest) -> int:
-    return sum(part.WhichOneof("part") == "image" for entry in message.messages for part in entry.parts)
+def _count(message: pb.GenerateRequest, kind: str) -> int:
+    return sum(part.WhichOneof("part") == kind for part in _parts(message))
+
+
+def _parts(message: pb.GenerateRequest) -> Iterator[pb.Part]:
+    return (part for entry in message.messages for part in entry.parts)
 
 
 def _require(condition: bool, message: str) -> None:

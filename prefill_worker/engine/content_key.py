@@ -25,11 +25,16 @@ class ContentKeys:
             content.update(_bytes_of(image[name]))
         return content.digest()
 
-    def of_prefix(self, tenant: str, tokens: torch.Tensor, images: Iterable[bytes]) -> bytes:
-        """The key of a prompt's beginning: its tokens, on the CPU, and the keys of the images that some stand for."""
+    def of_prefix(self, tenant: str, tokens: torch.Tensor, positions: torch.Tensor, images: Iterable[bytes]) -> bytes:
+        """The key of a prompt's beginning: its tokens, on the CPU, and the keys of the images that some stand for.
+
+        Args:
+            positions: Of the tokens: the same frames may be shown at another speed.
+        """
         content = self._begin(tenant, b"prefix")
-        content.update(f"{tokens.dtype} {tuple(tokens.shape)}".encode())
-        content.update(_bytes_of(tokens))
+        for each in (tokens, positions):
+            content.update(f"{each.dtype} {tuple(each.shape)}".encode())
+            content.update(_bytes_of(each))
         for image in images:
             content.update(image)
         return content.digest()

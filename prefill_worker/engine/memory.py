@@ -78,4 +78,5 @@ class Memory:
         tokens = prefix_tokens(prompt.shape)
         if not (self._prefixes.on and tokens and image_keys):
             return None
-        return self._keys.of_prefix(prompt.tenant, prompt.inputs["input_ids"][0, :tokens], image_keys)
+        ids, positions = prompt.inputs["input_ids"][0, :tokens], prompt.position_ids[..., :tokens]
+        return self._keys.of_prefix(prompt.tenant, ids, positions, image_keys)

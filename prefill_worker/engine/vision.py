@@ -80,6 +80,8 @@ class VisionEncoder:
         before = int(prompt.shape.visual[: tokens.start].sum())
         features = features[:, before : before + int(visual.sum())]
         if self.deepstack:
+            # in their order, whichever are of videos: the model need not know
+            ids = ids.masked_fill(visual, self._model.config.image_token_id)
             return {"input_ids": ids.to(self._model.device), ENCODED: {"image": _outputs(features)}}
         (text,) = self._read_text(ids).values()
         places = visual.to(text.device)[None, :, None]

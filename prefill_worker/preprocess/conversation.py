@@ -17,7 +17,7 @@ REFUSALS = (TemplateError, TypeError)
 
 
 def render(processor: Any, messages: Sequence[pb.Message]) -> str:
-    """The prompt's text up to the answer, with placeholders of images.
+    """The prompt's text up to the answer, with placeholders of images and videos.
 
     Raises:
         InvalidRequestError: The template refuses the conversation, or leaves some of it out.
@@ -50,7 +50,8 @@ def _rendered(processor: Any, messages: Sequence[pb.Message], form: Callable[[pb
 def _parts(message: pb.Message) -> Content:
     """What vision-language templates expect."""
     return [
-        {"type": "image"} if part.HasField("image") else {"type": "text", "text": part.text} for part in message.parts
+        {"type": "text", "text": part.text} if part.HasField("text") else {"type": part.WhichOneof("part") or ""}
+        for part in message.parts
     ]
 
 
@@ -60,8 +61,8 @@ def _one_system_part(message: pb.Message) -> Content:
 
 
 def _strings(message: pb.Message) -> Content:
-    """What others expect where there are no images."""
-    return _parts(message) if any(part.HasField("image") for part in message.parts) else _text(message)
+    """What others expect where there is only text."""
+    return _text(message) if all(part.HasField("text") for part in message.parts) else _parts(message)
 
 
 def _text(message: pb.Message) -> str:

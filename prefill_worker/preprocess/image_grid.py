@@ -45,28 +45,34 @@ class ImageGrid:
 
 
 def image_grids(
-    processor: Any, family: Family, visual: NDArray[np.bool_], inputs: Mapping[str, NDArray[Any]], sizes: Sequence[Size]
+    processor: Any,
+    family: Family,
+    visual: NDArray[np.bool_],
+    inputs: Mapping[str, NDArray[Any]],
+    sizes: Sequence[Size | None],
 ) -> tuple[ImageGrid, ...]:
     """The grids of a prompt's images.
 
     Args:
         visual: [num_tokens] bool.
         inputs: What the processor made.
-        sizes: Of the images before the processor, upright.
+        sizes: Of the images before the processor, upright; None in place of a video, which has no grid.
     """
-    if not sizes:
+    images = [size for size in sizes if size is not None]
+    if not images:
         return ()
     if family.tiles:
         # views of different detail overlap, and markers stand between them: no rows and columns are right
-        return (ImageGrid(first_token=0, rows=0, columns=0, box=WHOLE),) * len(sizes)
+        return (ImageGrid(first_token=0, rows=0, columns=0, box=WHOLE),) * len(images)
     places = np.flatnonzero(visual)
     if family.mrope:
-        return _resized_grids(places, inputs["image_grid_thw"], processor.image_processor.merge_size)
-    by_image = places.reshape(len(sizes), -1)
+        grids = _resized_grids(places, inputs["image_grid_thw"], processor.image_processor.merge_size)
+        return tuple(grid for grid, size in zip(grids, sizes, strict=True) if size is not None)
+    by_image = places.reshape(len(images), -1)
     rows, columns = _rows_and_columns(processor, by_image.shape[1], inputs["pixel_values"])
     # what the vision tower has beside patches, a class token, comes first
     firsts = (by_image[:, 0] + by_image.shape[1] - rows * columns).tolist()
-    boxes = [_seen(processor.image_processor, size) for size in sizes]
+    boxes = [_seen(processor.image_processor, size) for size in images]
     return tuple(
         ImageGrid(first_token=first, rows=rows, columns=columns, box=box)
         for first, box in zip(firsts, boxes, strict=True)
@@ -74,12 +80,12 @@ def image_grids(
 
 
 def _resized_grids(places: NDArray[np.int64], patches: NDArray[np.int64], merged: int) -> tuple[ImageGrid, ...]:
-    """Of images that are seen whole, at a resolution of their own."""
+    """Of images that are seen whole, at a resolution of their own; of a video, its first temporal patch."""
     grids, taken = list[ImageGrid](), 0
-    for _, height, width in patches.tolist():
+    for times, height, width in patches.tolist():
         rows, columns = height // merged, width // merged
         grids.append(ImageGrid(first_token=int(places[taken]), rows=rows, columns=columns, box=WHOLE))
-        taken += rows * columns
+        taken += times * rows * columns
     return tuple(grids)
 
 

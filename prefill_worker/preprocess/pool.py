@@ -116,7 +116,7 @@ class PreprocessPool:
         finally:
             if work in self._waiting:
                 self._remove(work)
-        return Prompt.of(processed, image_token_id=self._spec.image_token_id, tenant=tenant)
+        return Prompt.of(processed, spec=self._spec, tenant=tenant)
 
     async def close(self) -> None:
         """Ends the processes, and with an error whatever they have not answered."""

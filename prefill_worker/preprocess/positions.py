@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,34 +12,47 @@ Positions = NDArray[np.int64]
 """[axes, num_tokens]; axes are 1, or 3: time, height and width."""
 
 
+class Block(NamedTuple):
+    """Visual tokens that lie in a row: `rows` x `columns` at each of `times`, which count from where they begin."""
+
+    times: tuple[int, ...]
+    rows: int
+    columns: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all times."""
+        return len(self.times) * self.rows * self.columns
+
+
 def plain_positions(num_tokens: int) -> Positions:
     """One position after the other, [1, num_tokens]."""
     return np.arange(num_tokens)[None]
 
 
-def grid_positions(visual: NDArray[np.bool_], grids: Sequence[tuple[int, int]]) -> Positions:
+def block_positions(visual: NDArray[np.bool_], blocks: Sequence[Block]) -> Positions:
     """M-RoPE, [3, num_tokens]: text goes on in all axes, an image stands still in time and spreads in the others.
 
-    The token after an image of h x w is max(h, w) behind its first one.
+    The token after a block of h x w is max(h, w) behind its first one, however long that took.
 
     Args:
         visual: [num_tokens] bool.
-        grids: Rows and columns of visual tokens of each image, which lie in a row.
+        blocks: Of the images and videos, in their order.
 
     Raises:
-        ValueError: The images have another number of tokens.
+        ValueError: They have another number of tokens.
     """
     places = np.flatnonzero(visual)
-    if len(places) != sum(rows * columns for rows, columns in grids):
-        raise ValueError(f"{len(places)} visual tokens for images of {list(grids)}")
+    if len(places) != sum(block.num_tokens for block in blocks):
+        raise ValueError(f"{len(places)} visual tokens for {list(blocks)}")
     pieces, done, taken, position = list[Positions](), 0, 0, 0
-    for rows, columns in grids:
+    for block in blocks:
         first = int(places[taken])
         pieces.append(_text(position, first - done))
         position += first - done
-        pieces.append(position + _image(rows, columns))
-        position += max(rows, columns)
-        taken, done = taken + rows * columns, first + rows * columns
+        pieces.append(position + _visual(block))
+        position += max(block.rows, block.columns)
+        taken, done = taken + block.num_tokens, first + block.num_tokens
     pieces.append(_text(position, len(visual) - done))
     return np.concatenate(pieces, axis=1)
 
@@ -47,6 +61,6 @@ def _text(first: int, count: int) -> Positions:
     return np.tile(np.arange(first, first + count), (3, 1))
 
 
-def _image(rows: int, columns: int) -> Positions:
-    down, across = np.indices((rows, columns)).reshape(2, -1)
-    return np.stack([np.zeros_like(down), down, across])
+def _visual(block: Block) -> Positions:
+    step, down, across = np.indices((len(block.times), block.rows, block.columns)).reshape(3, -1)
+    return np.stack([np.array(block.times)[step], down, across])

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from prefill_worker.preprocess.image_grid import ImageGrid
 from prefill_worker.preprocess.positions import Positions
+from shared.kv.manifest import MAX_LOGICAL_LENGTH
 
 Array = NDArray[Any]
 
@@ -24,9 +25,9 @@ class ProcessedPrompt:
         special: Positions of special tokens that do not stand for images, ascending.
         punctuation: Positions of tokens that are punctuation and nothing else, ascending.
         seed: Hash of `inputs`.
-        pixels: Pixels of each image as sent.
+        pixels: Pixels of each image as sent, without videos.
         positions: Rotary positions, [axes, num_tokens] int64; axes are 1, or 3 for time, height and width.
-        views: Rows of each image in `pixel_values`, one or more.
+        views: Rows of each image or video in `pixel_values`, one or more.
         grids: Where the visual tokens of each image lie.
     """
 
@@ -58,8 +59,9 @@ class ProcessedPrompt:
         positions = self.positions
         if positions.dtype != np.int64 or positions.shape not in ((1, num_tokens), (3, num_tokens)):
             raise ValueError("these are no positions")
-        # an image has at least as many tokens as it moves those behind it
-        if positions.min() < 0 or positions.max() >= num_tokens:
+        # a video may last longer than it has tokens
+        limit = num_tokens if len(positions) == 1 else MAX_LOGICAL_LENGTH
+        if positions.min() < 0 or positions.max() >= limit:
             raise ValueError("a position outside of the prompt")
 
     def _check_views(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
@@ -11,13 +11,13 @@ class TokenKinds:
     """Looks at each token of the vocabulary once, when a prompt first has it. Thread-safe: every look gives the same.
 
     Args:
-        image_token_id: Special to the tokenizer, but it stands for an image.
+        visual_token_ids: Special to the tokenizer, but they stand for images and videos.
     """
 
-    def __init__(self, tokenizer: Any, image_token_id: int) -> None:
+    def __init__(self, tokenizer: Any, visual_token_ids: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._added = tokenizer.added_tokens_decoder
-        self._special = {token for token, added in self._added.items() if added.special} - {image_token_id}
+        self._special = {token for token, added in self._added.items() if added.special}.difference(visual_token_ids)
         self._punctuation: dict[int, bool] = {}
 
     def special(self, ids: Sequence[int]) -> tuple[int, ...]:

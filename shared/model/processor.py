@@ -6,6 +6,8 @@ if no video is ever shown to it.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,14 +31,19 @@ def load_processor(path: Path) -> Any:
     config = AutoConfig.from_pretrained(path)
     if type(config) not in PROCESSOR_MAPPING:
         raise ValueError(f"transformers has no processor for {config.model_type}")
-    processor = images_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(path, backend="pil")
+    base = PROCESSOR_MAPPING[type(config)]
+    processor = images_only(base, _video_size(path)).from_pretrained(path, backend="pil")
     if getattr(processor.image_processor, "do_pan_and_scan", False):
         raise ValueError("images that are cut by pan and scan are not supported: switch do_pan_and_scan off")
     return processor
 
 
-def images_only(base: type[Any]) -> type[Any]:
-    """A subclass of a processor, under its name, that neither loads, keeps nor saves a video processor."""
+def images_only(base: type[Any], video_size: Mapping[str, int] | None = None) -> type[Any]:
+    """A subclass of a processor, under its name, that neither loads, keeps nor saves a video processor.
+
+    Args:
+        video_size: What its `video_processor.size` is: all that is asked of it.
+    """
 
     def get_attributes(_cls: type[Any], /) -> list[str]:
         return [name for name in base.get_attributes() if name != VIDEO]
@@ -50,9 +57,21 @@ def images_only(base: type[Any]) -> type[Any]:
         "get_attributes": classmethod(get_attributes),
         "from_args_and_dict": classmethod(from_args_and_dict),
         # SmolVLM asks it for the defaults of its chat template's arguments
-        VIDEO: SimpleNamespace(num_frames=None, fps=None),
+        VIDEO: SimpleNamespace(num_frames=None, fps=None, size=video_size),
     }
     if base is SmolVLMProcessor:
         # it splits images as its predecessor does, and cannot tell
         members[COUNTS] = Idefics3Processor._get_num_multimodal_tokens
     return type(base.__name__, (base,), members)
+
+
+def _video_size(path: Path) -> Mapping[str, int] | None:
+    """The bounds of a video's pixels; None where the image processor's hold for videos, too."""
+    for name, key in (("processor_config.json", VIDEO), ("video_preprocessor_config.json", None)):
+        file = path / name
+        if file.exists():
+            settings = json.loads(file.read_text())
+            found = (settings.get(key, {}) if key else settings).get("size") or {}
+            if {"shortest_edge", "longest_edge"} <= found.keys():
+                return {edge: int(found[edge]) for edge in ("shortest_edge", "longest_edge")}
+    return None

@@ -17,7 +17,12 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class VLMSpec:
-    """The facts about a vision-language model that the services need."""
+    """The facts about a vision-language model that the services need.
+
+    Attributes:
+        video_token_id: What stands for a feature of a video; None where the model names none.
+        tokens_per_second: Temporal positions per second of a video; None where they count its patches.
+    """
 
     model_type: str
     image_token_id: int
@@ -26,6 +31,13 @@ class VLMSpec:
     vocabulary: int
     eos_token_ids: frozenset[int]
     layout: KVLayout
+    video_token_id: int | None = None
+    tokens_per_second: float | None = None
+
+    @property
+    def visual_token_ids(self) -> tuple[int, ...]:
+        """What stands for a feature of an image or a video."""
+        return (self.image_token_id,) if self.video_token_id is None else (self.image_token_id, self.video_token_id)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, *, eos_token_ids: frozenset[int], dtype: torch.dtype) -> VLMSpec:
@@ -51,4 +63,6 @@ class VLMSpec:
                 dtype=DTYPE_NAMES[dtype],
                 windows=layer_windows(text),
             ),
+            video_token_id=getattr(config, "video_token_id", None),
+            tokens_per_second=getattr(getattr(config, "vision_config", None), "tokens_per_second", None),
         )

@@ -21,7 +21,7 @@ from tests.families.vocabulary import Vocabulary
 PATCH, MERGE = 14, 2
 MAX_TOKENS = 16
 IMAGE, VIDEO, VISION_START, VISION_END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
-TEMPLATE = chatml(VISION_START + IMAGE + VISION_END)
+TEMPLATE = chatml(VISION_START + IMAGE + VISION_END, VISION_START + VIDEO + VISION_END)
 VOCABULARY = Vocabulary(
     bos=None,
     eos=END,

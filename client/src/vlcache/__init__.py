@@ -40,7 +40,7 @@ from vlcache._events import (
     Usage,
 )
 from vlcache._kept import ImageGrid, Kept
-from vlcache._messages import Image, ImageSource, Message
+from vlcache._messages import Image, ImageSource, Message, Video, VideoSource
 from vlcache._openai import ChatMessage
 from vlcache._server_info import KVBytes, Model, ServerInfo, Totals, Worker
 from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout, Wire
@@ -92,6 +92,8 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Usage",
+    "Video",
+    "VideoSource",
     "VlcacheError",
     "Wire",
     "Worker",

@@ -14,7 +14,7 @@ from vlcache._channel import DEFAULT_ADDRESS, channel_options
 from vlcache._completion import Completion
 from vlcache._errors import error_from_rpc
 from vlcache._exchange import Exchange
-from vlcache._messages import ImageSource, build_request
+from vlcache._messages import ImageSource, VideoSource, build_request
 from vlcache._openai import ChatMessage, as_messages
 from vlcache._readiness import POLL_INTERVAL_S, Readiness
 from vlcache._server_info import Model, ServerInfo, models_from_proto, server_info_from_proto
@@ -71,6 +71,7 @@ class AsyncClient:
         prompt: str | None = None,
         *,
         images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
         messages: Sequence[ChatMessage] | None = None,
         model: str = "",
         sampling: Sampling | None = None,
@@ -82,6 +83,7 @@ class AsyncClient:
         async with self.stream(
             prompt,
             images=images,
+            videos=videos,
             messages=messages,
             model=model,
             sampling=sampling,
@@ -96,6 +98,7 @@ class AsyncClient:
         prompt: str | None = None,
         *,
         images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
         messages: Sequence[ChatMessage] | None = None,
         model: str = "",
         sampling: Sampling | None = None,
@@ -105,7 +108,7 @@ class AsyncClient:
     ) -> AsyncStream:
         """An iterator over the events of the answer; leaving its `async with` block early cancels the request.
 
-        prompt, images: one message of the user, images first.
+        prompt, images, videos: one message of the user, images first, then videos.
         messages: a whole chat instead of them, as Message or as dicts in the form of OpenAI's chat API.
         model: name of a served model; empty means the only one.
         sampling, compression: the service's defaults when None.
@@ -113,12 +116,13 @@ class AsyncClient:
         request_id: 1 to 128 of [A-Za-z0-9._:-]; made when None. Every attempt carries it.
 
         Raises ValueError when options contradict one another or are out of their range, it or TypeError when a message
-        has another form, OSError when an image cannot be read, and InvalidRequest when the request exceeds 64 MiB, all
-        before anything is sent. Images are read and encoded here and now, in the loop's thread.
+        has another form, OSError when an image or a video cannot be read, and InvalidRequest when the request exceeds
+        64 MiB, all before anything is sent. Images and videos are read and encoded here and now, in the loop's thread.
         """
         request = build_request(
             prompt=prompt,
             images=images,
+            videos=videos,
             messages=as_messages(messages),
             model=model,
             sampling=sampling,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlcache._messages import Image, Message
+from vlcache._messages import Image, Message, Video
 
 ChatMessage = Message | Mapping[str, Any]
 _DATA_URI = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
@@ -17,7 +17,7 @@ def as_messages(messages: Sequence[ChatMessage] | None) -> list[Message] | None:
 
     A part is `{"type": "text", "text": ...}`
     or `{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}`
-    or, as in a `Message`, a text or an `Image`.
+    or, as in a `Message`, a text, an `Image` or a `Video`.
 
     Raises ValueError or TypeError, which name the message, when one has another form.
     """
@@ -44,11 +44,11 @@ def _message(message: ChatMessage, where: str) -> Message:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _part(part: object, where: str) -> str | Image:
-    if isinstance(part, str | Image):
+def _part(part: object, where: str) -> str | Image | Video:
+    if isinstance(part, str | Image | Video):
         return part
     if not isinstance(part, Mapping):
-        raise TypeError(f"{where} is a dict, a text or an Image, not {type(part).__name__}")
+        raise TypeError(f"{where} is a dict, a text, an Image or a Video, not {type(part).__name__}")
     kind = part.get("type")
     if kind == "text":
         _check_keys(part, {"type", "text"}, where)

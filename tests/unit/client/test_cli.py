@@ -92,12 +92,14 @@ def test_every_option_reaches_the_service(service, vlcache, tmp_path):
     sampling = "--max-new-tokens 7 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 11 --stop . --stop !"
     who = "--tenant team-a --priority -3"
     words = f"{settings} {wire} {sampling} {who}".split()
-    assert vlcache("ask", *images, "Which?", *scope, *words, "--timeout", "9")[0] == 0
+    film = paths[0].with_name("c.mp4")
+    film.write_bytes(b"film")
+    assert vlcache("ask", *images, "--video", str(film), "Which?", *scope, *words, "--timeout", "9")[0] == 0
 
     (request,) = service.requests
     parts = request.messages[0].parts
     assert [part.image.data for part in parts[:2]] == [b"a.png", b"b.png"]
-    assert (parts[2].text, request.model) == ("Which?", "m")
+    assert (parts[2].video.file, parts[3].text, request.model) == (b"film", "Which?", "m")
     assert (request.compression.retention, request.compression.policy) == (0.2, "knorm")
     assert (request.compression.budget_scope, request.compression.min_retention) == (pb.BUDGET_SCOPE_VISUAL, 0.05)
     assert request.compression.max_dropped_attention == 0.02

@@ -1,9 +1,10 @@
 import io
 import re
+from pathlib import Path
 
 import PIL.Image
 import pytest
-from vlcache import Compression, Image, InvalidRequest, Message, Sampling
+from vlcache import Compression, Image, InvalidRequest, Message, Sampling, Video
 from vlcache._channel import MAX_MESSAGE_BYTES
 from vlcache._messages import build_request
 
@@ -12,6 +13,7 @@ def build(**options):
     defaults = {
         "prompt": None,
         "images": (),
+        "videos": (),
         "messages": None,
         "model": "",
         "sampling": None,
@@ -118,3 +120,31 @@ def test_a_request_above_the_limit_is_refused_and_one_below_is_not():
     assert caught.value.request_id == "big"
     assert not caught.value.retryable
     assert build(prompt="?", images=[bytes(MAX_MESSAGE_BYTES - 1000)]).ByteSize() <= MAX_MESSAGE_BYTES
+
+
+def test_a_video_is_a_file_or_its_frames(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"film")
+    message = Message(
+        role="user",
+        parts=[
+            Video(tmp_path / "clip.mp4", sample_fps=1.0),
+            Video(b"bytes", max_frames=8),
+            Video([b"one", b"two"], fps=4.0),
+            "What happens?",
+        ],
+    )
+    path, data, frames, _ = (part.video for part in message.to_proto().parts)
+    assert (path.file, path.sample_fps, path.HasField("max_frames")) == (b"film", 1.0, False)
+    assert (data.file, data.max_frames, data.HasField("sample_fps")) == (b"bytes", 8, False)
+    assert ([image.data for image in frames.frames.images], frames.frames.fps) == ([b"one", b"two"], 4.0)
+
+
+@pytest.mark.parametrize("video", [Video(b""), Video([]), Video([b""]), Video(b"film", fps=2.0)])
+def test_a_video_of_nothing_or_of_two_rates_is_refused(video: Video) -> None:
+    with pytest.raises(ValueError, match=r"empty|no frames|its own fps"):
+        video.to_proto()
+
+
+def test_videos_come_behind_the_images_of_a_prompt() -> None:
+    request = build(prompt="?", images=[b"i"], videos=[b"v", [b"f"]])
+    assert kinds(request.messages[0]) == ["image", "video", "video", "text"]

@@ -54,7 +54,7 @@ def user(*parts):
         (user({"type": "video_url", "video_url": "x"}), ValueError, r"content\[0\]: type must be text or image_url"),
         (user({"type": "text"}), ValueError, r"content\[0\] has no text"),
         (user({"type": "text", "text": 1}), TypeError, "expected a text, got int"),
-        (user("Look:", 1), TypeError, r"content\[1\] is a dict, a text or an Image, not int"),
+        (user("Look:", 1), TypeError, r"content\[1\] is a dict, a text, an Image or a Video, not int"),
         (user({"type": "image_url", "image_url": "https://host/a.png"}), ValueError, "fetches nothing"),
         (user({"type": "image_url", "image_url": URI + "?"}), ValueError, "no base64"),
         (user({"type": "image_url", "image_url": {"url": URI, "detail": "low"}}), ValueError, "has detail"),

@@ -10,7 +10,15 @@ from prefill_worker.config import PrefillConfig
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"retained_mib": -1}, {"parcel_lease_s": 0.0}, {"parcel_lease_s": -1.0}, {"parcel_lease_s": float("nan")}]
+    "wrong",
+    [
+        {"retained_mib": -1},
+        {"parcel_lease_s": 0.0},
+        {"parcel_lease_s": -1.0},
+        {"parcel_lease_s": float("nan")},
+        {"max_video_frames": 0},
+        {"max_video_tokens": 511},
+    ],
 )
 def test_a_bad_setting_is_refused_by_its_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -108,7 +108,7 @@ def test_an_image_may_come_last(builder: PromptBuilder) -> None:
         ([user("hi"), message("assistant", "ho")], "last message must come from the user"),
         ([message("system", "hi")], "last message must come from the user"),
         ([pb.Message(role="user", parts=[pb.Part(text="hi"), pb.Part()])], "neither text nor image"),
-        ([user("hi", *[PICTURE] * (MAX_IMAGES + 1))], "4 images; at most 3"),
+        ([user("hi", *[PICTURE] * (MAX_IMAGES + 1))], "4 images and videos; at most 3"),
         ([user("hi", b"")], "image 1 is empty"),
         ([user("hi", PICTURE, b"GIF89a")], "image 2 is no readable"),
     ],

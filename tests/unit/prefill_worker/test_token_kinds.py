@@ -31,25 +31,25 @@ def ids_of(text: str) -> list[int]:
 def test_marks_of_turns_are_special_and_images_are_not() -> None:
     ids = ids_of("<s><|user|><image><image>Hi</s><|assistant|>")
     words = len(ids_of("Hi"))
-    assert TokenKinds(tokenizer(), IMAGE).special(ids) == (0, 1, 4 + words, 5 + words)
+    assert TokenKinds(tokenizer(), [IMAGE]).special(ids) == (0, 1, 4 + words, 5 + words)
 
 
 @pytest.mark.parametrize("text", [".", "?", " .", "!", ":", '"', "_"])
 def test_punctuation_with_or_without_space(text: str) -> None:
     (token,) = ids_of(text)
-    kinds = TokenKinds(tokenizer(), IMAGE)
+    kinds = TokenKinds(tokenizer(), [IMAGE])
     assert kinds.punctuation([token, token]) == (0, 1)
     assert kinds.special([token]) == ()
 
 
 def test_words_spaces_signs_and_special_tokens_are_no_punctuation() -> None:
     for text in ("red", " the", " ", "\n", "7", "$", "+", "<image>", "</s>"):
-        assert TokenKinds(tokenizer(), IMAGE).punctuation(ids_of(text)) == (), text
+        assert TokenKinds(tokenizer(), [IMAGE]).punctuation(ids_of(text)) == (), text
 
 
 def test_each_token_of_the_vocabulary_is_looked_at_once() -> None:
     counting = Counting()
-    kinds = TokenKinds(counting, IMAGE)
+    kinds = TokenKinds(counting, [IMAGE])
     ids = ids_of("One, two, three, four; one, two.") * 3
     assert kinds.punctuation(ids) == kinds.punctuation(ids)
     assert counting.decoded == len(set(ids))

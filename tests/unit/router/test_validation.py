@@ -10,7 +10,7 @@ from PIL import Image
 from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import worker_pb2
 
-from router.validation import accept, request_id_of
+from router.validation import AcceptedRequest, accept, request_id_of
 from shared.errors import InvalidRequestError
 from shared.rpc.status import from_rpc_error
 from tests.unit.router.fakes import FakeDecode, FakePrefill, ask, bench, kinds, run, served_model
@@ -40,6 +40,14 @@ INVALID = {
         "no data",
     ),
     "too many images": (ask(images=3), "at most 2 images"),
+    "empty video": (
+        pb.GenerateRequest(messages=[message("user", pb.Part(text="a"), pb.Part(video=pb.Video(sample_fps=1)))]),
+        "neither a file nor frames",
+    ),
+    "too many images and videos": (
+        pb.GenerateRequest(messages=[message("user", *[pb.Part(video=pb.Video(file=b"x"))] * 3, pb.Part(text="a"))]),
+        "at most 2 images and videos",
+    ),
     "priority below the range": (ask(priority=-101), "priority must lie"),
     "priority above the range": (ask(priority=101), "priority must lie"),
     "too many new tokens": (ask(sampling=pb.SamplingParams(max_new_tokens=65)), "at most 64"),
@@ -169,6 +177,25 @@ def test_an_image_of_a_known_size_has_a_closer_bound() -> None:
         assert bound(png(*size)) == tokens
         assert bound(png(*size), png(3, 3)) == tokens + 5
     assert bound(b"no header") == 570
+
+
+def test_a_video_is_bounded_and_keyed_as_images_are() -> None:
+    model = served_model(max_tokens_per_video=1030, max_marker_tokens_per_video=30)
+
+    def accepted(*parts: pb.Part, tenant: str = "a") -> AcceptedRequest:
+        asked = pb.GenerateRequest(messages=[message("user", *parts, pb.Part(text="hello"))])
+        return accept(asked, model, tenant=tenant)
+
+    film, other = (pb.Part(video=pb.Video(file=data)) for data in (b"film", b"other"))
+    frames = pb.Part(video=pb.Video(frames=pb.Frames(images=[pb.Image(data=b"film")])))
+    assert accepted(film).prompt_tokens_bound == len("hello") + 20 + 1030
+    image = pb.Part(image=pb.Image(data=b"no header"))
+    assert accepted(film, image).prompt_tokens_bound == len("hello") + 20 + 1030 + 576
+    asked = accepted(film), accepted(film, other), accepted(other), accepted(frames), accepted(film, tenant="b")
+    keys = [each.image_key for each in asked]
+    assert None not in keys
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 4
 
 
 def png(width: int, height: int) -> bytes:

@@ -1,4 +1,4 @@
-"""`vlcache ask`: one question about images, the answer as it comes, then what it cost."""
+"""`vlcache ask`: one question about images or videos, the answer as it comes, then what it cost."""
 
 import argparse
 import sys
@@ -15,20 +15,22 @@ from vlcache.cli.options import add_question, compression_of, sampling_of
 
 def add_command(commands: Any) -> None:
     """Adds the command and its options to the parser."""
-    parser = commands.add_parser("ask", help="ask a question about images", description=__doc__)
+    parser = commands.add_parser("ask", help="ask a question about images or videos", description=__doc__)
     parser.set_defaults(run=run)
     add_question(parser)
+    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="may be repeated")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Asks and prints. Raises VlcacheError, OSError for an unreadable image, ValueError for a bad option."""
+    """Asks and prints. Raises VlcacheError, OSError for an unreadable file, ValueError for a bad option."""
     sampling, compression = sampling_of(args), compression_of(args)
     with (
         Client(args.address, timeout=Timeout(total_s=args.timeout), tenant=args.tenant) as client,
         client.stream(
             args.question,
             images=args.image,
+            videos=args.video,
             model=args.model,
             sampling=sampling,
             compression=compression,

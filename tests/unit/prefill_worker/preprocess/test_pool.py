@@ -22,7 +22,7 @@ from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.prefill_worker.pieces import until
 from tests.unit.prefill_worker.prompts import user
 
-SPEC: Any = SimpleNamespace(vocabulary=100, image_token_id=3)
+SPEC: Any = SimpleNamespace(vocabulary=100, visual_token_ids=(3,))
 VISUAL = 3
 
 

@@ -158,7 +158,17 @@ def test_tokens_and_places_that_cannot_be_are_refused() -> None:
 
 def test_positions_and_views_that_cannot_be_are_refused() -> None:
     checked([[0, 9, 3]], np.array([[0, 1, 2], [0, 0, 1], [2, 1, 0]]), views=(1, 4))
-    for positions in ([[0, 1, 3]], [[0, -1, 2]], [[0, 1]], [0, 1, 2], [[0, 1, 2]] * 2, [[0.0, 1.0, 2.0]]):
+    # a video that lasts longer than it has tokens
+    checked([[0, 9, 3]], np.array([[0, 900, 901], [0, 1, 2], [0, 1, 2]]))
+    for positions in (
+        [[0, 1, 3]],
+        [[0, 1, 1 << 24]] * 3,
+        [[0, -1, 2]],
+        [[0, 1]],
+        [0, 1, 2],
+        [[0, 1, 2]] * 2,
+        [[0.0, 1.0, 2.0]],
+    ):
         with pytest.raises(ValueError):
             checked([[0, 9, 3]], np.array(positions))
     for views in ((0,), (1, -1)):
