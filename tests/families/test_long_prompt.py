@@ -23,15 +23,21 @@ from tests.unit.decode_worker.test_engine import Recorded
 
 TOKENS, CHUNK, STEPS = 32_768, 4096, 3
 # Small, as attention grows with the square of the prompt.
-SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 65_536}
+SMALL = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 65_536,
+    "rope_parameters": {**qwen2_vl.ROPE, "mrope_section": [8, 4, 4]},
+}
 IMAGES, SIDE = 4, 420
 PAGE = "Zebras quiz my jovial fox. " * 296
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
     config: Any = qwen2_vl.build_config(tokenizer)
-    for name, size in SMALL.items():
-        setattr(config.text_config, name, size)
+    for name, value in SMALL.items():
+        setattr(config.text_config, name, value)
     config.text_config.layer_types = config.text_config.layer_types[:2]
     return config
 
