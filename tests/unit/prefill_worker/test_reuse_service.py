@@ -62,6 +62,8 @@ def test_by_default_features_are_kept_and_prefixes_are_not(checkpoint: Path) -> 
     [
         {"vision_cache_mib": -1},
         {"prefix_cache_mib": -1},
+        {"prefill_chunk": -1},
+        {"prefill_chunk": 1},
         {"preprocess_processes": 0},
         {"preprocess_timeout_s": 0},
         {"preprocess_memory_mib": 0},
