@@ -23,11 +23,14 @@ from tests.families.family import KV_HEADS, LAYERS, QUERY_HEADS, REFUSE_SPARSE, 
 from tests.families.loaded import Loaded
 from tests.families.oracle import Evicted, Oracle
 from tests.families.prefilling import Prefilling, close
+from tests.unit.prefill_worker.sharing import sharing
 
 THRESHOLD = 0.05
 # without a text behind the image, rows of the image itself are observed
 OBSERVED = ("several images", "image last", "text")
-every_policy = pytest.mark.parametrize("policy", [build_policy(name, {}) for name in POLICIES], ids=[*POLICIES])
+SHARING = sharing((2, 0))
+POLICIES_HERE = [build_policy(name, {}).for_checkpoint(SHARING) for name in POLICIES]
+every_policy = pytest.mark.parametrize("policy", POLICIES_HERE, ids=[*POLICIES])
 
 
 @pytest.fixture(scope="session")
