@@ -24,7 +24,7 @@ PROTO_VENV := .venv-proto
 # The oldest generator whose stubs run with every grpcio that the client promises to support.
 GRPCIO_TOOLS := grpcio-tools==1.74.0
 
-.PHONY: help setup demo serve test chaos lint format typecheck proto proto-check docs prometheus bench-gpu train-model clean
+.PHONY: help setup demo serve test heavy chaos lint format typecheck proto proto-check docs prometheus bench-gpu train-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -49,7 +49,10 @@ serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C dr
 
 # one thread each: processes whose threads outnumber the cores wait for each other
 test: setup ## the test suite, in JOBS processes (TESTS=folder or file: a part of it)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m "not chaos" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m "not chaos and not heavy" $(TESTS)
+
+heavy: setup ## ten model families, benchmarks, dashboards, every kernel compiled for every target (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m heavy tests
 
 chaos: setup ## real processes killed, stopped and drained under load: nothing may be lost (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m chaos tests/chaos

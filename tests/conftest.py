@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+TESTS = Path(__file__).parent
+# Whole files that take long and fail seldom (`make heavy`): the suite stays below ten minutes on two cores.
+HEAVY = ("families", "integration/test_dashboards.py", "kernels/test_compilation.py", "unit/benchmarks")
+
 SHARED_MEMORY = Path("/dev/shm")
 GPU_DRIVER = Path("/dev/nvidiactl")
 
@@ -24,10 +28,10 @@ settings.load_profile("vlcache")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if GPU_DRIVER.exists():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if any(item.path.is_relative_to(TESTS / each) for each in HEAVY):
+            item.add_marker(pytest.mark.heavy)
+        if item.get_closest_marker("gpu") and not GPU_DRIVER.exists():
             item.add_marker(pytest.mark.skip(reason="there is no NVIDIA GPU"))
 
 

@@ -19,7 +19,7 @@ from shared.errors import FailedPreconditionError, NotFoundError, ServiceError
 from shared.rpc.server import RpcServer
 from shared.rpc.status import code_number
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 FULL_BYTES, KEPT_BYTES, SENT_BYTES = 1000, 100, 120
 # 2 layers x (K, V) x 2 heads x 8 values x 4 bytes
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
