@@ -35,7 +35,7 @@ def running() -> Iterator[RunningStack]:
         "auto",
         prefill_workers=2,
         decode_workers=2,
-        drain_s=20.0,
+        drain_s=60.0,
         router_flags=(*IMPATIENT, *STAGES),
         prefill_flags=("--parcel-lease-s", LEASE_S, "--preprocess-processes", "1"),
     )
