@@ -22,7 +22,7 @@ from shared.rpc.first_status import FirstStatus
 from shared.rpc.server import RpcServer
 from shared.rpc.status import from_rpc_error
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 BuildEngine = Callable[[DecodeConfig, LoadedModel], tuple[Any, Any]]
 EPOCH = "prefill"
 
