@@ -23,6 +23,9 @@ STAMP := $(VENV)/.setup.stamp
 PROTO_VENV := .venv-proto
 # The oldest generator whose stubs run with every grpcio that the client promises to support.
 GRPCIO_TOOLS := grpcio-tools==1.74.0
+# One thread each: processes whose threads outnumber the cores wait for each other. In the order of tests/conftest.py:
+# xdist would put files of few tests last, which are the slow ones.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo serve test heavy chaos lint format typecheck proto proto-check docs prometheus bench-gpu train-model clean
 
@@ -47,15 +50,14 @@ demo: setup ## start router and workers (ROLE=both: one), ask about sample image
 serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C drains it)
 	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT) $(WORKERS)
 
-# one thread each: processes whose threads outnumber the cores wait for each other
 test: setup ## the test suite, in JOBS processes (TESTS=folder or file: a part of it)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m "not chaos and not heavy" $(TESTS)
+	$(PYTEST) -m "not chaos and not heavy" $(TESTS)
 
-heavy: setup ## ten model families, benchmarks, dashboards, every kernel compiled for every target (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m heavy tests
+heavy: setup ## what takes long and fails seldom: ten model families, benchmarks, every kernel for every target (minutes)
+	$(PYTEST) -m heavy $(TESTS)
 
 chaos: setup ## real processes killed, stopped and drained under load: nothing may be lost (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m chaos tests/chaos
+	$(PYTEST) -m chaos $(TESTS)
 
 lint: setup ## style, import contracts
 	$(BIN)/ruff check .

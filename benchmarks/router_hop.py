@@ -25,6 +25,7 @@ import vlcache
 from tqdm import tqdm
 
 from benchmarks.report import table, write_json
+from deploy.local.forks import Forks
 from deploy.local.processes import Child
 
 START_TIMEOUT_S = 60.0
@@ -72,13 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _measure(config: HopConfig) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name, Forks([]) as forks:
+        folder = Path(name)
         flags = ["--step-ms", str(config.step_ms)]
-        workers = await Child.start("benchmarks.router_hop_workers", "workers", flags, log_dir=Path(folder), roles=3)
+        workers = await Child.start(forks, "benchmarks.router_hop_workers", "workers", flags, log_dir=folder, roles=3)
         try:
             heard = {said.role: said.address for said in await workers.announcements(START_TIMEOUT_S)}
             flags = ["--registry", f"static://{heard['prefill']},{heard['decode']}"]
-            router = await Child.start("router", "router", flags, log_dir=Path(folder))
+            router = await Child.start(forks, "router", "router", flags, log_dir=folder)
             try:
                 (said,) = await router.announcements(START_TIMEOUT_S)
                 return await _compare(config, direct=heard["direct"], routed=said.address, router_pid=router.pid)

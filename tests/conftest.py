@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from deploy.local.forks import Forks
+from deploy.local.stack import Modules
+
 TESTS = Path(__file__).parent
 # Whole files that take long and fail seldom (`make heavy`): the suite stays below ten minutes on two cores.
 HEAVY = ("families", "integration/test_dashboards.py", "kernels/test_compilation.py", "unit/benchmarks")
@@ -28,6 +31,8 @@ settings.load_profile("vlcache")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # slow files first: at the end no process waits for another's last file
+    items.sort(key=lambda item: not item.path.is_relative_to(TESTS / "integration"))
     for item in items:
         if any(item.path.is_relative_to(TESTS / each) for each in HEAVY):
             item.add_marker(pytest.mark.heavy)
@@ -60,3 +65,10 @@ def no_shared_memory_is_left() -> Iterator[None]:
         time.sleep(0.2)  # another program may be between creating its entry and mapping it
         left = {name for name in left & shared_memory_entries() if not owned_by_others(name)}
     assert not left, f"left in /dev/shm: {sorted(left)}"
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Where the processes of all stacks come from: what they have in common is imported once."""
+    with Forks(Modules.imported) as forks:
+        yield forks

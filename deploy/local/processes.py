@@ -6,14 +6,12 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from shared.rpc.options import MALLOC_ENVIRONMENT
+from deploy.local.forks import ForkedProcess, Forks
 
-ROOT = Path(__file__).parents[2]
 TAIL_LINES = 20
 
 
@@ -45,7 +43,7 @@ class Announcement:
 class Child:
     """A process in a group of its own, so that ctrl-C reaches the launcher only, which then stops in order."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path, *, roles: int) -> None:
+    def __init__(self, name: str, process: ForkedProcess, log: Path, *, roles: int) -> None:
         self.name = name
         self.log = log
         self._process = process
@@ -55,24 +53,16 @@ class Child:
         self._reading = asyncio.create_task(self._read_output())
 
     @classmethod
-    async def start(cls, module: str, name: str, flags: list[str], *, log_dir: Path, roles: int = 1) -> Child:
+    async def start(
+        cls, forks: Forks, module: str, name: str, flags: list[str], *, log_dir: Path, roles: int = 1
+    ) -> Child:
         """Runs `python -m MODULE FLAGS`; its stderr and what it prints go to `log_dir/NAME.log`.
 
         Args:
             roles: Announcements to wait for.
         """
         log = log_dir / f"{name}.log"
-        with log.open("wb") as stderr:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "deploy.local.child", str(os.getpid()), module, *flags),
-                cwd=ROOT,
-                env={**MALLOC_ENVIRONMENT, **os.environ},
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=stderr,
-                start_new_session=True,
-            )
-        return cls(name, process, log, roles=roles)
+        return cls(name, await forks.start(module, flags, log=log), log, roles=roles)
 
     @property
     def pid(self) -> int:
@@ -128,8 +118,7 @@ class Child:
 
     async def _read_output(self) -> None:
         """Reads to the end, so that the child never blocks on a full pipe."""
-        assert self._process.stdout is not None
-        async for line in self._process.stdout:
+        async for line in self._process.output:
             said = Announcement.parse(line)
             if said is None or self._all_heard.done():
                 with self.log.open("ab") as log:

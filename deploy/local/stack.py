@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import vlcache
 
+from deploy.local.forks import Forks
 from deploy.local.processes import Announcement, Child, ChildFailedError
 from models.shapes_vlm.paths import CHECKPOINT
 from shared.registry.location import open_listing
@@ -96,6 +98,8 @@ class Modules:
     decode: str = "decode_worker"
     combined: str = "deploy.combined"
     router: str = "router"
+    imported: tuple[str, ...] = ("prefill_worker", "decode_worker", "deploy.combined")
+    """Those that are forked with their imports done. Not the router, which is small and must not have torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +115,18 @@ class Launch:
 class Stack:
     """Use as a context manager: leaving it stops whatever was started, the router first, then the workers."""
 
-    def __init__(self, config: StackConfig, modules: Modules) -> None:
+    def __init__(
+        self, config: StackConfig, modules: Modules, forks: contextlib.AbstractContextManager[Forks] | None = None
+    ) -> None:
+        """Nothing is started yet.
+
+        Args:
+            forks: Where processes come from; it is left when the stack is.
+        """
         self._config = config
         self._modules = modules
+        self._exits = contextlib.ExitStack()
+        self._opened = forks or Forks(modules.imported)
         self._folder = tempfile.TemporaryDirectory(prefix="vlcache-")
         self._workers: list[Child] = []
         self._routers: list[Child] = []
@@ -124,6 +137,7 @@ class Stack:
         """Whether every child ended with exit code 0 when it was asked to."""
 
     async def __aenter__(self) -> Stack:
+        self._forks = self._exits.enter_context(self._opened)
         return self
 
     async def __aexit__(
@@ -135,6 +149,7 @@ class Stack:
             for child, code in zip(group, codes, strict=True):
                 self._note_end(child, code, expected=kind is not None)
         self._folder.cleanup()
+        self._exits.close()
 
     @property
     def address(self) -> str:
@@ -248,7 +263,7 @@ class Stack:
     async def _spawn(self, name: str, launch: Launch, ports: tuple[str, str]) -> Child:
         """Starts a child; `ports` are those of gRPC and of the metrics."""
         flags = [*launch.flags, "--listen.port", ports[0], "--listen.metrics-port", ports[1]]
-        return await Child.start(launch.module, name, flags, log_dir=self.log_dir, roles=launch.roles)
+        return await Child.start(self._forks, launch.module, name, flags, log_dir=self.log_dir, roles=launch.roles)
 
     def _note_end(self, child: Child, code: int, *, expected: bool) -> None:
         if code != 0 and not expected:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from vlcache.cli import main as vlcache_command
 
+from deploy.local.forks import Forks
 from tests.chaos.crowd import Answer, Question, ask, greedy_and_seeded
 from tests.integration.conftest import stack_config
 from tests.integration.running_stack import RunningStack
@@ -30,7 +31,7 @@ RESIDENT = "vlcache_kv_resident_bytes{"
 
 
 @pytest.fixture(scope="package")
-def running() -> Iterator[RunningStack]:
+def running(forks: Forks) -> Iterator[RunningStack]:
     config = stack_config(
         "auto",
         prefill_workers=2,
@@ -39,7 +40,7 @@ def running() -> Iterator[RunningStack]:
         router_flags=(*IMPATIENT, *STAGES),
         prefill_flags=("--parcel-lease-s", LEASE_S, "--preprocess-processes", "1"),
     )
-    with RunningStack(config) as stack:
+    with RunningStack(config, forks) as stack:
         yield stack
     assert stack.clean, "a process did not end with exit code 0"
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from deploy.local.processes import ROOT
+from deploy.local.forks import ROOT
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 

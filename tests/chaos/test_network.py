@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import vlcache
 
+from deploy.local.forks import Forks
 from router.config import RouterConfig
 from router.router import Router
 from tests.chaos.conftest import wait_until
@@ -30,7 +31,7 @@ def server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope="module")
-def network(server: RedisServer) -> Iterator[RunningStack]:
+def network(server: RedisServer, forks: Forks) -> Iterator[RunningStack]:
     """Parcels travel over gRPC, and only Redis knows the workers."""
     config = stack_config(
         "grpc",
@@ -39,7 +40,7 @@ def network(server: RedisServer) -> Iterator[RunningStack]:
         prefill_flags=("--parcel-lease-s", "4"),
         router_flags=("--poll-interval-s", "0.2", "--slow-start-s", "0"),
     )
-    with RunningStack(config) as stack:
+    with RunningStack(config, forks) as stack:
         yield stack
     assert stack.clean, "a process did not end with exit code 0"
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from deploy.local.forks import Forks
 from deploy.local.stack import StackConfig
 from tests.integration.reference import Reference
 from tests.integration.running_stack import RunningStack
@@ -19,24 +20,24 @@ def stack_config(transport: str, **more: object) -> StackConfig:
     return StackConfig(worker_flags=EXACT, decode_flags=("--transport", transport), **more)
 
 
-@pytest.fixture(scope="session")
-def memory_stack() -> Iterator[RunningStack]:
-    with RunningStack(stack_config("auto")) as stack:
+@pytest.fixture(scope="package")
+def memory_stack(forks: Forks) -> Iterator[RunningStack]:
+    with RunningStack(stack_config("auto"), forks) as stack:
         yield stack
     assert stack.clean, "a process did not end with exit code 0"
 
 
-@pytest.fixture(scope="session")
-def grpc_stack() -> Iterator[RunningStack]:
-    with RunningStack(stack_config("grpc")) as stack:
+@pytest.fixture(scope="package")
+def grpc_stack(forks: Forks) -> Iterator[RunningStack]:
+    with RunningStack(stack_config("grpc"), forks) as stack:
         yield stack
     assert stack.clean, "a process did not end with exit code 0"
 
 
-@pytest.fixture(scope="session")
-def combined_stack() -> Iterator[RunningStack]:
+@pytest.fixture(scope="package")
+def combined_stack(forks: Forks) -> Iterator[RunningStack]:
     """Both halves in one process."""
-    with RunningStack(stack_config("auto", **COMBINED)) as stack:
+    with RunningStack(stack_config("auto", **COMBINED), forks) as stack:
         yield stack
     assert stack.clean, "a process did not end with exit code 0"
 

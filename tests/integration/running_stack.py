@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ import grpc
 import vlcache
 from vlcache.worker.v1 import decode_pb2_grpc, prefill_pb2_grpc, worker_pb2
 
+from deploy.local.forks import Forks
 from deploy.local.processes import Announcement
 from deploy.local.stack import Modules, Stack, StackConfig
 
@@ -25,10 +27,11 @@ Result = TypeVar("Result")
 class RunningStack:
     """A stack whose event loop lives in a thread of its own, so that plain tests can use it."""
 
-    def __init__(self, config: StackConfig) -> None:
+    def __init__(self, config: StackConfig, forks: Forks) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._config = config
+        self._forks = forks
         self.killed: set[str] = set()
         """Names of processes that are dead, or dying still."""
 
@@ -106,7 +109,7 @@ class RunningStack:
             time.sleep(0.02)
 
     async def _start(self) -> Stack:
-        stack = await Stack(self._config, Modules()).__aenter__()
+        stack = await Stack(self._config, Modules(), contextlib.nullcontext(self._forks)).__aenter__()
         try:
             await stack.start()
         except BaseException:

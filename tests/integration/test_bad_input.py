@@ -15,6 +15,7 @@ from PIL import Image
 from vlcache.v1 import inference_pb2 as pb
 from vlcache.v1 import inference_pb2_grpc
 
+from deploy.local.forks import Forks
 from tests.integration.conftest import stack_config
 from tests.integration.running_stack import RunningStack
 
@@ -114,10 +115,10 @@ def test_an_answer_that_does_not_fit_the_context(memory_stack: RunningStack) -> 
     memory_stack.wait_idle()
 
 
-def test_more_kv_than_a_worker_has_is_refused_before_any_compute() -> None:
+def test_more_kv_than_a_worker_has_is_refused_before_any_compute(forks: Forks) -> None:
     """At retention 1 this prompt needs more than the whole pool: RESOURCE_EXHAUSTED, not a crash."""
     small = dataclasses.replace(stack_config("auto"), kv_memory_mib=2)
-    with RunningStack(small) as stack:
+    with RunningStack(small, forks) as stack:
         with pytest.raises(grpc.RpcError) as caught:
             send(stack, images=1, timeout=3, **compression(retention=1.0))
         assert caught.value.code().name == "RESOURCE_EXHAUSTED"

@@ -14,7 +14,7 @@ PROMPTS = 240
 CONCURRENT = 4
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("transport", ["memory", "grpc"])
 def test_sent_bytes_stay_within_retention_plus_one_percent(transport: str, request: pytest.FixtureRequest) -> None:
     stack: RunningStack = request.getfixturevalue(f"{transport}_stack")

@@ -11,6 +11,7 @@ import grpc
 import pytest
 import vlcache
 
+from deploy.local.forks import Forks
 from models.shapes_vlm.questions import draw_samples
 from tests.integration.conftest import COMBINED, stack_config
 from tests.integration.running_stack import RunningStack
@@ -89,17 +90,17 @@ def test_a_bad_request_leaves_nothing_behind(combined_stack: RunningStack) -> No
     combined_stack.wait_idle()
 
 
-def test_grpc_to_itself_is_possible_and_says_the_same(combined_stack: RunningStack) -> None:
+def test_grpc_to_itself_is_possible_and_says_the_same(combined_stack: RunningStack, forks: Forks) -> None:
     """`--transport grpc` never takes the short way."""
-    with RunningStack(stack_config("grpc", **COMBINED)) as stack:
+    with RunningStack(stack_config("grpc", **COMBINED), forks) as stack:
         answers = ask_all(stack, 0.1)
         stack.wait_idle()
     assert {answer.transfer.transport for answer in answers} == {"grpc"}
     assert [answer.token_ids for answer in answers] == [a.token_ids for a in ask_all(combined_stack, 0.1)]
 
 
-def test_sigterm_lets_running_answers_finish() -> None:
-    with RunningStack(stack_config("auto", **COMBINED)) as stack:
+def test_sigterm_lets_running_answers_finish(forks: Forks) -> None:
+    with RunningStack(stack_config("auto", **COMBINED), forks) as stack:
         sampling = vlcache.Sampling(max_new_tokens=300, ignore_eos=True)
         pid = stack.child("combined-0").pid
         ended = os.pidfd_open(pid)

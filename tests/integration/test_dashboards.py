@@ -14,6 +14,7 @@ import pytest
 import vlcache
 
 from deploy.grafana.picture.__main__ import PictureConfig, collect
+from deploy.local.forks import Forks
 from models.shapes_vlm.paths import SAMPLES
 from tests.integration.conftest import stack_config
 from tests.integration.prometheus_server import ROOT, PrometheusServer
@@ -39,9 +40,9 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def watched(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[Watched]:
     config = stack_config("auto", router_flags=("--shadow-share", "1"))
-    with RunningStack(config) as stack:
+    with RunningStack(config, forks) as stack:
         targets = [service.metrics_address for service in stack.services]
         with PrometheusServer(tmp_path_factory.mktemp("prometheus"), targets) as server:
             server.wait_for(lambda: server.query("sum (up) == 3"))

@@ -34,7 +34,6 @@ def test_a_deadline_at_any_moment_frees_everything(stack: RunningStack) -> None:
     stack.wait_idle()
 
 
-@pytest.mark.slow
 def test_a_crowd_that_leaves_at_random(stack: RunningStack) -> None:
     sample = next(iter(draw_samples(seed=990_005, count=1)))
     chance = random.Random(5)

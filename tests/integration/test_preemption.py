@@ -7,6 +7,7 @@ import asyncio
 import pytest
 import vlcache
 
+from deploy.local.forks import Forks
 from deploy.local.stack import StackConfig
 from models.shapes_vlm.questions import draw_samples
 from tests.integration.conftest import EXACT
@@ -58,10 +59,10 @@ def decode_ahead_of_the_promise(stack: RunningStack) -> None:
             assert len(answer.token_ids) == NEW_TOKENS
 
 
-@pytest.mark.slow
-def test_everyone_gets_the_tokens_of_an_unhurried_stack(memory_stack: RunningStack) -> None:
+@pytest.mark.heavy
+def test_everyone_gets_the_tokens_of_an_unhurried_stack(memory_stack: RunningStack, forks: Forks) -> None:
     expected = ask_all_at_once(memory_stack)
-    with RunningStack(OVERCOMMITTED) as stack:
+    with RunningStack(OVERCOMMITTED, forks) as stack:
         answers = ask_all_at_once(stack)
         stack.wait_idle()
         decode_ahead_of_the_promise(stack)

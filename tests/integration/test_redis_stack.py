@@ -13,14 +13,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 import vlcache
 
+from deploy.local.forks import Forks
 from router.config import RouterConfig
 from router.router import Router
 from shared.registry.redis_listing import EXPIRY_S
 from tests.integration.conftest import stack_config
 from tests.integration.redis_server import RedisServer
 from tests.integration.running_stack import RunningStack
-
-pytestmark = pytest.mark.slow
 
 SHORT = vlcache.Sampling(max_new_tokens=3)
 PATIENCE_S = 30.0
@@ -33,9 +32,9 @@ def server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope="module")
-def stack(server: RedisServer) -> Iterator[RunningStack]:
+def stack(server: RedisServer, forks: Forks) -> Iterator[RunningStack]:
     """Workers that only Redis knows of; in the end all have signed off."""
-    with RunningStack(stack_config("auto", registry=server.location)) as running:
+    with RunningStack(stack_config("auto", registry=server.location), forks) as running:
         yield running
     assert workers_in(server) == {}
 

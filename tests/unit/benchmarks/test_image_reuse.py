@@ -12,7 +12,6 @@ from benchmarks import image_reuse
 from benchmarks.image_reuse import KEEPS, ImageReuseConfig
 
 
-@pytest.mark.slow
 def test_it_prints_a_table_and_one_json_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     flags = ["--pairs=2", "--tasks", "read", "--dtype=fp32", "--json=-"]
     monkeypatch.setattr(sys, "argv", ["image_reuse", *flags])

@@ -18,7 +18,7 @@ from deploy.local.stack import Modules
 from tests.unit.router.fakes import bench, run, say
 from tests.unit.router.test_failures import full
 
-FAKES = Modules(prefill="tests.unit.deploy.fake_worker", decode="tests.unit.deploy.fake_worker")
+FAKES = Modules(prefill="tests.unit.deploy.fake_worker", decode="tests.unit.deploy.fake_worker", imported=())
 SMALL = {"minutes": 0.02, "clients": 2, "prompts": 3, "max_new_tokens": 3, "tasks": ("read",)}
 
 

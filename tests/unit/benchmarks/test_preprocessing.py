@@ -14,7 +14,6 @@ from benchmarks import preprocessing
 from benchmarks.preprocessing import PreprocessingConfig, photograph
 
 
-@pytest.mark.slow
 def test_it_prints_a_table_and_one_json_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     flags = ["--megapixels=0.5", "--requests=4", "--concurrency=2", "--workers=1", "--rounds=1", "--json=-"]
     monkeypatch.setattr(sys, "argv", ["preprocessing", *flags])

@@ -9,7 +9,6 @@ import pytest
 from benchmarks.router_hop import main
 
 
-@pytest.mark.slow
 def test_every_number_of_streams_is_measured_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--streams", "1", "3", "--tokens", "12", "--rounds", "1", "--step-ms", "5", "--json", "-"]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]

@@ -16,7 +16,7 @@ from deploy.local.stack import Modules
 from shared.errors import ResourceExhaustedError
 from tests.unit.router.fakes import TOKEN_BYTES, FakePrefill, bench, compression, first_token, run, transfer
 
-FAKES = Modules(prefill="tests.unit.deploy.fake_worker", decode="tests.unit.deploy.fake_worker")
+FAKES = Modules(prefill="tests.unit.deploy.fake_worker", decode="tests.unit.deploy.fake_worker", imported=())
 # Within what the fake model serves: two images and 64 tokens.
 SMALL: dict[str, Any] = {"num_prompts": 5, "phases": 2, "warmup": 1, "max_new_tokens": 3, "tasks": ("read",)}
 

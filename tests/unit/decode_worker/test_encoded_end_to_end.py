@@ -23,6 +23,7 @@ from prefill_worker.worker import PrefillWorker
 from prefill_worker.worker import load_model as load_prefill
 from shared.rpc.server import RpcServer
 from tests.unit.decode_worker.serving import Served, run
+from tests.unit.prefill_worker.in_process import preprocessing_in_process
 from tests.unit.prefill_worker.prompts import QUESTION, encoded, picture, user
 
 NEW_TOKENS = 8
@@ -49,8 +50,9 @@ class Answer:
 async def prefilling(model: LoadedPrefill) -> AsyncIterator[Any]:
     """A prefill worker's stub."""
     with tempfile.TemporaryDirectory() as directory:
-        config = PrefillConfig(model="tiny", arena_mib=1, socket_dir=Path(directory) / "arenas", preprocess_processes=1)
-        worker = PrefillWorker(config, model)
+        config = PrefillConfig(model="tiny", arena_mib=1, socket_dir=Path(directory) / "arenas")
+        with preprocessing_in_process():
+            worker = PrefillWorker(config, model)
         server = await RpcServer.start(name="p", host="127.0.0.1", port=0, register=worker.register, services=[])
         try:
             async with grpc.aio.insecure_channel(server.address) as channel:

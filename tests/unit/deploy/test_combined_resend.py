@@ -26,6 +26,7 @@ from shared.kv.secret import SECRET_BYTES
 from shared.rpc.server import RpcServer
 from tests.unit.decode_worker import tiny
 from tests.unit.decode_worker.serving import Served, failure
+from tests.unit.prefill_worker.in_process import preprocessing_in_process
 from tests.unit.prefill_worker.prompts import QUESTION, encoded, picture, user
 
 MAX_NEW_TOKENS = 12
@@ -115,7 +116,8 @@ def run(loaded: LoadedModel, body: Callable[[Host], Awaitable[None]], **settings
     async def main(sockets: Path) -> None:
         config = CombinedConfig(model="tiny", arena_mib=1, kv_memory_mib=1, socket_dir=sockets, **settings)
         async with contextlib.AsyncExitStack() as stack:
-            prefill, decode = build_workers(config, loaded)
+            with preprocessing_in_process():
+                prefill, decode = build_workers(config, loaded)
             elsewhere = DecodeConfig(model="tiny", kv_memory_mib=1)
             other = DecodeWorker(elsewhere, loaded.decode, *build_engine(elsewhere, loaded.decode))
             served = []

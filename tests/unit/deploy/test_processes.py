@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
 import signal
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from deploy.local.processes import ROOT, Announcement, Child, ChildFailedError
+from deploy.local.forks import Forks
+from deploy.local.processes import Announcement, Child, ChildFailedError
 from shared.rpc.options import MALLOC_ENVIRONMENT
 
 FAKE = "tests.unit.deploy.fake_worker"
@@ -23,11 +21,12 @@ def with_child(log_dir: Path, use: Callable[[Child], Awaitable[None]]) -> None:
     """Starts a fake decode worker, hands it to `use`, and stops it."""
 
     async def main() -> None:
-        child = await Child.start(FAKE, "decode-0", ["--name", "decode-0"], log_dir=log_dir)
-        try:
-            await use(child)
-        finally:
-            await child.stop(grace_s=10)
+        with Forks([]) as forks:
+            child = await Child.start(forks, FAKE, "decode-0", ["--name", "decode-0"], log_dir=log_dir)
+            try:
+                await use(child)
+            finally:
+                await child.stop(grace_s=10)
 
     asyncio.run(main())
 
@@ -111,36 +110,3 @@ def test_only_the_last_lines_of_a_log_are_shown(tmp_path: Path) -> None:
         assert (len(shown), shown[-1]) == (20, "  decode-0 | line 99")
 
     with_child(tmp_path, use)
-
-
-def test_a_child_dies_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
-    launcher = f"""
-import asyncio
-from pathlib import Path
-from deploy.local.processes import Child
-
-async def main():
-    child = await Child.start({FAKE!r}, "decode-0", ["--name", "decode-0"], log_dir=Path({str(tmp_path)!r}))
-    await child.announcements(60)
-    print(child.pid, flush=True)
-    await asyncio.Event().wait()
-
-asyncio.run(main())
-"""
-    with subprocess.Popen([sys.executable, "-c", launcher], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        child = os.pidfd_open(int(process.stdout.readline()))
-        try:
-            assert select.select([child], [], [], 0)[0] == []
-            process.kill()
-            # readable means ended
-            assert select.select([child], [], [], 30)[0] == [child]
-        finally:
-            os.close(child)
-
-
-def test_a_child_whose_launcher_is_gone_already_does_not_start() -> None:
-    command = [sys.executable, "-m", "deploy.local.child", "1", "this"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 1
-    assert "the launcher has ended" in ended.stderr

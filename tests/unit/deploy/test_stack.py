@@ -17,12 +17,12 @@ import vlcache
 
 from deploy.local.__main__ import main
 from deploy.local.demo import DemoConfig, load_samples, run_demo
-from deploy.local.processes import ROOT
+from deploy.local.forks import ROOT
 from deploy.local.serve import example
 from deploy.local.stack import Modules, Stack, StackConfig, run_stack
 
 FAKE = "tests.unit.deploy.fake_worker"
-FAKES = Modules(prefill=FAKE, decode=FAKE, combined=FAKE)
+FAKES = Modules(prefill=FAKE, decode=FAKE, combined=FAKE, imported=())
 INTERRUPTED = 77
 
 

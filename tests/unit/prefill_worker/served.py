@@ -24,6 +24,7 @@ from shared.kv.secret import SECRET_BYTES
 from shared.kv.transport.frames import CHUNK_BYTES
 from shared.rpc.server import RpcServer
 from shared.rpc.status import from_rpc_error
+from tests.unit.prefill_worker.in_process import preprocessing_in_process
 from tests.unit.prefill_worker.prompts import user
 
 
@@ -162,8 +163,9 @@ def run(loaded: LoadedModel, body: Callable[[Stack], Awaitable[None]], **setting
     """Runs a test against a fresh worker named p."""
 
     async def main(sockets: Path) -> None:
-        values = {"arena_mib": 1, "socket_dir": sockets, "max_images": 2, "preprocess_processes": 1}
-        worker = PrefillWorker(PrefillConfig(model="tiny", **(values | settings)), loaded)
+        values = {"arena_mib": 1, "socket_dir": sockets, "max_images": 2}
+        with preprocessing_in_process():
+            worker = PrefillWorker(PrefillConfig(model="tiny", **(values | settings)), loaded)
         server = await RpcServer.start(name="p", host="127.0.0.1", port=0, register=worker.register, services=[])
         async with contextlib.AsyncExitStack() as servers:
             try:
