@@ -22,8 +22,8 @@ class ChaosConfig:
     """Answers to ask for."""
     kill_interval: float = 2.0
     """Seconds between two SIGKILLs; one that would take the last worker of a role is left out."""
-    clients: int = 8
-    """Requests at the same time."""
+    clients: int = 2
+    """Requests at the same time; more than the workers that are left can serve wait in a queue, and recovery with them."""
     workers: int = 2
     """Workers of each role."""
     questions: int = 32
@@ -56,6 +56,6 @@ class ChaosConfig:
             prefill_workers=self.workers,
             decode_workers=self.workers,
             worker_flags=("--dtype", self.dtype),
-            prefill_flags=("--parcel-lease-s", str(LEASE_S)),
+            prefill_flags=("--parcel-lease-s", str(LEASE_S), "--preprocess-processes", "1"),
             router_flags=("--poll-interval-s", "0.2"),
         )
