@@ -6,6 +6,8 @@ PYTHON ?= python3
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130    (CUDA 13.0 wheels)
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+# Which transformers: the newest that pyproject.toml allows.
+TRANSFORMERS ?= transformers
 HOST ?= 127.0.0.1
 PORT ?= 50051
 # processes that share the test suite
@@ -21,13 +23,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup.stamp
 PROTO_VENV := .venv-proto
+OLDEST_VENV := .venv-oldest
 # The oldest generator whose stubs run with every grpcio that the client promises to support.
 GRPCIO_TOOLS := grpcio-tools==1.74.0
 # One thread each: processes whose threads outnumber the cores wait for each other. In the order of tests/conftest.py:
 # xdist would put files of few tests last, which are the slow ones.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo serve test heavy chaos lint format typecheck proto proto-check docs prometheus bench-gpu train-model clean
+.PHONY: help setup demo serve test heavy chaos test-matrix lint format typecheck proto proto-check docs prometheus bench-gpu train-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -39,7 +42,7 @@ $(STAMP): pyproject.toml client/pyproject.toml $(wildcard shared/kernels/native/
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "vlcache needs Python >= 3.10"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3-venv is missing: apt install python3-venv"; exit 1; }
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(BIN)/pip install -q --disable-pip-version-check -e 'client[images]' -e '.[worker,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -e 'client[images]' -e '.[worker,dev]' $(TRANSFORMERS)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -e '.[kernels]'
 	$(BIN)/python -m shared.kernels.native
 	@touch $@
@@ -58,6 +61,9 @@ heavy: setup ## what takes long and fails seldom: ten model families, benchmarks
 
 chaos: setup ## real processes killed, stopped and drained under load: nothing may be lost (minutes)
 	$(PYTEST) -m chaos $(TESTS)
+
+test-matrix: ## the ten families with the oldest torch and transformers, in an environment of its own (gigabytes)
+	$(MAKE) heavy VENV=$(OLDEST_VENV) TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0 TESTS=tests/families
 
 lint: setup ## style, import contracts
 	$(BIN)/ruff check .
@@ -104,4 +110,4 @@ train-model: setup ## train the bundled model from scratch (hours on a CPU)
 	$(BIN)/python -m models.shapes_vlm.training --out $(or $(OUT),/tmp/shapes-vlm)
 
 clean: ## remove the environments
-	rm -rf $(VENV) $(PROTO_VENV)
+	rm -rf $(VENV) $(PROTO_VENV) $(OLDEST_VENV)

@@ -65,7 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise SystemExit(f"configuration error: {error}") from error
     rows = uvloop.run(_measure(config))
-    header = ["streams", "direct ms p50 / p99", "routed ms p50 / p99", "added ms p50 / p99", "tokens/s per core"]
+    header = [
+        "streams",
+        "direct ms p50 / p99",
+        "routed ms p50 / p99",
+        "added ms p50 / p99",
+        "tokens/s per core direct / routed",
+    ]
     sys.stdout.write(table(header, [_shown(row) for row in rows]) + "\n")
     workload = {key: value for key, value in dataclasses.asdict(config).items() if key != "json"}
     write_json(config.json, {"benchmark": "router_hop", "workload": workload, "results": rows})
@@ -83,30 +89,32 @@ async def _measure(config: HopConfig) -> list[dict[str, Any]]:
             router = await Child.start(forks, "router", "router", flags, log_dir=folder)
             try:
                 (said,) = await router.announcements(START_TIMEOUT_S)
-                return await _compare(config, direct=heard["direct"], routed=said.address, router_pid=router.pid)
+                return await _compare(config, heard["direct"], said.address, pids=(workers.pid, router.pid))
             finally:
                 await router.stop(STOP_S)
         finally:
             await workers.stop(STOP_S)
 
 
-async def _compare(config: HopConfig, *, direct: str, routed: str, router_pid: int) -> list[dict[str, Any]]:
+async def _compare(config: HopConfig, direct: str, routed: str, *, pids: tuple[int, int]) -> list[dict[str, Any]]:
     async with vlcache.AsyncClient(direct) as straight, vlcache.AsyncClient(routed) as through:
         await through.wait_ready(START_TIMEOUT_S)
-        return [await _row(config, count, straight, through, router_pid) for count in config.streams]
+        return [await _row(config, count, straight, through, pids) for count in config.streams]
 
 
 async def _row(
-    config: HopConfig, count: int, straight: vlcache.AsyncClient, through: vlcache.AsyncClient, router_pid: int
+    config: HopConfig, count: int, straight: vlcache.AsyncClient, through: vlcache.AsyncClient, pids: tuple[int, int]
 ) -> dict[str, Any]:
-    direct_ms: list[float] = []
-    routed_ms: list[float] = []
-    router_s = 0.0
+    taken_ms: tuple[list[float], list[float]] = ([], [])
+    spent_s = [0.0, 0.0]
     for _ in tqdm(range(config.rounds), unit="round", file=sys.stderr, desc=f"{count} streams"):
-        direct_ms += await _ask(straight, count, config.tokens)
-        before_s = _cpu_s(router_pid)
-        routed_ms += await _ask(through, count, config.tokens)
-        router_s += _cpu_s(router_pid) - before_s
+        for way, (client, pid) in enumerate(zip((straight, through), pids, strict=True)):
+            before_s = _cpu_s(pid)
+            taken_ms[way].extend(await _ask(client, count, config.tokens))
+            spent_s[way] += _cpu_s(pid) - before_s
+    direct_ms, routed_ms = taken_ms
+    direct_s, routed_s = spent_s
+    tokens = count * config.tokens * config.rounds
     (direct_p50, direct_p99), (routed_p50, routed_p99) = _quantiles(direct_ms), _quantiles(routed_ms)
     return {
         "streams": count,
@@ -116,7 +124,9 @@ async def _row(
         "routed_ms_p99": routed_p99,
         "added_ms_p50": routed_p50 - direct_p50,
         "added_ms_p99": routed_p99 - direct_p99,
-        "tokens_per_s_per_core": count * config.tokens * config.rounds / router_s,
+        "tokens_per_s_per_core": tokens / routed_s,
+        # of a server that does nothing but write them
+        "direct_tokens_per_s_per_core": tokens / direct_s,
     }
 
 
@@ -152,7 +162,8 @@ def _cpu_s(pid: int) -> float:
 
 def _shown(row: dict[str, Any]) -> list[str]:
     pairs = [f"{row[f'{way}_ms_p50']:.2f} / {row[f'{way}_ms_p99']:.2f}" for way in ("direct", "routed", "added")]
-    return [str(row["streams"]), *pairs, f"{row['tokens_per_s_per_core']:.0f}"]
+    per_core = [f"{row[f'{way}tokens_per_s_per_core']:.0f}" for way in ("direct_", "")]
+    return [str(row["streams"]), *pairs, " / ".join(per_core)]
 
 
 if __name__ == "__main__":

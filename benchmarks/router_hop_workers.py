@@ -1,4 +1,4 @@
-"""Workers that compute nothing: every sequence gets a token per step, and a token's text is the moment it was sent.
+"""Workers that compute nothing: every sequence gets a token per step, and a token's text is the moment it was there.
 
 `python -m benchmarks.router_hop_workers` announces a prefill worker, a decode worker, and the same tokens without a
 router.
@@ -46,17 +46,19 @@ class WorkersConfig:
 
 
 class Steps:
-    """Turns whose beginning all wait for."""
+    """Turns whose beginning all wait for: the tokens of a step are there together, as those of a batch are."""
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
         self._next = asyncio.Event()
+        self.stamp = _stamp()
+        """When the present one began."""
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             await asyncio.sleep(self._step_s)
-            begun, self._next = self._next, asyncio.Event()
+            begun, self._next, self.stamp = self._next, asyncio.Event(), _stamp()
             begun.set()
 
     async def wait(self) -> None:
@@ -119,7 +121,8 @@ class Decode(decode_pb2_grpc.DecodeServiceServicer):
             while True:
                 await self._steps.wait()
                 if left:
-                    yield decode_pb2.TokenStreamResponse(updates=[_update(left, handle) for handle in list(left)])
+                    updates = [_update(left, handle, self._steps.stamp) for handle in list(left)]
+                    yield decode_pb2.TokenStreamResponse(updates=updates)
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
@@ -148,7 +151,7 @@ class Direct(inference_pb2_grpc.InferenceServiceServicer):
         yield pb.GenerateResponse(started=pb.Started(request_id=request.request_id, model=MODEL.name))
         for number in range(request.sampling.max_new_tokens):
             await self._steps.wait()
-            yield pb.GenerateResponse(delta=pb.Delta(token_ids=[number], text=_stamp()))
+            yield pb.GenerateResponse(delta=pb.Delta(token_ids=[number], text=self._steps.stamp))
         yield pb.GenerateResponse(finished=pb.Finished(reason=pb.FINISH_REASON_LENGTH))
 
 
@@ -158,9 +161,9 @@ def _info(role: str) -> worker_pb2.WorkerInfo:
     return info
 
 
-def _update(left: dict[int, int], handle: int) -> decode_pb2.SequenceUpdate:
+def _update(left: dict[int, int], handle: int, stamp: str) -> decode_pb2.SequenceUpdate:
     left[handle] -= 1
-    update = decode_pb2.SequenceUpdate(handle=handle, token_ids=[1], text=_stamp())
+    update = decode_pb2.SequenceUpdate(handle=handle, token_ids=[1], text=stamp)
     if left[handle] <= 0:
         del left[handle]
         update.finish_reason = pb.FINISH_REASON_LENGTH

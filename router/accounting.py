@@ -22,7 +22,7 @@ from shared.errors import (
     ResourceExhaustedError,
     ServiceError,
 )
-from shared.telemetry.metrics import RouterMetrics
+from shared.telemetry.metrics import BEGUN, NOT_BEGUN, RouterMetrics
 from shared.telemetry.role_metrics import Metric
 
 FINISHED, CANCELLED, FAILED, REFUSED, REPEATED = "finished", "cancelled", "failed", "refused", "repeated"
@@ -195,7 +195,9 @@ class RequestAccount:
         """`count` tokens arrived together; the gap before them is shared out evenly."""
         now_s = self._accounting.clock()
         if count and self._interrupted_s is not None:
-            self._metrics.failover_seconds.observe(now_s - self._interrupted_s)
+            answer = BEGUN if self.generated_tokens else NOT_BEGUN
+            failover = self._metrics.labelled(self._metrics.failover_seconds, answer=answer)
+            failover.observe(now_s - self._interrupted_s)
             self._interrupted_s = None
         gap_s = (now_s - self._last_s) / max(1, count)
         for _ in range(count):

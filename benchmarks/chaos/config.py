@@ -23,7 +23,7 @@ class ChaosConfig:
     kill_interval: float = 2.0
     """Seconds between two SIGKILLs; one that would take the last worker of a role is left out."""
     clients: int = 2
-    """Requests at the same time; more than the workers that are left can serve wait in a queue, and recovery with them."""
+    """Requests at the same time; what is too much for the workers that are left waits, and recovery takes as long."""
     workers: int = 2
     """Workers of each role."""
     questions: int = 32

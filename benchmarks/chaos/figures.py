@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.chaos.load import Stream
 
 FAILOVERS = re.compile(r"^vlcache_failovers_total\{(?P<labels>.*)\} (?P<value>\S+)$", re.MULTILINE)
-BUCKETS = re.compile(r'^vlcache_failover_seconds_bucket\{.*\ble="(?P<bound>[^"]+)".*\} (?P<count>\S+)$', re.MULTILINE)
+BUCKETS = re.compile(r"^vlcache_failover_seconds_bucket\{(?P<labels>.*)\} (?P<count>\S+)$", re.MULTILINE)
+BOUND = re.compile(r'\ble="([^"]+)"')
 
 
 def compared(streams: Sequence[Stream], twins: Sequence[Stream]) -> dict[str, Any]:
@@ -42,10 +43,18 @@ def failovers(metrics: str, kind: str) -> int:
     )
 
 
-def recovery_ms(metrics: str, share: float) -> float | None:
+def recovery_ms(metrics: str, share: float, *, answer: str) -> float | None:
     """A quantile of the time from a noticed loss to the next token, interpolated within the buckets of the router's
-    histogram; None when nothing was lost."""
-    buckets = [(float(found["bound"]), float(found["count"])) for found in BUCKETS.finditer(metrics)]
+    histogram; None when nothing was lost.
+
+    Args:
+        answer: Of which answers: `BEGUN` or `NOT_BEGUN`.
+    """
+    buckets = [
+        (float(BOUND.findall(found["labels"])[0]), float(found["count"]))
+        for found in BUCKETS.finditer(metrics)
+        if f'answer="{answer}"' in found["labels"]
+    ]
     rank = share * buckets[-1][1] if buckets else 0.0
     if rank == 0:
         return None

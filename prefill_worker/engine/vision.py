@@ -3,10 +3,8 @@ nothing else, so it can be kept."""
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Iterable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,10 +13,9 @@ from transformers import PreTrainedModel
 from prefill_worker.engine.content_cache import ContentCache
 from prefill_worker.prompt import ProcessedImage, Prompt
 from shared.errors import RequestCancelledError
-from shared.model.support import UnsupportedModelError
 
-# How a model takes what its vision tower has made before.
-ENCODED = "mm_encoder_outputs"
+# Under this name inputs carry what deeper layers read: models pass what they do not know on to their language model.
+DEEPER = "vlc_deepstack"
 
 
 class VisionEncoder:
@@ -30,9 +27,6 @@ class VisionEncoder:
 
     Attributes:
         deepstack: Whether deeper layers, too, read of images: features of inner layers of the vision tower.
-
-    Raises:
-        UnsupportedModelError: They do, and this version of transformers takes no features.
     """
 
     def __init__(self, model: PreTrainedModel, cache_bytes: int) -> None:
@@ -40,8 +34,8 @@ class VisionEncoder:
         self.cache: ContentCache[torch.Tensor] = ContentCache(cache_bytes)
         vision = getattr(model.config, "vision_config", None)
         self.deepstack = bool(getattr(vision, "deepstack_visual_indexes", None))
-        if self.deepstack and ENCODED not in inspect.signature(model.forward).parameters:
-            raise UnsupportedModelError(f"{model.config.model_type} needs a newer transformers, which has {ENCODED}")
+        if self.deepstack:
+            model.get_decoder().register_forward_pre_hook(_read_deeper, with_kwargs=True)
 
     def encode(
         self, prompt: Prompt, image_keys: Sequence[bytes], cancelled: threading.Event
@@ -79,13 +73,13 @@ class VisionEncoder:
             return self._read_text(ids)
         before = int(prompt.shape.visual[: tokens.start].sum())
         features = features[:, before : before + int(visual.sum())]
-        if self.deepstack:
-            # in their order, whichever are of videos: the model need not know
-            ids = ids.masked_fill(visual, self._model.config.image_token_id)
-            return {"input_ids": ids.to(self._model.device), ENCODED: {"image": _outputs(features)}}
         (text,) = self._read_text(ids).values()
-        places = visual.to(text.device)[None, :, None]
-        return {"inputs_embeds": text.masked_scatter(places, features[0].to(text.dtype))}
+        places = visual.to(text.device)[None]
+        first, *deeper = features.to(text.dtype)
+        inputs: dict[str, Any] = {"inputs_embeds": text.masked_scatter(places[..., None], first)}
+        if self.deepstack:
+            inputs[DEEPER] = (places, deeper)
+        return inputs
 
     def _read_text(self, tokens: torch.Tensor) -> dict[str, Any]:
         """The model's inputs for tokens [1, num_tokens] that stand for no images."""
@@ -124,7 +118,10 @@ def _joined(views: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.cat([view.flatten(0, -2) for view in views])
 
 
-def _outputs(features: torch.Tensor) -> Any:
-    """As the vision tower hands them over, of [levels, num_tokens, hidden]."""
-    first, *deeper = features
-    return SimpleNamespace(pooler_output=(first,), deepstack_features=[(level,) for level in deeper])
+def _read_deeper(
+    language_model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hands over what the whole model would have, had it run its vision tower itself."""
+    if DEEPER in named:
+        named["visual_pos_masks"], named["deepstack_visual_embeds"] = named.pop(DEEPER)
+    return inputs, named

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 from PIL import Image
 from vlcache.v1 import inference_pb2 as pb
 
@@ -21,6 +23,9 @@ PAIR = 2
 MAX_DURATION_S = 3600.0
 # The longest that a frame may stand still.
 MIN_RATE = 0.01
+
+# Which of so many frames are looked at, where there are so many per second.
+Sampling = Callable[[int, float], list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +43,13 @@ class Clip:
     fps: float
 
 
-def open_clip(video: pb.Video, index: int, *, max_frames: int) -> Clip:
+def open_clip(video: pb.Video, index: int, *, max_frames: int, to_the_end: bool = False) -> Clip:
     """What is looked at of one video; taking its frames raises as this does.
 
     Args:
         index: Which video of the request this is, for the message.
         max_frames: Frames that are looked at, at most.
+        to_the_end: See `VideoRule`.
 
     Raises:
         InvalidRequestError: Not a video, a forbidden format, or beyond the limits.
@@ -54,32 +60,37 @@ def open_clip(video: pb.Video, index: int, *, max_frames: int) -> Clip:
         kind = video.WhichOneof("source")
         if kind is None:
             raise VideoError("is empty")
-        clip = _of_file(video.file, fps, most) if kind == "file" else _of_frames(video.frames, fps, most)
+        sample = partial(sampled, fps=fps, most=most, to_the_end=to_the_end)
+        clip = _of_file(video.file, sample) if kind == "file" else _of_frames(video.frames, fps, sample)
     except VideoError as error:
         raise _bad(index, error) from error
     return Clip(frames=_frames(clip, index), seconds=clip.seconds, fps=clip.fps)
 
 
-def sampled(total: int, rate: float, fps: float, most: int) -> list[int]:
-    """Indices of frames, evenly from the first on: `fps` per second where there are `rate`, as far as `most` allows.
+def sampled(total: int, rate: float, *, fps: float, most: int, to_the_end: bool) -> list[int]:
+    """Indices of frames, evenly: `fps` per second where there are `rate`, as far as `most` allows.
 
-    An even number of them, but for a video of one frame.
+    Args:
+        to_the_end: From the first to the last one; otherwise from the first on, and an even number of them, but for a
+            video of one frame.
     """
     wanted = min(max(total / rate * fps, MIN_FRAMES), most, total)
+    if to_the_end:
+        return [int(at) for at in np.linspace(0, total - 1, max(int(wanted), 1)).round()]
     count = max(int(wanted) // PAIR * PAIR, 1)
     return [step * total // count for step in range(count)]
 
 
-def _of_file(data: bytes, fps: float, most: int) -> Clip:
+def _of_file(data: bytes, sample: Sampling) -> Clip:
     file = open_file(data)
     total = max(1, round(file.duration_s * file.rate))
     _check_duration(total / file.rate)
-    indices = sampled(total, file.rate, fps, most)
+    indices = sample(total, file.rate)
     seconds = tuple(index / file.rate for index in indices)
     return Clip(frames=file.frames(seconds), seconds=seconds, fps=len(indices) / total * file.rate)
 
 
-def _of_frames(frames: pb.Frames, fps: float, most: int) -> Clip:
+def _of_frames(frames: pb.Frames, fps: float, sample: Sampling) -> Clip:
     total = len(frames.images)
     if not total:
         raise VideoError("is empty")
@@ -87,7 +98,7 @@ def _of_frames(frames: pb.Frames, fps: float, most: int) -> Clip:
     if not MIN_RATE <= rate <= MAX_RATE:
         raise VideoError(f"has {rate:g} frames per second; {MIN_RATE:g} to {MAX_RATE:g} are allowed")
     _check_duration(total / rate)
-    indices = sampled(total, rate, fps, most)
+    indices = sample(total, rate)
     opened = (_frame(frames.images[index].data, index) for index in indices)
     seconds = tuple(index / rate for index in indices)
     return Clip(frames=opened, seconds=seconds, fps=len(indices) / total * rate)

@@ -15,10 +15,12 @@ class VideoRule:
     Attributes:
         timestamps: Whether each temporal patch is a run of tokens of its own behind the second it shows, as Qwen3-VL's.
         pixels_together: Whether the processor's bounds of pixels are those of all frames, not of each.
+        to_the_end: Whether frames are sampled up to the last one, in any number; else from the first on, in pairs.
     """
 
     timestamps: bool = False
     pixels_together: bool = False
+    to_the_end: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ FAMILIES = {
     "smolvlm": Family(tiles=True),
     "qwen2_vl": Family(mrope=True, video=VideoRule()),
     "qwen2_5_vl": Family(mrope=True, video=VideoRule()),
-    "qwen3_vl": Family(mrope=True, video=VideoRule(timestamps=True, pixels_together=True)),
+    "qwen3_vl": Family(mrope=True, video=VideoRule(timestamps=True, pixels_together=True, to_the_end=True)),
 }
 """By `model_type`."""
 

@@ -187,12 +187,13 @@ class PromptProcessor:
     def _shown(self, messages: Sequence[pb.Message], images: Sequence[Image.Image]) -> list[Image.Image | Clip]:
         """Images and videos in the prompt's order."""
         opened, videos, shown = iter(images), 0, list[Image.Image | Clip]()
+        most, to_the_end = self._limits.max_video_frames, bool(self._family.video and self._family.video.to_the_end)
         for part in (part for message in messages for part in message.parts):
             if part.HasField("image"):
                 shown.append(next(opened))
             elif part.HasField("video"):
                 self._check_video()
-                shown.append(open_clip(part.video, videos, max_frames=self._limits.max_video_frames))
+                shown.append(open_clip(part.video, videos, max_frames=most, to_the_end=to_the_end))
                 videos += 1
         return shown
 

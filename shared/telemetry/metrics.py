@@ -29,6 +29,8 @@ ENDINGS = (
     ("failed", "UNAVAILABLE"),
     ("failed", "INTERNAL"),
 )
+# What a failover met: an answer whose client has tokens already, or one that is still awaited.
+BEGUN, NOT_BEGUN = "begun", "not_begun"
 FAILOVERS = (("resend", "DECODE_WORKER_LOST"), ("reprefill", "UNAVAILABLE"), ("migration", "DRAINING"))
 
 
@@ -82,7 +84,11 @@ class RouterMetrics(RoleMetrics):
             starts=FAILOVERS,
         )
         self.failover_seconds = h(
-            "failover_seconds", "Loss of a worker noticed, or a leaving one left, to next token", LATENCY_BUCKETS
+            "failover_seconds",
+            "Loss of a worker noticed, or a leaving one left, to next token: a pause where the answer had begun, and"
+            " where it had not all of what its first token still takes",
+            LATENCY_BUCKETS,
+            "answer",
         )
         self.requests_running = g("num_requests_running", "Requests in flight")
         self.requests_waiting = g("num_requests_waiting", "Requests waiting for decode memory")

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from benchmarks.chaos.figures import compared, failovers, longest_pause_ms, recovery_ms
 from benchmarks.chaos.load import Stream
-from shared.telemetry.metrics import RouterMetrics
+from shared.telemetry.metrics import BEGUN, NOT_BEGUN, RouterMetrics
 from shared.telemetry.role_metrics import LATENCY_BUCKETS
 
 TWIN = Stream((1, 2, 3), "abc")
@@ -43,14 +43,16 @@ def test_a_pause_counts_where_a_worker_died_in_it() -> None:
 
 def test_failovers_are_counted_by_kind_and_timed_by_interpolation() -> None:
     metrics = RouterMetrics(worker="router")
-    assert recovery_ms(exposed(metrics), 0.5) is None
+    assert recovery_ms(exposed(metrics), 0.5, answer=BEGUN) is None
     for reason, count in (("DECODE_WORKER_LOST", 2), ("TRANSFER_TIMEOUT", 1)):
         metrics.labelled(metrics.failovers, kind="resend", reason=reason).inc(count)
     metrics.labelled(metrics.failovers, kind="reprefill", reason="DECODE_WORKER_LOST").inc(4)
     assert (failovers(exposed(metrics), "resend"), failovers(exposed(metrics), "reprefill")) == (3, 4)
+    begun = metrics.labelled(metrics.failover_seconds, answer=BEGUN)
     for seconds in (0.0005, 0.0005, 0.003, 0.003):
-        metrics.failover_seconds.observe(seconds)
-    assert recovery_ms(exposed(metrics), 0.5) == 1.0
-    assert 2.2 < recovery_ms(exposed(metrics), 0.99) <= 4.7
-    metrics.failover_seconds.observe(10_000)
-    assert recovery_ms(exposed(metrics), 1.0) == 1000 * LATENCY_BUCKETS[-1]
+        begun.observe(seconds)
+    assert recovery_ms(exposed(metrics), 0.5, answer=BEGUN) == 1.0
+    assert 2.2 < recovery_ms(exposed(metrics), 0.99, answer=BEGUN) <= 4.7
+    metrics.labelled(metrics.failover_seconds, answer=NOT_BEGUN).observe(10_000)
+    assert recovery_ms(exposed(metrics), 1.0, answer=BEGUN) <= 4.7
+    assert recovery_ms(exposed(metrics), 1.0, answer=NOT_BEGUN) == 1000 * LATENCY_BUCKETS[-1]

@@ -8,6 +8,7 @@ import random
 import struct
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,7 +46,7 @@ def refused(video: pb.Video, match: str) -> None:
     most=st.integers(1, 256),
 )
 def test_frames_are_sampled_evenly_within_bounds(total: int, rate: float, fps: float, most: int) -> None:
-    indices = sampled(total, rate, fps, most)
+    indices = sampled(total, rate, fps=fps, most=most, to_the_end=False)
     assert indices[0] == 0
     assert indices[-1] < total
     assert len(indices) == len(set(indices)) <= max(most, 1)
@@ -54,11 +55,21 @@ def test_frames_are_sampled_evenly_within_bounds(total: int, rate: float, fps: f
     assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
-def test_sampling_is_that_of_transformers_for_qwen() -> None:
+def test_sampling_is_that_of_transformers_for_qwen2() -> None:
     # three seconds at 10 frames a second; a minute at 30; half a second
-    assert sampled(30, 10, 2, 64) == [0, 5, 10, 15, 20, 25]
-    assert len(sampled(1800, 30, 2, 768)) == 120
-    assert sampled(15, 30, 2, 64) == [0, 3, 7, 11]
+    assert sampled(30, 10, fps=2, most=64, to_the_end=False) == [0, 5, 10, 15, 20, 25]
+    assert len(sampled(1800, 30, fps=2, most=768, to_the_end=False)) == 120
+    assert sampled(15, 30, fps=2, most=64, to_the_end=False) == [0, 3, 7, 11]
+
+
+@given(total=st.integers(1, 20_000), rate=st.floats(1, 60), fps=st.floats(0.1, 30), most=st.integers(4, 768))
+def test_sampling_is_that_of_transformers_for_qwen3(total: int, rate: float, fps: float, most: int) -> None:
+    # as `Qwen3VLVideoProcessor.sample_frames` of transformers 5.23 has it, which needs torchvision
+    count = min(max(int(total / rate * fps), 4), most, total)
+    expected = np.linspace(0, total - 1, count).round().astype(int).tolist()
+    indices = sampled(total, rate, fps=fps, most=most, to_the_end=True)
+    assert indices == expected
+    assert (indices[0], indices[-1]) == (0, total - 1)
 
 
 @given(
