@@ -8,6 +8,7 @@ from typing import Any
 
 from vlcache.cli.formatting import format_bytes
 
+from benchmarks.overload.chart import overload_chart
 from benchmarks.placement.chart import placement_chart
 from benchmarks.plot import MOST_SERIES, Panel, bar_chart
 from benchmarks.quality.guard import guard_chart
@@ -215,6 +216,17 @@ def _medians(runs: Sequence[Figures], key: str, *, factor: float = 1.0) -> dict[
     }
 
 
+def overload(runs: Sequence[Figures]) -> str:
+    """Memory over the time of the overload, a line per process."""
+    found = _only(runs)
+    *_, at_capacity, beyond = found["results"]
+    ratio = beyond["request_goodput"] / at_capacity["request_goodput"]
+    goodput = f"{beyond['request_goodput']:.2f} requests/s answered in time, {ratio:.2f} of those at 100 %"
+    return overload_chart(
+        found, [f"{goodput}; {beyond['failed']} refused, each with a time to come back", _machine(found)]
+    )
+
+
 def quality(runs: Sequence[Figures]) -> str:
     """Right answers: by the guard's limit where there is one, bars by task under one policy at few retentions, else
     policies by retention and by task."""
@@ -306,6 +318,7 @@ CHARTS: Mapping[str, Callable[[Sequence[Figures]], str]] = {
         early_shipping,
         end_to_end,
         kernels,
+        overload,
         placement,
         prefill_overhead,
         quality,
