@@ -113,8 +113,10 @@ class VisionEncoder:
         return torch.stack([_joined(level) for level in (made.pooler_output, *deeper)])
 
 
-def _joined(views: Iterable[torch.Tensor]) -> torch.Tensor:
-    """[num_tokens, hidden] of views [.., tokens, hidden]."""
+def _joined(views: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
+    """[num_tokens, hidden] of views [.., tokens, hidden]; transformers 5.17 has joined those of inner layers."""
+    if isinstance(views, torch.Tensor):
+        return views.flatten(0, -2)
     return torch.cat([view.flatten(0, -2) for view in views])
 
 
