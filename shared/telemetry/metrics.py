@@ -89,6 +89,7 @@ class RouterMetrics(RoleMetrics):
             " where it had not all of what its first token still takes",
             LATENCY_BUCKETS,
             "answer",
+            starts=(BEGUN, NOT_BEGUN),
         )
         self.requests_running = g("num_requests_running", "Requests in flight")
         self.requests_waiting = g("num_requests_waiting", "Requests waiting for decode memory")

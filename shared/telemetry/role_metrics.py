@@ -81,9 +81,11 @@ class RoleMetrics:
         metric = Gauge(PREFIX + name, text, [*self._fixed, *extra], registry=self.registry)
         return self._made(metric, name, text, extra)
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float], *extra: str) -> Histogram:
+    def _histogram(
+        self, name: str, text: str, buckets: Sequence[float], *extra: str, starts: Sequence[str] = ()
+    ) -> Histogram:
         metric = Histogram(PREFIX + name, text, [*self._fixed, *extra], registry=self.registry, buckets=buckets)
-        return self._made(metric, name, text, extra)
+        return self._made(metric, name, text, extra, starts)
 
     def _made(
         self,

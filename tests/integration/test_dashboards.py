@@ -25,6 +25,8 @@ FOLDER = ROOT / "deploy" / "grafana" / "dashboards"
 pytestmark = pytest.mark.timeout(300)
 # Grafana takes four scrape intervals; longer, so that a slow machine still has two scrapes with work between them.
 INTERVAL = "30s"
+# Between two points of a query over time.
+STEP_S = 1.0
 # Names that `docs/operations.md` gives to endpoint pickers.
 PICKED = ("vlcache_num_requests_waiting", "vlcache_num_requests_running", "vlcache_kv_cache_usage_ratio")
 IMAGE = (SAMPLES / "scene_1.png").read_bytes()
@@ -51,7 +53,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[
                 work(stack)
                 # a rate needs what happens between two scrapes
                 server.wait_for(lambda done=rounds: has_seen(server, answers=6 * done, shadows=done))
-            yield Watched(server, start_s, time.time())
+            # the last step of a query must not come before the last scrape
+            yield Watched(server, start_s, time.time() + STEP_S)
     assert stack.clean
 
 

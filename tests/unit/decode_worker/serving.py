@@ -21,6 +21,7 @@ from shared.kv.transport.grpc_stream import PUT_METHOD
 from shared.rpc.first_status import FirstStatus
 from shared.rpc.server import RpcServer
 from shared.rpc.status import from_rpc_error
+from tests.tasks import check_none_is_left
 
 TIMEOUT_S = 120.0
 BuildEngine = Callable[[DecodeConfig, LoadedModel], tuple[Any, Any]]
@@ -185,7 +186,6 @@ def run(loaded: LoadedModel, body: Callable[[Served], Awaitable[None]], **settin
     async def main() -> None:
         async with serving(loaded, **settings) as served:
             await asyncio.wait_for(body(served), TIMEOUT_S)
-        left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        assert not left, f"left running: {left}"
+        await check_none_is_left()
 
     asyncio.run(main())

@@ -21,6 +21,7 @@ from shared.kv.extents import Extent
 from shared.kv.transport.base import Parcel
 from shared.rpc.server import RpcServer
 from shared.telemetry.metrics import PrefillMetrics
+from tests.tasks import check_none_is_left
 from tests.unit.prefill_worker.manifests import manifest
 
 PERIOD_S = 0.03
@@ -100,8 +101,7 @@ def run(body: Callable[[KVSender, Decode, Ticket], Awaitable[None]], *script: Ex
                 await asyncio.wait_for(body(sender, decode, ticket(address)), 20)
             finally:
                 await sender.close()
-        left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        assert not left, f"left running: {left}"
+        await check_none_is_left()
 
     asyncio.run(main())
 

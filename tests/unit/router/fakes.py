@@ -18,6 +18,7 @@ from router.router import Router
 from shared.errors import FailedPreconditionError, NotFoundError, ServiceError
 from shared.rpc.server import RpcServer
 from shared.rpc.status import code_number
+from tests.tasks import check_none_is_left
 
 TIMEOUT_S = 60.0
 FULL_BYTES, KEPT_BYTES, SENT_BYTES = 1000, 100, 120
@@ -30,10 +31,7 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
     async def guarded() -> None:
         await asyncio.wait_for(main(), TIMEOUT_S)
-        # tasks that were cancelled or have just finished get the turn of the loop they need to end
-        await asyncio.sleep(0)
-        left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        assert not left, f"left running: {left}"
+        await check_none_is_left()
 
     asyncio.run(guarded())
 
