@@ -1,7 +1,7 @@
 """What a router adds to a token on its way from the decode worker to the client, and how many tokens one core carries.
 
-Workers that compute nothing (`benchmarks.router_hop_workers`, a process of their own) stamp every token when they send
-it. The same number of streams reads them through a router and without one, several times in turn.
+Workers that compute nothing (`benchmarks.router_hop_workers`, a process of their own) stamp every token when its step
+begins. The same number of streams reads them through a router and without one, several times in turn.
 
     python -m benchmarks.router_hop --streams 1 64 256 --json -
 """

@@ -20,6 +20,7 @@ class PrefillScheduler:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._max_waiting = max_waiting
         self._tokens: list[int] = []
+        self._ended = 0
 
     @property
     def running(self) -> int:
@@ -35,6 +36,11 @@ class PrefillScheduler:
     def outstanding_tokens(self) -> int:
         """Prompt tokens queued or being computed."""
         return sum(self._tokens)
+
+    @property
+    def ended(self) -> int:
+        """Prompts that the thread has let go of since the start, however they ended."""
+        return self._ended
 
     async def run(self, compute: Callable[[], Result], *, num_tokens: int, cancelled: threading.Event) -> Result:
         """Runs `compute` in the model thread.
@@ -52,6 +58,7 @@ class PrefillScheduler:
             return await run_to_end(self._thread, compute, on_cancel=cancelled.set)
         finally:
             self._tokens.remove(num_tokens)
+            self._ended += 1
 
     def close(self) -> None:
         """Ends the thread after what it is doing."""

@@ -81,6 +81,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             ),
             arena_socket=self._arena_socket,
             version=VERSION,
+            passes_ended=self._scheduler.ended,
         )
 
     async def Prefill(  # noqa: N802

@@ -47,7 +47,8 @@ class RouterConfig:
     control_timeout_s: float = 5.0
     """Seconds that a reservation, a release or the end of a finished prompt's transfer report may take."""
     prefill_timeout_s: float = 120.0
-    """Seconds from the dispatch of a prompt to its compression, after which its prefill worker counts as lost to it."""
+    """Seconds a prefill worker may take from a prompt's dispatch to its compression before it counts as lost to it.
+    They begin anew whenever it has computed another prompt: a queue that moves on is no sign of trouble."""
     transfer_timeout_s: float = 30.0
     """Seconds that a parcel's transfer, or a repeated one, may take before one end of it counts as lost."""
     token_timeout_s: float = 10.0

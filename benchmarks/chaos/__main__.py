@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import sys
 import urllib.request
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None, *, modules: Modules | None = None) -
     found = asyncio.run(_run(config, modules or Modules()))
     sys.stdout.write(table(["figure", "value"], [[key, _shown(value)] for key, value in found.items()]) + "\n")
     workload = {key: value for key, value in dataclasses.asdict(config).items() if key != "json"}
+    workload["model"] = os.path.relpath(config.model)
     write_json(config.json, {"benchmark": "chaos", "workload": workload, **found})
     return int(
         any(found[key] for key in ("lost", "changed_streams", "duplicated_tokens", "orphan_bytes", "leaked_segments"))

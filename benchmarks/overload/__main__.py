@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None, *, modules: Modules | None = None) -
 def _show(config: OverloadConfig, found: dict[str, Any]) -> None:
     sys.stdout.write(f"{_table(found['results'])}\n\n{_sentence(found)}\n")
     workload = {key: value for key, value in dataclasses.asdict(config).items() if key != "json"}
+    workload["model"] = os.path.relpath(config.model)
     write_json(config.json, {"benchmark": "overload", "workload": workload, **found})
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from shared.parent import die_with
 
-STDIN, STDOUT, STDERR = 0, 1, 2
+STDOUT, STDERR = 1, 2
 MESSAGE_BYTES = 1 << 18
 DESCRIPTORS = 3
 

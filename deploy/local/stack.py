@@ -144,12 +144,11 @@ class Stack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         grace_s = self._config.drain_s + STOP_MARGIN_S
-        for group in (self._routers, self._workers):
-            codes = await asyncio.gather(*(child.stop(grace_s) for child in group))
-            for child, code in zip(group, codes, strict=True):
-                self._note_end(child, code, expected=kind is not None)
-        self._folder.cleanup()
-        self._exits.close()
+        with self._exits, self._folder:
+            for group in (self._routers, self._workers):
+                codes = await asyncio.gather(*(child.stop(grace_s) for child in group))
+                for child, code in zip(group, codes, strict=True):
+                    self._note_end(child, code, expected=kind is not None)
 
     @property
     def address(self) -> str:

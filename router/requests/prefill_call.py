@@ -25,9 +25,9 @@ class PrefillCall:
     """Fills `inbox` with the events of the call, then with one `PrefillEnded`; until it is closed.
 
     Two clocks run one after the other, fed by what the worker says and not by when it is read: the prompt's until its
-    compression, then the transfer's. Both run out early when the worker fails its polls all the while. The call then
-    counts as ended, but is not cancelled: a worker drops the parcel of a call that is cancelled, and the parcel may be
-    what the answer goes on with.
+    compression, set again for as long as the worker gets on with other prompts; then the transfer's. Both run out early
+    when the worker fails its polls all the while. The call then counts as ended, but is not cancelled: a worker drops
+    the parcel of a call that is cancelled, and the parcel may be what the answer goes on with.
     """
 
     def __init__(self, lease: Lease, inbox: Inbox, means: Means) -> None:
@@ -42,6 +42,7 @@ class PrefillCall:
         self._pump: asyncio.Task[None] | None = None
         self._clock: asyncio.TimerHandle | None = None
         self._looks_in_vain = 0
+        self._passes_ended = 0
 
     @property
     def worker(self) -> Worker:
@@ -127,16 +128,24 @@ class PrefillCall:
     def _set_clock(self, stage: str, timeout_s: float) -> None:
         self._stop_clock()
         self._looks_in_vain = 0
-        self._look(stage, asyncio.get_running_loop().time() + timeout_s)
+        self._passes_ended = self.worker.info.passes_ended
+        self._look(stage, timeout_s, asyncio.get_running_loop().time() + timeout_s)
 
-    def _look(self, stage: str, late_at_s: float) -> None:
+    def _look(self, stage: str, timeout_s: float, late_at_s: float) -> None:
         loop = asyncio.get_running_loop()
         self._looks_in_vain = self._looks_in_vain + 1 if self.worker.state == UNREACHABLE else 0
+        if stage == PREFILL and self._gets_on():
+            late_at_s = loop.time() + timeout_s
         if self._looks_in_vain > LOOKS_PER_TIMEOUT or loop.time() >= late_at_s:
             return self._ran_out(stage)
         next_at_s = loop.time() + self._means.limits.token_timeout_s / LOOKS_PER_TIMEOUT
-        self._clock = loop.call_at(min(next_at_s, late_at_s), self._look, stage, late_at_s)
+        self._clock = loop.call_at(min(next_at_s, late_at_s), self._look, stage, timeout_s, late_at_s)
         return None
+
+    def _gets_on(self) -> bool:
+        """Whether the worker has computed prompts since the last look: ours may stand in a long queue."""
+        before, self._passes_ended = self._passes_ended, self.worker.info.passes_ended
+        return self._passes_ended > before
 
     def _stop_clock(self) -> None:
         if self._clock is not None:

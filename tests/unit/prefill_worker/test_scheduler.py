@@ -56,6 +56,7 @@ def test_work_runs_one_at_a_time_in_order() -> None:
         tasks = [scheduler.run(lambda n=n: work(n), num_tokens=n, cancelled=threading.Event()) for n in range(20)]
         assert await asyncio.gather(*tasks) == [n * n for n in range(20)]
         assert order == [*range(20)]
+        assert scheduler.ended == 20
 
     with_scheduler(20, body)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -62,6 +63,24 @@ def test_a_prefill_worker_that_fails_its_polls_is_not_waited_for_that_long(start
             assert failovers(b, "reprefill", "PREFILL_TIMEOUT") == 1
             hung.answers_polls = True
             await b.becomes(lambda: b.worker(hung.info.name).state == "ready")
+
+    run(main)
+
+
+def test_a_prompt_waits_for_as_long_as_its_worker_computes_others() -> None:
+    async def main() -> None:
+        prefill_timeout_s = 1.0
+        async with bench(*pairs(1, 1), prefill_timeout_s=prefill_timeout_s, token_timeout_s=0.2, max_failovers=0) as b:
+            worker, gets_on = b.prefill[0], asyncio.Event()
+            worker.script = lambda _: [gets_on.wait(), *prompt_done()]
+            asked = asyncio.create_task(b.answer())
+            await worker.requests.reaches(1)
+            give_up = time.monotonic() + 3 * prefill_timeout_s
+            while time.monotonic() < give_up:
+                worker.info.passes_ended += 1
+                await asyncio.sleep(prefill_timeout_s / 10)
+            gets_on.set()
+            check_whole(await asked)
 
     run(main)
 

@@ -19,7 +19,7 @@ from shared.model.spec import TORCH_DTYPES
 from tests.properties.encodings import encodings
 from tests.properties.layouts import ragged
 
-UNIT_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 HALF_ROUNDOFF, HALF_TINY = 2.0**-11, 2.0**-25
 
 

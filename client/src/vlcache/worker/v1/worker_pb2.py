@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from vlcache.v1 import inference_pb2 as vlcache_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evlcache/worker/v1/worker.proto\x12\x11vlcache.worker.v1\x1a\x1avlcache/v1/inference.proto\"\x16\n\x14GetWorkerInfoRequest\"\x8d\x02\n\nWorkerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12-\n\x05model\x18\x05 \x01(\x0b\x32\x1e.vlcache.worker.v1.ServedModel\x12\x18\n\x10requests_running\x18\x06 \x01(\r\x12\x18\n\x10requests_waiting\x18\x07 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x08 \x01(\x04\x12\x1f\n\x02kv\x18\t \x01(\x0b\x32\x13.vlcache.v1.KVBytes\x12\x14\n\x0c\x61rena_socket\x18\n \x01(\t\x12\x0f\n\x07version\x18\x0b \x01(\t\"\xdc\x03\n\x0bServedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rcompatibility\x18\x02 \x01(\t\x12+\n\x06layout\x18\x03 \x01(\x0b\x32\x1b.vlcache.worker.v1.KVLayout\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x12\n\nmax_images\x18\x05 \x01(\r\x12\x17\n\x0ftemplate_tokens\x18\x06 \x01(\r\x12\x1c\n\x14max_tokens_per_image\x18\x07 \x01(\r\x12\x10\n\x08policies\x18\x08 \x03(\t\x12\x16\n\x0e\x64\x65\x66\x61ult_policy\x18\t \x01(\t\x12\x19\n\x11\x64\x65\x66\x61ult_retention\x18\n \x01(\x01\x12\x16\n\x0emax_new_tokens\x18\x0b \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x0c \x01(\r\x12#\n\x1bmax_marker_tokens_per_image\x18\r \x01(\r\x12\x33\n\x0cimage_bounds\x18\x0e \x03(\x0b\x32\x1d.vlcache.worker.v1.ImageBound\x12\x1c\n\x14max_tokens_per_video\x18\x0f \x01(\r\x12#\n\x1bmax_marker_tokens_per_video\x18\x10 \x01(\r\"3\n\nImageBound\x12\x0e\n\x06pixels\x18\x01 \x01(\x04\x12\x15\n\rvisual_tokens\x18\x02 \x01(\r\"f\n\x08KVLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0f\n\x07windows\x18\x05 \x03(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evlcache/worker/v1/worker.proto\x12\x11vlcache.worker.v1\x1a\x1avlcache/v1/inference.proto\"\x16\n\x14GetWorkerInfoRequest\"\xa3\x02\n\nWorkerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12-\n\x05model\x18\x05 \x01(\x0b\x32\x1e.vlcache.worker.v1.ServedModel\x12\x18\n\x10requests_running\x18\x06 \x01(\r\x12\x18\n\x10requests_waiting\x18\x07 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x08 \x01(\x04\x12\x1f\n\x02kv\x18\t \x01(\x0b\x32\x13.vlcache.v1.KVBytes\x12\x14\n\x0c\x61rena_socket\x18\n \x01(\t\x12\x0f\n\x07version\x18\x0b \x01(\t\x12\x14\n\x0cpasses_ended\x18\x0c \x01(\x04\"\xdc\x03\n\x0bServedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rcompatibility\x18\x02 \x01(\t\x12+\n\x06layout\x18\x03 \x01(\x0b\x32\x1b.vlcache.worker.v1.KVLayout\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x12\n\nmax_images\x18\x05 \x01(\r\x12\x17\n\x0ftemplate_tokens\x18\x06 \x01(\r\x12\x1c\n\x14max_tokens_per_image\x18\x07 \x01(\r\x12\x10\n\x08policies\x18\x08 \x03(\t\x12\x16\n\x0e\x64\x65\x66\x61ult_policy\x18\t \x01(\t\x12\x19\n\x11\x64\x65\x66\x61ult_retention\x18\n \x01(\x01\x12\x16\n\x0emax_new_tokens\x18\x0b \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x0c \x01(\r\x12#\n\x1bmax_marker_tokens_per_image\x18\r \x01(\r\x12\x33\n\x0cimage_bounds\x18\x0e \x03(\x0b\x32\x1d.vlcache.worker.v1.ImageBound\x12\x1c\n\x14max_tokens_per_video\x18\x0f \x01(\r\x12#\n\x1bmax_marker_tokens_per_video\x18\x10 \x01(\r\"3\n\nImageBound\x12\x0e\n\x06pixels\x18\x01 \x01(\x04\x12\x15\n\rvisual_tokens\x18\x02 \x01(\r\"f\n\x08KVLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0f\n\x07windows\x18\x05 \x03(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,11 +35,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETWORKERINFOREQUEST']._serialized_start=81
   _globals['_GETWORKERINFOREQUEST']._serialized_end=103
   _globals['_WORKERINFO']._serialized_start=106
-  _globals['_WORKERINFO']._serialized_end=375
-  _globals['_SERVEDMODEL']._serialized_start=378
-  _globals['_SERVEDMODEL']._serialized_end=854
-  _globals['_IMAGEBOUND']._serialized_start=856
-  _globals['_IMAGEBOUND']._serialized_end=907
-  _globals['_KVLAYOUT']._serialized_start=909
-  _globals['_KVLAYOUT']._serialized_end=1011
+  _globals['_WORKERINFO']._serialized_end=397
+  _globals['_SERVEDMODEL']._serialized_start=400
+  _globals['_SERVEDMODEL']._serialized_end=876
+  _globals['_IMAGEBOUND']._serialized_start=878
+  _globals['_IMAGEBOUND']._serialized_end=929
+  _globals['_KVLAYOUT']._serialized_start=931
+  _globals['_KVLAYOUT']._serialized_end=1033
 # @@protoc_insertion_point(module_scope)

@@ -12,7 +12,7 @@ class GetWorkerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("name", "role", "epoch", "state", "model", "requests_running", "requests_waiting", "outstanding_tokens", "kv", "arena_socket", "version")
+    __slots__ = ("name", "role", "epoch", "state", "model", "requests_running", "requests_waiting", "outstanding_tokens", "kv", "arena_socket", "version", "passes_ended")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class WorkerInfo(_message.Message):
     KV_FIELD_NUMBER: _ClassVar[int]
     ARENA_SOCKET_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    PASSES_ENDED_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     epoch: str
@@ -35,7 +36,8 @@ class WorkerInfo(_message.Message):
     kv: _inference_pb2.KVBytes
     arena_socket: str
     version: str
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., epoch: _Optional[str] = ..., state: _Optional[str] = ..., model: _Optional[_Union[ServedModel, _Mapping]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., kv: _Optional[_Union[_inference_pb2.KVBytes, _Mapping]] = ..., arena_socket: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+    passes_ended: int
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., epoch: _Optional[str] = ..., state: _Optional[str] = ..., model: _Optional[_Union[ServedModel, _Mapping]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., kv: _Optional[_Union[_inference_pb2.KVBytes, _Mapping]] = ..., arena_socket: _Optional[str] = ..., version: _Optional[str] = ..., passes_ended: _Optional[int] = ...) -> None: ...
 
 class ServedModel(_message.Message):
     __slots__ = ("name", "compatibility", "layout", "context_tokens", "max_images", "template_tokens", "max_tokens_per_image", "policies", "default_policy", "default_retention", "max_new_tokens", "default_max_new_tokens", "max_marker_tokens_per_image", "image_bounds", "max_tokens_per_video", "max_marker_tokens_per_video")
