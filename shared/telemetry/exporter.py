@@ -16,6 +16,7 @@ class MetricsExporter:
     """Serves a registry over HTTP in a thread of its own; `address` is where (`host:port`)."""
 
     def __init__(self, registry: CollectorRegistry, *, host: str, port: int) -> None:
+        self._host = host
         self._server, self._thread = start_http_server(port, host, registry)
         self.address = f"{host}:{self._server.server_port}"
 
@@ -29,7 +30,7 @@ class MetricsExporter:
         stopping.start()
         # the server looks whether it shall stop twice a second, or after a connection
         with contextlib.suppress(OSError):
-            socket.create_connection(self._server.server_address[:2], timeout=1).close()
+            socket.create_connection((self._host, self._server.server_port), timeout=1).close()
         stopping.join()
         self._server.server_close()
         self._thread.join()
