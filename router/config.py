@@ -57,7 +57,8 @@ class RouterConfig:
     max_failovers: int = 4
     """Failures of workers that a request survives by going on at others; 0: the first one ends it."""
     queue_timeout_s: float = 30.0
-    """Seconds that a request waits for decode memory before it is refused."""
+    """Seconds that a request waits for decode memory before it is refused; and one that has lost a worker, for another
+    one to come."""
     max_waiting: int = 256
     """Requests per model that may wait for decode memory; further ones are refused at once."""
     max_waiting_mib: int = 512

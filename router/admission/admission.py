@@ -108,7 +108,8 @@ class Admission:
             begun: What the client has of the answer, if anything.
 
         Raises:
-            UnavailableError: No ready pair is left.
+            UnavailableError: No ready pair is left; for a request that has lost a worker, none has come within the
+                queue timeout either.
             ResourceExhaustedError: No memory within the queue timeout, or too much waits for it.
             DeadlineExceededError: The client's deadline came first.
         """
@@ -132,6 +133,8 @@ class Admission:
                     return lease
         if deadline.passed:
             raise deadline.error("queue")
+        if not any(group.ready for group in self._groups(ask)):
+            raise self.no_pair(request.model.name)
         raise ResourceExhaustedError(
             "no decode memory became free in time", retry_after_s=room.come_back_in_s(), stage="queue"
         )
@@ -164,7 +167,7 @@ class Admission:
         return lease
 
     async def _round(self, ask: _Ask, offer: Offer) -> Lease | None:
-        """Over the decode workers; None when at least one of them is full only for now."""
+        """Over the decode workers; None when at least one of them is full, or nobody is there, only for now."""
         groups = self._groups(ask)
         asked: set[Worker] = set()
         short = False
@@ -185,7 +188,7 @@ class Admission:
                 self._accounting.reservation_rejected(error)
             if all(worker in asked or not worker.ready for group in groups for worker in group.decode):
                 break
-        if short:
+        if short or (ask.waits_for_workers and hopeless is None):
             return None
         raise hopeless or self.no_pair(ask.request.model.name)
 
@@ -284,6 +287,14 @@ class _Ask:
     def holder(self) -> Worker | None:
         """Of the parcel that is sent again, if one is: nothing to choose there, whatever a poll says of him."""
         return self.begun.holder if self.begun else None
+
+    @property
+    def waits_for_workers(self) -> bool:
+        """Whether it was accepted by workers that it has lost, so that others may not have come back yet.
+
+        Not where one parcel is to be sent again: its prompt may as well be computed elsewhere.
+        """
+        return (bool(self.avoid) or self.begun is not None) and self.holder is None
 
     def may_use(self, pair: Pair) -> bool:
         return pair.ready or (pair.prefill is self.holder and pair.decode.ready)

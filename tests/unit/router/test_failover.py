@@ -484,7 +484,7 @@ def test_nobody_left_names_stage_and_worker() -> None:
     async def main() -> None:
         prefill, decode = pairs(1, 1)
         decode[0].script = go_on(until=4, then=lambda *_: forever())
-        async with bench(prefill, decode, poll_interval_s=60.0) as b:
+        async with bench(prefill, decode, poll_interval_s=60.0, queue_timeout_s=0.3) as b:
             asked = asyncio.create_task(error_of(b))
             await decode[0].delivered.reaches(1)
             await decode[0].stop()
@@ -494,6 +494,32 @@ def test_nobody_left_names_stage_and_worker() -> None:
             await b.idle()
             decode[0].live.clear()
             await decode[0].start(int(decode[0].address.rpartition(":")[2]))
+
+    run(main)
+
+
+def test_a_request_that_has_lost_the_only_worker_waits_for_it_to_come_back() -> None:
+    """Those that have not begun anywhere are refused meanwhile."""
+
+    async def main() -> None:
+        prefill, decode = pairs(1, 1)
+        prefill[0].script = lambda _: [first_token(), forever()] if len(prefill[0].requests) == 1 else prompt_done()
+        decode[0].script = once(go_on(until=4, then=lambda *_: forever()), go_on())
+        async with bench(prefill, decode) as b:
+
+            async def dies_and_comes_back(worker: FakePrefill | FakeDecode) -> None:
+                await worker.stop()
+                await b.becomes(lambda: b.worker(worker.info.name).state == "unreachable")
+                assert (await error_of(b, request_id="new")).reason == "NO_WORKER"
+                await worker.restart()
+
+            asked = asyncio.create_task(b.answer())
+            await prefill[0].requests.reaches(1)
+            await dies_and_comes_back(prefill[0])
+            await decode[0].delivered.reaches(1)
+            decode[0].live.clear()
+            await dies_and_comes_back(decode[0])
+            check_whole(await asked)
 
     run(main)
 
