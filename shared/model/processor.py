@@ -12,14 +12,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 VIDEO = "video_processor"
 # How a processor tells what images of given sizes become.
 COUNTS = "_get_num_multimodal_tokens"
+# transformers 5.17 takes these for torchvision's, because their comments name that, and does not find them without it.
+HIDDEN = {Idefics3Processor: Idefics3ImageProcessorPil, SmolVLMProcessor: SmolVLMImageProcessorPil}
 
 
 def load_processor(path: Path) -> Any:
@@ -32,6 +36,8 @@ def load_processor(path: Path) -> Any:
     if type(config) not in PROCESSOR_MAPPING:
         raise ValueError(f"transformers has no processor for {config.model_type}")
     base = PROCESSOR_MAPPING[type(config)]
+    if base in HIDDEN:
+        AutoImageProcessor.register(type(config), image_processor_classes={"pil": HIDDEN[base]}, exist_ok=True)
     processor = images_only(base, _video_size(path)).from_pretrained(path, backend="pil")
     if getattr(processor.image_processor, "do_pan_and_scan", False):
         raise ValueError("images that are cut by pan and scan are not supported: switch do_pan_and_scan off")

@@ -114,6 +114,26 @@ def test_what_follows_a_known_beginning_passes_in_pieces(prefilling: Prefilling)
     assert_same(found, prefilling.run(other))
 
 
+@pytest.mark.parametrize("kind", OBSERVED)
+def test_looking_ahead_sees_the_same(prefilling: Prefilling, kind: str) -> None:
+    prompt, steps = prefilling.prompt(OBSERVED[kind]), 5
+    looked = []
+    for engine in (prefilling.engine, prefilling.cutting(CHUNK)):
+        prefilled, drawn = engine.prefill(prompt, (), threading.Event()), list[int]()
+
+        def draw(logits: torch.Tensor, drawn: list[int] = drawn) -> int:
+            drawn.append(int(logits.argmax()))
+            return drawn[-1]
+
+        first = draw(prefilled.logits)
+        looked.append((engine.look_ahead(prefilled, first, prompt.next_position, steps, draw).ahead, drawn))
+    (wanted, expected), (found, drawn) = looked
+    assert drawn == expected
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or close(one, other)
+
+
 def test_a_cascade_passes_at_once(prefilling: Prefilling, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives KV up behind each layer, which needs all of the layer's tokens."""
     if prefilling.spec.layout.windows:

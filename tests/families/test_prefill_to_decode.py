@@ -15,13 +15,11 @@ from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.sequence import Sequence
 from prefill_worker.prompt import Prompt
 from shared.kv.manifest import Manifest
-from shared.model.loading import load_decode_model
 from shared.request.params import Budget, Sampling
 from tests.families.chats import CHATS, SMALL, TALL, WIDE, Chat, asked, inputs_of
 from tests.families.family import KV_HEADS, LAYERS
-from tests.families.loaded import Loaded
 from tests.families.oracle import Evicted, Oracle
-from tests.families.prefilling import CPU, Prefilling
+from tests.families.prefilling import Prefilling
 from tests.unit.decode_worker.sequences import advance
 from tests.unit.decode_worker.test_engine import Recorded
 from tests.unit.prefill_worker.pieces import job as plain_job
@@ -38,11 +36,6 @@ CUT: dict[str, Chat] = {
 TOGETHER = ("tiles", "text", "several images", "image last")
 
 
-@pytest.fixture(scope="session")
-def decoder(loaded: Loaded) -> Recorded:
-    return Recorded(load_decode_model(loaded.folder, dtype=torch.float32, device=CPU))
-
-
 class Decoding:
     """A decode pool that parcels of prompts come into."""
 
@@ -55,6 +48,10 @@ class Decoding:
     def bring(self, chat: Chat, retention: float) -> tuple[Prompt, Manifest, Sequence]:
         """A conversation's first token, and what follows it."""
         prompt = self._prefilling.prompt(chat, STEPS + 1)
+        return prompt, *self.bring_prompt(prompt, retention)
+
+    def bring_prompt(self, prompt: Prompt, retention: float) -> tuple[Manifest, Sequence]:
+        """The same of a prompt that may show videos."""
         body = memoryview(bytearray(self._layout.full_bytes(prompt.shape.num_tokens)))
         sampling = Sampling(max_new_tokens=STEPS + 1, ignore_eos=True)
         work = dataclasses.replace(plain_job(), sampling=sampling, budget=Budget(retention=retention), explain=True)
@@ -65,7 +62,7 @@ class Decoding:
         allocation = self._pool.allocate(self._pool.sequence_bytes(manifest.num_kept, STEPS))
         kept = body[: manifest.body_bytes]
         kv = self._pool.install(allocation, manifest.num_kept, kept, STEPS, seen=SeenRows.of(manifest))
-        return prompt, manifest, Sequence.from_manifest(manifest, kv, frozenset())
+        return manifest, Sequence.from_manifest(manifest, kv, frozenset())
 
 
 def evicted_of(manifest: Manifest) -> Evicted:
@@ -93,7 +90,21 @@ def test_at_retention_a_tenth_logits_are_those_of_a_masked_full_cache(
     decoding = Decoding(prefilling, decoder)
     prompt, manifest, sequence = decoding.bring(CUT[kind], 0.1)
     assert manifest.realised_retention <= 0.1
-    logits, evicted = oracle.prefill(inputs_of(prefilling.loaded, CUT[kind])), evicted_of(manifest)
+    logits = oracle.prefill(inputs_of(prefilling.loaded, CUT[kind]))
+    check_steps(decoding, decoder, oracle, prompt, manifest, sequence, logits)
+
+
+def check_steps(
+    decoding: Decoding,
+    decoder: Recorded,
+    oracle: Oracle,
+    prompt: Prompt,
+    manifest: Manifest,
+    sequence: Sequence,
+    logits: torch.Tensor,
+) -> None:
+    """Logits of the first token, [vocab], and of every step are the oracle's."""
+    evicted = evicted_of(manifest)
     assert sequence.last_token == int(logits.argmax())
     for step in range(STEPS):
         token = sequence.last_token

@@ -24,6 +24,8 @@ from tests.families.family import REFUSE_SPARSE, Family
 from tests.families.loaded import Loaded
 
 TOKENS = 6
+# some of the prompts are longer
+CHUNK = 96
 LONG = "Zebras quiz my jovial fox. " * 9
 IMAGES = {"text": [], "one": [WIDE], "several": [TALL, SMALL]}
 
@@ -51,7 +53,7 @@ async def served(worker: Any) -> AsyncIterator[str]:
 async def stack(checkpoint: Path, sockets: Path) -> AsyncIterator[vlcache.AsyncClient]:
     """A client of a router of two workers."""
     common: Any = {"model": str(checkpoint), "dtype": "fp32"}
-    prefills = PrefillConfig(arena_mib=4, socket_dir=sockets, preprocess_processes=1, **common)
+    prefills = PrefillConfig(arena_mib=4, socket_dir=sockets, preprocess_processes=1, prefill_chunk=CHUNK, **common)
     decodes = DecodeConfig(kv_memory_mib=4, **common)
     model = decode.load_model(decodes)
     workers = (

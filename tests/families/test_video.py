@@ -16,8 +16,11 @@ from shared.errors import InvalidRequestError
 from tests.families.chats import SMALL, TALL
 from tests.families.family import Family
 from tests.families.loaded import Loaded
+from tests.families.oracle import Oracle
 from tests.families.prefilling import Prefilling, close
+from tests.families.test_prefill_to_decode import LONG, STEPS, Decoding, check_steps
 from tests.families.videos import QUESTION, VIDEO_FAMILIES, frames, own_inputs, sent, user
+from tests.unit.decode_worker.test_engine import Recorded
 
 reading = pytest.mark.parametrize("family", VIDEO_FAMILIES, indirect=True)
 EIGHT = frames(8)
@@ -168,6 +171,18 @@ def test_a_family_that_reads_none_names_those_that_do(prefilling: Prefilling) ->
     assert refused.value.reason == "VIDEO_MODEL"
     assert not prefilling.builder.processing.reads_videos
     assert prefilling.builder.processing.video_marker_tokens() == 0
+
+
+@reading
+def test_at_retention_a_tenth_logits_are_those_of_a_masked_full_cache(
+    prefilling: Prefilling, decoder: Recorded, oracle: Oracle
+) -> None:
+    prompt = prefilling.builder.build(user(SMALL, sent(EIGHT), LONG), max_new_tokens=STEPS + 1)
+    decoding = Decoding(prefilling, decoder)
+    manifest, sequence = decoding.bring_prompt(prompt, 0.1)
+    assert manifest.realised_retention <= 0.1
+    logits = oracle.prefill(own_inputs(prefilling.loaded, prompt, 1.0))
+    check_steps(decoding, decoder, oracle, prompt, manifest, sequence, logits)
 
 
 @reading
