@@ -6,13 +6,14 @@ if no video is ever shown to it.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
@@ -22,8 +23,9 @@ from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 VIDEO = "video_processor"
 # How a processor tells what images of given sizes become.
 COUNTS = "_get_num_multimodal_tokens"
-# transformers 5.17 takes these for torchvision's, because their comments name that, and does not find them without it.
-HIDDEN = {Idefics3Processor: Idefics3ImageProcessorPil, SmolVLMProcessor: SmolVLMImageProcessorPil}
+# transformers 5.17 takes these for torchvision's, because their comments name that, and hides them without it.
+for hidden in (Idefics3ImageProcessorPil, SmolVLMImageProcessorPil):
+    setattr(importlib.import_module(hidden.__module__.rpartition(".")[0]), hidden.__name__, hidden)
 
 
 def load_processor(path: Path) -> Any:
@@ -36,8 +38,6 @@ def load_processor(path: Path) -> Any:
     if type(config) not in PROCESSOR_MAPPING:
         raise ValueError(f"transformers has no processor for {config.model_type}")
     base = PROCESSOR_MAPPING[type(config)]
-    if base in HIDDEN:
-        AutoImageProcessor.register(type(config), image_processor_classes={"pil": HIDDEN[base]}, exist_ok=True)
     processor = images_only(base, _video_size(path)).from_pretrained(path, backend="pil")
     if getattr(processor.image_processor, "do_pan_and_scan", False):
         raise ValueError("images that are cut by pan and scan are not supported: switch do_pan_and_scan off")

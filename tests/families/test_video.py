@@ -19,7 +19,7 @@ from tests.families.loaded import Loaded
 from tests.families.oracle import Oracle
 from tests.families.prefilling import Prefilling, close
 from tests.families.test_prefill_to_decode import LONG, STEPS, Decoding, check_steps
-from tests.families.videos import QUESTION, VIDEO_FAMILIES, frames, own_inputs, sent, user
+from tests.families.videos import QUESTION, VIDEO_FAMILIES, frames, known_wrong, own_inputs, sent, user
 from tests.unit.decode_worker.test_engine import Recorded
 
 reading = pytest.mark.parametrize("family", VIDEO_FAMILIES, indirect=True)
@@ -56,6 +56,8 @@ def test_the_pass_over_a_video_is_the_models_own(loaded: Loaded, prefilling: Pre
     # an odd frame too many is left out, or shown twice
     assert times == (count + rule.to_the_end) // 2
     seconds = count / fps / times
+    if known_wrong(loaded, seconds):
+        pytest.skip("the oldest transformers reads whole seconds")
     check_positions(loaded, prompt, seconds)
     with torch.inference_mode():
         expected = loaded.model(**own_inputs(loaded, prompt, seconds)).logits[0, -1]
