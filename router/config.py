@@ -17,6 +17,7 @@ NOT_NEGATIVE = (
     "max_failovers",
     "drain_s",
     "slow_start_s",
+    "comeback_s",
     "max_waiting",
     "max_waiting_mib",
     "tenant_concurrency",
@@ -57,8 +58,10 @@ class RouterConfig:
     max_failovers: int = 4
     """Failures of workers that a request survives by going on at others; 0: the first one ends it."""
     queue_timeout_s: float = 30.0
-    """Seconds that a request waits for decode memory before it is refused; and one that has lost a worker, for another
-    one to come."""
+    """Seconds that a request waits for decode memory before it is refused."""
+    comeback_s: float = 5.0
+    """Seconds that a request that has lost a worker waits for another one where none is ready, before it is lost as
+    well; new ones are refused at once."""
     max_waiting: int = 256
     """Requests per model that may wait for decode memory; further ones are refused at once."""
     max_waiting_mib: int = 512

@@ -81,6 +81,7 @@ class Router:
             accounting=self.accounting,
             rooms=self._rooms,
             queue_timeout_s=config.queue_timeout_s,
+            comeback_s=config.comeback_s,
             make_room=self.shadow.give_way,
         )
         self.generations = Generations(

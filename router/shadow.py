@@ -74,6 +74,7 @@ class Shadow:
             accounting=self._own_accounting,
             rooms=rooms,
             queue_timeout_s=0.0,
+            comeback_s=0.0,
         )
         self._means = Means(
             admission=admission,

@@ -71,6 +71,7 @@ class Admission:
         accounting: Accounting,
         rooms: Rooms,
         queue_timeout_s: float,
+        comeback_s: float,
         make_room: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         """Prepares.
@@ -78,6 +79,7 @@ class Admission:
         Args:
             rooms: Where requests wait; nobody overtakes those who do.
             queue_timeout_s: How long they wait.
+            comeback_s: How long one that has lost a worker waits for any to be ready.
             make_room: Frees memory that is held for less than a client, where there is any, and says whether it did.
         """
         self._table = table
@@ -85,6 +87,7 @@ class Admission:
         self._background = background
         self._accounting = accounting
         self._queue_timeout_s = queue_timeout_s
+        self._comeback_s = comeback_s
         # One count for all requests: whoever asks again under the same id cannot meet the remains of the last try.
         self._attempts = itertools.count(1)
         self._rooms = rooms
@@ -108,13 +111,16 @@ class Admission:
             begun: What the client has of the answer, if anything.
 
         Raises:
-            UnavailableError: No ready pair is left; for a request that has lost a worker, none has come within the
-                queue timeout either.
+            UnavailableError: No ready pair is left; and none has come within the comeback, for a request that has
+                lost a worker.
             ResourceExhaustedError: No memory within the queue timeout, or too much waits for it.
             DeadlineExceededError: The client's deadline came first.
         """
         since_s = self._accounting.clock()
-        lease = await self._wait_for_lease(_Ask(request, avoid, deadline, begun))
+        # what it has lost it was accepted by; others may be on their way. A parcel may as well be computed elsewhere
+        waits = (avoid or begun is not None) and (begun is None or begun.holder is None)
+        workers_by_s = asyncio.get_running_loop().time() + self._comeback_s if waits else 0.0
+        lease = await self._wait_for_lease(_Ask(request, avoid, deadline, begun, workers_by_s))
         self._accounting.admitted(self._accounting.clock() - since_s)
         return lease
 
@@ -133,8 +139,6 @@ class Admission:
                     return lease
         if deadline.passed:
             raise deadline.error("queue")
-        if not any(group.ready for group in self._groups(ask)):
-            raise self.no_pair(request.model.name)
         raise ResourceExhaustedError(
             "no decode memory became free in time", retry_after_s=room.come_back_in_s(), stage="queue"
         )
@@ -188,7 +192,7 @@ class Admission:
                 self._accounting.reservation_rejected(error)
             if all(worker in asked or not worker.ready for group in groups for worker in group.decode):
                 break
-        if short or (ask.waits_for_workers and hopeless is None):
+        if short or (hopeless is None and asyncio.get_running_loop().time() < ask.workers_by_s):
             return None
         raise hopeless or self.no_pair(ask.request.model.name)
 
@@ -282,19 +286,13 @@ class _Ask:
     avoid: Collection[Worker]
     deadline: Deadline
     begun: BegunAnswer | None
+    workers_by_s: float = 0.0
+    """Until then, in the loop's clock, nobody being ready is taken for a want of room."""
 
     @property
     def holder(self) -> Worker | None:
         """Of the parcel that is sent again, if one is: nothing to choose there, whatever a poll says of him."""
         return self.begun.holder if self.begun else None
-
-    @property
-    def waits_for_workers(self) -> bool:
-        """Whether it was accepted by workers that it has lost, so that others may not have come back yet.
-
-        Not where one parcel is to be sent again: its prompt may as well be computed elsewhere.
-        """
-        return (bool(self.avoid) or self.begun is not None) and self.holder is None
 
     def may_use(self, pair: Pair) -> bool:
         return pair.ready or (pair.prefill is self.holder and pair.decode.ready)

@@ -484,7 +484,7 @@ def test_nobody_left_names_stage_and_worker() -> None:
     async def main() -> None:
         prefill, decode = pairs(1, 1)
         decode[0].script = go_on(until=4, then=lambda *_: forever())
-        async with bench(prefill, decode, poll_interval_s=60.0, queue_timeout_s=0.3) as b:
+        async with bench(prefill, decode, poll_interval_s=60.0, comeback_s=0.3) as b:
             asked = asyncio.create_task(error_of(b))
             await decode[0].delivered.reaches(1)
             await decode[0].stop()
