@@ -129,8 +129,8 @@ def _step(model: Any, tenants: Tenants) -> Step:
     engine: DecodeEngine = build_engine(model, tenants.pool, max_batch=len(batch))
 
     def step() -> None:
-        for sequence, token in zip(batch, engine.step(batch), strict=True):
-            sequence.accept(token)
+        for sequence, drawn in zip(batch, engine.step(batch), strict=True):
+            sequence.accept(drawn)
 
     return step
 

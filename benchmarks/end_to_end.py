@@ -40,7 +40,9 @@ from prefill_worker.parcel.writer import kept_counts, write_body
 from prefill_worker.prompt import Prompt
 from shared.model.attention import PREFILL_ATTENTION
 from shared.model.packing import pack_linears
-from shared.request.params import Budget, Sampling
+from shared.model.sampler import Sampler
+from shared.request.params import Budget
+from shared.request.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +113,9 @@ class Ours:
         with self._stage("decode"):
             sequences = [item.sequence for item in batch]
             for _ in range(self._growth):
-                for row, sequence, token in zip(tokens, sequences, self._engine.step(sequences), strict=True):
-                    sequence.accept(token)
-                    row.append(token)
+                for row, sequence, drawn in zip(tokens, sequences, self._engine.step(sequences), strict=True):
+                    sequence.accept(drawn)
+                    row.append(drawn.token)
         for item in batch:
             self._pool.free(item.allocation)
         return tokens
@@ -136,8 +138,7 @@ class Ours:
             kv = self._pool.install(allocation, num_kept, body, self._growth)
         sequence = Sequence(
             kv=kv,
-            sampling=Sampling(max_new_tokens=self._config.new_tokens),
-            eos_token_ids=frozenset(),
+            sampler=Sampler(Sampling(max_new_tokens=self._config.new_tokens), frozenset()),
             last_token=first,
             next_position=prompt.shape[1],
         )

@@ -18,6 +18,7 @@ from decode_worker.kv_pool.base import Allocation, KVPool, growth_of
 from decode_worker.sequence import Sequence
 from shared.errors import ResourceExhaustedError
 from shared.kv.manifest import Manifest
+from shared.model.sampler import Drawn
 
 
 @dataclass(eq=False, kw_only=True)
@@ -95,11 +96,11 @@ class LocalDecoding:
         self._admit()
         drawn = self._engine.step([each.sequence for each in self._running])
         for each, token in zip(self._running, drawn, strict=True):
-            each.track.drawn.append(token)
+            each.track.drawn.append(token.token)
         fed = [each.track.last_fed for each in self._running]
-        for each, token, chance in zip(self._running, fed, self._chances(fed), strict=True):
+        for each, fed_token, chance in zip(self._running, fed, self._chances(fed), strict=True):
             each.track.log_probabilities.append(chance)
-            each.sequence.accept(token)
+            each.sequence.accept(Drawn(fed_token))
         return self._let_go()
 
     def _chances(self, tokens: list[int]) -> list[float]:

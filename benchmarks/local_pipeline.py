@@ -26,7 +26,8 @@ from prefill_worker.kv_sender import Ticket
 from prefill_worker.prompt import Prompt, PromptBuilder
 from prefill_worker.worker import load_model as load_prefill
 from shared.kv.manifest import Manifest, TransferId
-from shared.request.params import Budget, Guard, Sampling
+from shared.request.params import Budget, Guard
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
 
 NO_TICKET = Ticket(decode_worker="", address="", token=b"", transport="", lease_s=30.0)

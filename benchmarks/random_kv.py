@@ -24,7 +24,8 @@ from prefill_worker.compression.budget import round_to_total
 from shared.kernels.dispatch import kernels_for
 from shared.kv.extents import aligned
 from shared.kv.layout import ITEM_BYTES, KVLayout
-from shared.request.params import Sampling
+from shared.model.sampler import Sampler
+from shared.request.sampling import Sampling
 
 # Kept lengths of layers differ by this factor around their mean, as sparsity budgets make them.
 SPREAD = (0.5, 1.5)
@@ -125,8 +126,7 @@ def install(
     parcel = body[: pool.layout.body_bytes(num_kept)]
     return Sequence(
         kv=pool.install(allocation, num_kept, parcel, growth),
-        sampling=Sampling(max_new_tokens=growth + 1),
-        eos_token_ids=frozenset(),
+        sampler=Sampler(Sampling(max_new_tokens=growth + 1), frozenset()),
         last_token=1,
         next_position=position,
     )

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from decode_worker.kv_pool.base import KVPool
 from decode_worker.sequence import Sequence
 from shared.model.attention import LayerHook
-from shared.model.sampler import sample
+from shared.model.sampler import Drawn
 
 
 class DecodeEngine(Protocol):
     """What the step thread runs; holds nothing of a sequence between steps."""
 
-    def step(self, batch: Batch[Sequence]) -> list[int]:
+    def step(self, batch: Batch[Sequence]) -> list[Drawn]:
         """Feeds every sequence its last token and draws the next one; the KV of the fed tokens is appended."""
 
     def replay(self, sequence: Sequence, number: int) -> None:
@@ -36,7 +36,7 @@ class EagerEngine:
         self._pool = pool
 
     @torch.inference_mode()
-    def step(self, batch: Batch[Sequence]) -> list[int]:
+    def step(self, batch: Batch[Sequence]) -> list[Drawn]:
         """See `DecodeEngine`."""
         members = [sequence.kv for sequence in batch]
         logits = self._feed(batch, self._pool.attention(members))
@@ -73,19 +73,19 @@ def highest_tokens(logits: torch.Tensor) -> torch.Tensor:
     return logits.max(dim=-1).indices
 
 
-def draw(batch: Batch[Sequence], logits: torch.Tensor, highest: torch.Tensor) -> list[int]:
+def draw(batch: Batch[Sequence], logits: torch.Tensor, highest: torch.Tensor) -> list[Drawn]:
     """The next token of every sequence.
 
     Args:
         logits: [batch, vocab].
         highest: [batch] int64, as `highest_tokens` finds them.
     """
-    tokens = highest.tolist()
+    drawn = [Drawn(token) for token in highest.tolist()]
     for row, sequence in enumerate(batch):
-        if sequence.sampling.temperature > 0:
+        if not sequence.sampler.takes_highest:
             # the drawn token will stand one position after the fed one
-            tokens[row] = sample(logits[row].float().cpu(), sequence.sampling, sequence.next_position + 1)
-    return tokens
+            drawn[row] = sequence.sampler.draw(logits[row].float().cpu(), sequence.next_position + 1)
+    return drawn
 
 
 class _PoolCache:

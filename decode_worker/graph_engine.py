@@ -22,6 +22,7 @@ from decode_worker.engine import EagerEngine, draw, forward, highest_tokens
 from decode_worker.kv_pool.blocks import BlockAttention, BlockPool
 from decode_worker.sequence import Sequence
 from shared.model.progress import track
+from shared.model.sampler import Drawn
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class GraphEngine:
         log.info("captured decode steps of %s sequences", ", ".join(str(size) for size in sorted(self._graphs)))
 
     @torch.inference_mode()
-    def step(self, batch: Batch[Sequence]) -> list[int]:
+    def step(self, batch: Batch[Sequence]) -> list[Drawn]:
         """See `DecodeEngine`."""
         if any(sequence.kv.eviction for sequence in batch):
             with torch.cuda.stream(self._stream):

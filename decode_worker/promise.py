@@ -84,7 +84,9 @@ class Promise:
         if manifest.tokens_to_come < 1:
             # it would have no room for a step, whose failure its whole batch would share
             raise InvalidRequestError("the last token is there already", reason="NOTHING_TO_GENERATE")
-        if max(manifest.generated) >= self._identity.vocabulary:
-            raise InvalidRequestError("a generated token is not in the vocabulary", reason="GENERATED_TOKEN")
+        if max((*manifest.generated, *manifest.prompt_token_ids)) >= self._identity.vocabulary:
+            raise InvalidRequestError("a token is not in the vocabulary", reason="UNKNOWN_TOKEN")
+        # a step that fails for an index fails for its whole batch
+        manifest.sampling.check_vocabulary(self._identity.vocabulary)
         if manifest.logical_length + manifest.tokens_to_come > self._identity.context_tokens:
             raise InvalidRequestError("prompt and answer exceed the model's context", reason="CONTEXT_LENGTH")

@@ -126,7 +126,8 @@ class DecodeRunner:
         if reservation.ended:
             raise AbortedError("the request was released during its transfer", reason="RELEASED")
         sequence = Sequence.from_manifest(manifest, kv, self._eos_token_ids)
-        reservation.text = TextStream(self._tokenizer, manifest.sampling.stop)
+        sampling = manifest.sampling
+        reservation.text = TextStream(self._tokenizer, sampling.stop, min_tokens=sampling.min_new_tokens)
         for token in manifest.generated:
             reservation.text.push(token)  # the prefill worker has sent that text
         reservation.arrived = manifest.generated
@@ -304,6 +305,7 @@ class DecodeRunner:
             reason = public.FINISH_REASON_STOP
         if reason:
             text += reservation.text.finish()
-        reservation.subscription.send(tokens=[new.token], text=text, finish_reason=reason)
+        logprobs = [new.logprobs.to_proto(self._tokenizer)] if new.logprobs else ()
+        reservation.subscription.send(tokens=[new.token], text=text, finish_reason=reason, logprobs=logprobs)
         if reason:
             self.end(reservation)

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from decode_worker.engine import DecodeEngine
 from decode_worker.sequence import FinishReason, Sequence
+from shared.model.logprobs import Logprobs
 from shared.telemetry.metrics import DecodeMetrics
 
 log = logging.getLogger(__name__)
@@ -27,13 +28,14 @@ Fed = TypeVar("Fed")
 class NewToken:
     """A token of a step. The reason is a copy: by the time it is read, the sequence may be steps ahead.
 
-    `known` says that it was drawn before, by a lost worker.
+    `known` says that it was drawn before, by a lost worker; `logprobs` are there where the request wants them.
     """
 
     sequence: Sequence
     token: int
     finish_reason: FinishReason
     known: bool = False
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +178,7 @@ class DecodeScheduler:
     def _step(self, batch: list[Sequence]) -> StepOutcome:
         started = time.monotonic()
         try:
-            tokens = self._engine.step(batch)
+            drawn = self._engine.step(batch)
         except Exception:
             # a bug, but not one that may hang the clients of this worker
             log.exception("a step of %d sequences failed", len(batch))
@@ -185,12 +187,12 @@ class DecodeScheduler:
         self._metrics.step_seconds.observe(time.monotonic() - started)
         self._metrics.batch_size.observe(len(batch))
         new_tokens = []
-        for sequence, token in zip(batch, tokens, strict=True):
+        for sequence, each in zip(batch, drawn, strict=True):
             if sequence.known:
                 new_tokens += self._recall(sequence, 1)
                 continue
-            sequence.accept(token)
-            new_tokens.append(NewToken(sequence, token, sequence.finish_reason))
+            sequence.accept(each)
+            new_tokens.append(NewToken(sequence, each.token, sequence.finish_reason, logprobs=each.logprobs))
         finished = [sequence for sequence in batch if sequence.finish_reason]
         outgrown = [sequence for sequence in batch if sequence.kv.full and not sequence.finish_reason]
         self._let_go([*finished, *outgrown])

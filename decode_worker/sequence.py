@@ -10,7 +10,8 @@ from vlcache.v1 import inference_pb2 as public
 
 from decode_worker.kv_pool.base import SequenceKV
 from shared.kv.manifest import Manifest
-from shared.request.params import Sampling
+from shared.model.sampler import Drawn, Sampler
+from shared.request.sampling import Sampling
 
 FinishReason = public.FinishReason
 
@@ -28,8 +29,7 @@ class Sequence:
     """
 
     kv: SequenceKV
-    sampling: Sampling
-    eos_token_ids: frozenset[int]
+    sampler: Sampler
     last_token: int
     next_position: int
     generated: int = 1
@@ -41,14 +41,21 @@ class Sequence:
     @classmethod
     def from_manifest(cls, manifest: Manifest, kv: SequenceKV, eos_token_ids: frozenset[int]) -> Sequence:
         """A sequence that goes on after the tokens that came with the parcel."""
+        sampler = Sampler(manifest.sampling, eos_token_ids, manifest.prompt_token_ids)
+        for token in manifest.generated:
+            sampler.push(token)
         return cls(
             kv=kv,
-            sampling=manifest.sampling,
-            eos_token_ids=eos_token_ids,
+            sampler=sampler,
             last_token=manifest.generated[-1],
             next_position=manifest.next_position,
             generated=len(manifest.generated),
         )
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its tokens are drawn, and when it ends."""
+        return self.sampler.sampling
 
     @property
     def replays(self) -> bool:
@@ -70,17 +77,20 @@ class Sequence:
 
     def recall(self) -> int:
         """Takes the next known token, as `accept` does; none of them ends the answer, for it went on."""
-        self.last_token = self.known.popleft()
-        self.next_position += 1
-        self.generated += 1
-        return self.last_token
+        token = self.known.popleft()
+        self._advance(token)
+        return token
 
-    def accept(self, token: int) -> None:
+    def accept(self, drawn: Drawn) -> None:
         """Takes the token that a step produced."""
-        self.last_token = token
-        self.next_position += 1
-        self.generated += 1
-        if token in self.eos_token_ids and not self.sampling.ignore_eos:
+        self._advance(drawn.token)
+        if drawn.token in self.sampler.eos_token_ids and not self.sampling.ignore_eos:
             self.finish_reason = public.FINISH_REASON_STOP
         elif self.generated >= self.sampling.max_new_tokens:
             self.finish_reason = public.FINISH_REASON_LENGTH
+
+    def _advance(self, token: int) -> None:
+        self.sampler.push(token)
+        self.last_token = token
+        self.next_position += 1
+        self.generated += 1

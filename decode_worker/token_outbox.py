@@ -54,9 +54,13 @@ class Subscription:
         tokens: Sequence[int] = (),
         text: str = "",
         finish_reason: public.FinishReason = public.FINISH_REASON_UNSPECIFIED,
+        logprobs: Sequence[public.TokenLogprobs] = (),
     ) -> None:
-        """Tokens and text; with a reason, the last update."""
-        self.outbox.put(pb.SequenceUpdate(handle=self.handle, token_ids=tokens, text=text, finish_reason=finish_reason))
+        """Tokens and text, and a report for each token or none; with a reason, the last update."""
+        update = pb.SequenceUpdate(
+            handle=self.handle, token_ids=tokens, text=text, finish_reason=finish_reason, logprobs=logprobs
+        )
+        self.outbox.put(update)
 
     def fail(self, error: ServiceError) -> None:
         """The last update of a sequence that failed."""

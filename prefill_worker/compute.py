@@ -213,7 +213,9 @@ class PrefillCompute:
 
     def _opening(self, job: PrefillJob, prompt: Prompt) -> Opening:
         eos_token_ids, position = self._spec.eos_token_ids, prompt.next_position
-        return Opening(self._tokenizer, job.sampling, eos_token_ids, position, job.delivered)
+        return Opening(
+            self._tokenizer, job.sampling, eos_token_ids, position, job.delivered, _tokens_to_punish(job, prompt)
+        )
 
     def _look_ahead(
         self, job: PrefillJob, prompt: Prompt, prefilled: Prefilled, steps: int, opening: Opening, emit: Emit
@@ -274,6 +276,7 @@ class PrefillCompute:
             digest=b"",
             generated=tuple(tokens),
             sampling=job.sampling,
+            prompt_token_ids=_tokens_to_punish(job, prompt),
             encoding=written.encoding,
             eviction=eviction,
             kept_tokens=token_bitmaps(selections, layout.num_kv_heads, num_tokens) if job.explain else (),
@@ -322,6 +325,11 @@ def _steps_ahead(job: PrefillJob, prompt: Prompt, prefilled: Prefilled) -> int:
         return 0
     drafts = GUARD_TOKENS if job.guard.on and prefilled.has_full_kv else 0
     return job.policy.look_ahead or drafts
+
+
+def _tokens_to_punish(job: PrefillJob, prompt: Prompt) -> tuple[int, ...]:
+    """The prompt's token ids, ascending, each once, where the sampling reads them."""
+    return tuple(prompt.inputs["input_ids"].unique().tolist()) if job.sampling.reads_prompt else ()
 
 
 def _complete(draft: Manifest, written: WrittenBody) -> Manifest:

@@ -17,7 +17,8 @@ from prefill_worker.opening import DrawnToken
 from shared.errors import InvalidRequestError
 from shared.kv.manifest import TransferId
 from shared.kv.secret import SECRET_BYTES
-from shared.request.params import Budget, Guard, Sampling, Wire
+from shared.request.params import Budget, Guard, Wire
+from shared.request.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class PrefillJob:
         request = message.request
         compression = request.compression
         sampling = Sampling.from_proto(request.sampling, default_max_new_tokens=default_max_new_tokens)
+        sampling.check_vocabulary(vocabulary)
         return cls(
             transfer=TransferId(request_id=request.request_id, attempt=message.attempt, prefill_epoch=epoch),
             messages=tuple(request.messages),
@@ -133,6 +135,7 @@ class FirstToken:
     finish_reason: public.FinishReason
     prompt_tokens: int
     visual_tokens: int
+    logprobs: public.TokenLogprobs | None = None
 
     @classmethod
     def of(cls, drawn: DrawnToken, prompt: PromptShape) -> FirstToken:
@@ -143,6 +146,7 @@ class FirstToken:
             finish_reason=drawn.finish_reason,
             prompt_tokens=prompt.num_tokens,
             visual_tokens=prompt.num_visual,
+            logprobs=drawn.logprobs,
         )
 
     def to_proto(self) -> pb.PrefillEvent:
@@ -154,6 +158,7 @@ class FirstToken:
                 finish_reason=self.finish_reason,
                 prompt_tokens=self.prompt_tokens,
                 visual_tokens=self.visual_tokens,
+                logprobs=self.logprobs,
             )
         )
 
@@ -165,15 +170,18 @@ class NextToken:
     token: int
     text: str
     finish_reason: public.FinishReason
+    logprobs: public.TokenLogprobs | None = None
 
     @classmethod
     def of(cls, drawn: DrawnToken) -> NextToken:
         """The event of a drawn token."""
-        return cls(token=drawn.token, text=drawn.text, finish_reason=drawn.finish_reason)
+        return cls(token=drawn.token, text=drawn.text, finish_reason=drawn.finish_reason, logprobs=drawn.logprobs)
 
     def to_proto(self) -> pb.PrefillEvent:
         """The event on the wire."""
-        token = pb.NextToken(token_id=self.token, text=self.text, finish_reason=self.finish_reason)
+        token = pb.NextToken(
+            token_id=self.token, text=self.text, finish_reason=self.finish_reason, logprobs=self.logprobs
+        )
         return pb.PrefillEvent(next_token=token)
 
 

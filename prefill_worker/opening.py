@@ -9,18 +9,22 @@ from typing import Any
 import torch
 from vlcache.v1 import inference_pb2 as public
 
-from shared.model.sampler import sample
+from shared.model.sampler import Drawn, Sampler
 from shared.model.text_stream import TextStream
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnToken:
-    """A token with the text that became certain; `finish_reason` is set when it ends the answer."""
+    """A token with the text that became certain; `finish_reason` is set when it ends the answer.
+
+    `logprobs` is None unless the request wants them, and where the token was delivered by a lost attempt.
+    """
 
     token: int
     text: str
     finish_reason: public.FinishReason
+    logprobs: public.TokenLogprobs | None = None
 
 
 class Opening:
@@ -28,6 +32,7 @@ class Opening:
 
     Args:
         delivered: How the answer begins, as a lost attempt has told it: these are taken as if they had been drawn.
+        prompt_tokens: See `Sampler`.
 
     Attributes:
         tokens: What was drawn so far.
@@ -41,35 +46,39 @@ class Opening:
         eos_token_ids: frozenset[int],
         next_position: int,
         delivered: Sequence[int] = (),
+        prompt_tokens: Sequence[int] = (),
     ) -> None:
         self._delivered = delivered
-        self._sampling = sampling
-        self._eos_token_ids = eos_token_ids
         self._next_position = next_position
-        self._text = TextStream(tokenizer, sampling.stop)
+        self._tokenizer = tokenizer
+        self._sampler = Sampler(sampling, eos_token_ids, prompt_tokens)
+        self._text = TextStream(tokenizer, sampling.stop, min_tokens=sampling.min_new_tokens)
         self.tokens: list[int] = []
         self.ended = False
 
     def draw(self, logits: torch.Tensor) -> DrawnToken:
         """The next token from its logits [vocab] fp32."""
-        token = self._next(logits)
+        drawn = self._next(logits)
+        token = drawn.token
         self.tokens.append(token)
+        self._sampler.push(token)
         text = self._text.push(token)
         reason = self._reason(token)
         self.ended = bool(reason)
         if reason:
             text += self._text.finish()
-        return DrawnToken(token=token, text=text, finish_reason=reason)
+        logprobs = drawn.logprobs.to_proto(self._tokenizer) if drawn.logprobs else None
+        return DrawnToken(token=token, text=text, finish_reason=reason, logprobs=logprobs)
 
-    def _next(self, logits: torch.Tensor) -> int:
-        drawn = len(self.tokens)
-        if drawn < len(self._delivered):
-            return self._delivered[drawn]
-        return sample(logits, self._sampling, self._next_position + drawn)
+    def _next(self, logits: torch.Tensor) -> Drawn:
+        number = len(self.tokens)
+        if number < len(self._delivered):
+            return Drawn(self._delivered[number])
+        return self._sampler.draw(logits, self._next_position + number)
 
     def _reason(self, token: int) -> public.FinishReason:
-        if self._text.stopped or (token in self._eos_token_ids and not self._sampling.ignore_eos):
+        if self._text.stopped or (token in self._sampler.eos_token_ids and not self._sampler.sampling.ignore_eos):
             return public.FINISH_REASON_STOP
-        if len(self.tokens) == self._sampling.max_new_tokens:
+        if len(self.tokens) == self._sampler.sampling.max_new_tokens:
             return public.FINISH_REASON_LENGTH
         return public.FINISH_REASON_UNSPECIFIED

@@ -18,7 +18,8 @@ from router.admission.retention import Offer, offers_of
 from router.admission.tenants import DEFAULT_TENANT
 from router.image_size import pixels_of
 from shared.errors import InvalidRequestError
-from shared.request.params import Budget, Guard, Sampling, Wire
+from shared.request.params import Budget, Guard, Wire
+from shared.request.sampling import Sampling
 from shared.rpc.options import MAX_REQUEST_BYTES
 
 MAX_PRIORITY = 100

@@ -6,7 +6,7 @@ import numpy as np
 
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest, TransferId, body_digest
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 
 # Qwen2-VL-7B: 57,344 bytes of KV per token
 LAYOUT = KVLayout(num_layers=28, num_kv_heads=4, head_dim=128, dtype="bfloat16")

@@ -55,14 +55,15 @@ class Delivery:
         """
         self._said += 1
         if self._said > len(self.token_ids):
-            return self._pass_on([token.token_id], token.text, token.finish_reason)
+            logprobs = [token.logprobs] if token.HasField("logprobs") else ()
+            return self._pass_on([token.token_id], token.text, token.finish_reason, logprobs)
         if token.token_id != self.token_ids[self._said - 1]:
             raise InternalError("the answer was not drawn again as it had begun", reason="DIVERGED")
         return ()
 
     def on_update(self, update: decode_pb2.SequenceUpdate) -> Responses:
         """Tokens of the decode worker, which begins behind what was delivered."""
-        return self._pass_on(update.token_ids, update.text, update.finish_reason)
+        return self._pass_on(update.token_ids, update.text, update.finish_reason, update.logprobs)
 
     def on_compression(self, message: pb.Compression) -> Responses:
         """The prompt's KV was compressed."""
@@ -90,10 +91,12 @@ class Delivery:
         finished = pb.Finished(reason=self.reason, usage=usage, seed=seed, placement=placement)
         return pb.GenerateResponse(finished=finished)
 
-    def _pass_on(self, token_ids: Sequence[int], text: str, reason: pb.FinishReason) -> Responses:
+    def _pass_on(
+        self, token_ids: Sequence[int], text: str, reason: pb.FinishReason, logprobs: Sequence[pb.TokenLogprobs]
+    ) -> Responses:
         self._account.tokens(len(token_ids))
         self.token_ids.extend(token_ids)
         self.reason = reason
         if not (token_ids or text):
             return ()
-        return (pb.GenerateResponse(delta=pb.Delta(token_ids=token_ids, text=text)),)
+        return (pb.GenerateResponse(delta=pb.Delta(token_ids=token_ids, text=text, logprobs=logprobs)),)

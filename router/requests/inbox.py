@@ -77,14 +77,19 @@ class _Run:
     source: object
     token_ids: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    logprobs: list[pb.TokenLogprobs] = field(default_factory=list)
     finish_reason: pb.FinishReason = pb.FINISH_REASON_UNSPECIFIED
 
     def add(self, update: decode_pb2.SequenceUpdate) -> None:
         self.token_ids.extend(update.token_ids)
         self.texts.append(update.text)
+        self.logprobs.extend(update.logprobs)
         self.finish_reason = update.finish_reason
 
     def update(self) -> decode_pb2.SequenceUpdate:
         return decode_pb2.SequenceUpdate(
-            token_ids=self.token_ids, text="".join(self.texts), finish_reason=self.finish_reason
+            token_ids=self.token_ids,
+            text="".join(self.texts),
+            finish_reason=self.finish_reason,
+            logprobs=self.logprobs,
         )

@@ -12,7 +12,7 @@ from shared.errors import DataLossError, FailedPreconditionError, InvalidRequest
 from shared.kv.encoding import Encoding
 from shared.kv.eviction import SCORE_BYTES, Eviction, eviction_from_proto
 from shared.kv.layout import KVLayout
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 
 FORMAT_VERSION = 1
 MAX_LOGICAL_LENGTH = 1 << 24
@@ -59,6 +59,8 @@ class Manifest:
     kept_tokens: tuple[bytes, ...] = ()
     """Which tokens the rows are: entries as in `num_kept`, each a bitmap over the `logical_length` tokens, the first in
     the lowest bit; empty unless the request wants it explained."""
+    prompt_token_ids: tuple[int, ...] = ()
+    """Ids of the prompt's tokens, ascending, each once; empty unless the sampling reads them."""
     seen_tokens: tuple[bytes, ...] = ()
     """Which tokens the rows of layers with a window are: head after head of each such layer a bitmap over the last
     tokens, those that the next one sees, the oldest in the lowest bit."""
@@ -151,6 +153,7 @@ class Manifest:
             digest=message.digest,
             generated=tuple(message.generated),
             sampling=Sampling.from_proto(message.sampling, default_max_new_tokens=0),
+            prompt_token_ids=tuple(message.prompt_token_ids),
             encoding=Encoding.from_proto(message.encoding) if message.HasField("encoding") else None,
             eviction=_eviction(message),
             kept_tokens=tuple(message.kept_tokens),
@@ -183,6 +186,7 @@ class Manifest:
             digest=self.digest,
             generated=self.generated,
             sampling=self.sampling.to_proto(),
+            prompt_token_ids=self.prompt_token_ids,
             encoding=self.encoding.to_proto() if self.encoding else None,
             eviction=self.eviction.to_proto() if self.eviction else None,
             score_bytes=self.score_bytes,

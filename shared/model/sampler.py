@@ -5,10 +5,59 @@ So a stream that is replayed on another worker is the same stream. Generator: Ph
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from shared.request.params import Sampling
+from shared.model.logits import LogitChanges
+from shared.model.logprobs import Logprobs
+from shared.request.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token, with what was asked about its probability."""
+
+    token: int
+    logprobs: Logprobs | None = None
+
+
+class Sampler:
+    """Draws the tokens of one answer, of which it is told every one, drawn here or elsewhere."""
+
+    def __init__(self, sampling: Sampling, eos_token_ids: Collection[int], prompt_tokens: Iterable[int] = ()) -> None:
+        """Of an answer without tokens.
+
+        Args:
+            prompt_tokens: See `LogitChanges`.
+        """
+        self.sampling = sampling
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self._changes = LogitChanges(sampling, eos_token_ids, prompt_tokens)
+
+    @property
+    def takes_highest(self) -> bool:
+        """Whether the highest logit's token is all that is wanted: the first of equals."""
+        return self.sampling.takes_highest and self.sampling.logprobs is None
+
+    def push(self, token: int) -> None:
+        """The answer goes on with `token`."""
+        self._changes.push(token)
+
+    def draw(self, logits: torch.Tensor, position: int) -> Drawn:
+        """The next token; it is not pushed.
+
+        Args:
+            logits: [vocab], any floating dtype.
+            position: Position of the token to be drawn.
+        """
+        changed = self._changes.apply(logits) if self.sampling.changes_logits else logits
+        token = sample(changed, self.sampling, position)
+        if self.sampling.logprobs is None:
+            return Drawn(token)
+        return Drawn(token, Logprobs.of(logits, token, self.sampling.logprobs))
 
 
 def uniform(seed: int, position: int) -> float:

@@ -18,11 +18,13 @@ class TextStream:
     Args:
         tokenizer: A transformers tokenizer; special tokens become no text.
         stop: The text ends before the one that is complete first (of several that are, the longest).
+        min_tokens: What is complete with fewer tokens is no stop string.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), *, min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
+        self._min_tokens = min_tokens
         self._tokens: list[int] = []
         # tokens[context:] are decoded with every push, and the first `sent` characters of that are out; of them
         # tokens[context:complete] are only the left context of what follows
@@ -30,6 +32,8 @@ class TextStream:
         self._complete = 0
         self._sent = 0
         self._held = ""
+        # characters of it that came with fewer tokens than there must be: no stop string ends among them
+        self._too_early = 0
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -63,13 +67,22 @@ class TextStream:
     def _release(self, text: str, *, final: bool) -> str:
         self._held += text
         # the one that is complete first: what a later token might have added must not matter
-        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = self._completed_stops()
         if found:
             self.stopped = True
             return self._held[: min(found)[1]]
         keep = 0 if final else self._possible_stop()
         released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        self._too_early = max(0, self._too_early - len(released))
         return released
+
+    def _completed_stops(self) -> list[tuple[int, int]]:
+        """(end, begin) of the stop strings in the held text that are not too early."""
+        if len(self._tokens) < self._min_tokens:
+            self._too_early = len(self._held)
+            return []
+        begins = ((stop, self._held.find(stop, max(0, self._too_early + 1 - len(stop)))) for stop in self._stop)
+        return [(at + len(stop), at) for stop, at in begins if at >= 0]
 
     def _possible_stop(self) -> int:
         """Length of the longest tail of the held text that begins a stop string."""

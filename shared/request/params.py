@@ -1,4 +1,4 @@
-"""What a request asks for beside its prompt: sampling, budget and wire, read by router and workers alike."""
+"""What a request asks for of compression: budget, guard and wire, read by router and workers alike."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from vlcache.v1 import inference_pb2 as pb
 
 from shared.errors import InvalidRequestError
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_BYTES = 256
 # Floors of any compression policy: a layer may always keep this share of the prompt, and this many tokens.
 FLOOR_SHARE = Fraction(1, 100)
 MIN_KEPT_TOKENS = 16
@@ -20,65 +18,6 @@ MIN_KEPT_TOKENS = 16
 WIRE_BITS = (0, 8, 4, 2)
 # Fewest and most values that share a scale: below, the scales outweigh what they save.
 WIRE_GROUPS = (8, 256)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn and when generation ends.
-
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep every token. The random number of a step depends on
-    (`seed`, position) alone.
-    """
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        _require(
-            math.isfinite(self.temperature) and 0 <= self.temperature <= 100,
-            f"temperature must lie in [0, 100], not {self.temperature}",
-        )
-        _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
-        _require(self.top_k >= 0, f"top_k must not be negative, not {self.top_k}")
-        _require(len(self.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} stop strings are allowed")
-        for text in self.stop:
-            _require(0 < len(text.encode()) <= MAX_STOP_BYTES, f"a stop string has 1 to {MAX_STOP_BYTES} bytes")
-
-    @classmethod
-    def from_proto(cls, message: pb.SamplingParams, *, default_max_new_tokens: int) -> Sampling:
-        """Reads and checks a message.
-
-        Raises:
-            InvalidRequestError: A value is out of its range.
-        """
-        has = message.HasField
-        return cls(
-            max_new_tokens=message.max_new_tokens if has("max_new_tokens") else default_max_new_tokens,
-            temperature=message.temperature,
-            top_p=message.top_p if has("top_p") else 1.0,
-            top_k=message.top_k,
-            seed=message.seed,
-            stop=tuple(message.stop),
-            ignore_eos=message.ignore_eos,
-        )
-
-    def to_proto(self) -> pb.SamplingParams:
-        """The message that reads back as this value."""
-        return pb.SamplingParams(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
-            stop=self.stop,
-            ignore_eos=self.ignore_eos,
-        )
 
 
 class BudgetScope(enum.Enum):

@@ -26,11 +26,14 @@ class Question:
 
 
 def greedy_and_seeded(count: int, *, tokens: int = TOKENS) -> list[Question]:
-    """`count` questions about images, every other one with a temperature."""
+    """`count` questions about images: a third greedy, a third with a temperature, a third that minds what was said."""
     greedy = vlcache.Sampling(max_new_tokens=tokens, ignore_eos=True)
     seeded = vlcache.Sampling(max_new_tokens=tokens, ignore_eos=True, temperature=1.5, seed=77)
+    minding = vlcache.Sampling(
+        max_new_tokens=tokens, ignore_eos=True, repetition_penalty=1.3, frequency_penalty=0.01, logprobs=2
+    )
     samples = draw_samples(seed=990_031, count=count)
-    return [Question(sample, seeded if number % 2 else greedy) for number, sample in enumerate(samples)]
+    return [Question(sample, (greedy, seeded, minding)[number % 3]) for number, sample in enumerate(samples)]
 
 
 class Answer:
@@ -134,5 +137,10 @@ def check_same(answers: Sequence[Answer], undisturbed: Sequence[Answer]) -> None
         assert twin.completion is not None
         assert answer.completion.token_ids == twin.completion.token_ids
         assert answer.completion.text == twin.completion.text
+        reported = [
+            tuple(each.token.token_id for each in done.logprobs) for done in (answer.completion, twin.completion)
+        ]
+        assert reported[0] == reported[1]
+        assert reported[0] in ((), answer.completion.token_ids)
         for kind in (vlcache.Started, vlcache.Compressed, vlcache.Transferred, vlcache.Finished):
             assert answer.count(kind) == 1, kind

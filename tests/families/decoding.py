@@ -16,7 +16,8 @@ from decode_worker.sequence import Sequence
 from shared.kernels.reference.slab_attention import slab_attention
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest
-from shared.request.params import Sampling
+from shared.model.sampler import Sampler
+from shared.request.sampling import Sampling
 from tests.families.loaded import Loaded
 from tests.unit.decode_worker.parcels import body_of, manifest_of
 from tests.unit.decode_worker.pools import Pool
@@ -64,8 +65,7 @@ class Computed:
     def sequence(self, kv: Any, growth: int) -> Sequence:
         return Sequence(
             kv=kv,
-            sampling=Sampling(max_new_tokens=growth + 1, ignore_eos=True),
-            eos_token_ids=frozenset(),
+            sampler=Sampler(Sampling(max_new_tokens=growth + 1, ignore_eos=True), frozenset()),
             last_token=self.first_token,
             next_position=self.next_position,
         )

@@ -15,7 +15,8 @@ from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.sequence import Sequence
 from prefill_worker.prompt import Prompt
 from shared.kv.manifest import Manifest
-from shared.request.params import Budget, Sampling
+from shared.request.params import Budget
+from shared.request.sampling import Sampling
 from tests.families.chats import CHATS, SMALL, TALL, WIDE, Chat, asked, inputs_of
 from tests.families.family import KV_HEADS, LAYERS
 from tests.families.oracle import Evicted, Oracle

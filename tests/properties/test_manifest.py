@@ -17,7 +17,7 @@ from shared.errors import DataLossError, FailedPreconditionError, InvalidRequest
 from shared.kv.eviction import FixedSlot, HeavyHitters, Recall, SharedLayers
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import MAX_LOGICAL_LENGTH, MAX_TABLE_ROWS, Manifest, TransferId, body_digest, score_bytes
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 from tests.properties.encodings import saving
 from tests.properties.evictions import evictions
 from tests.properties.layouts import ragged

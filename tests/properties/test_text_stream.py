@@ -40,8 +40,8 @@ def whole(ids: list[int]) -> str:
     return tokenizer().decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def stream(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
-    made = TextStream(tokenizer(), stop)
+def stream(ids: list[int], stop: tuple[str, ...] = (), min_tokens: int = 0) -> tuple[list[str], bool]:
+    made = TextStream(tokenizer(), stop, min_tokens=min_tokens)
     deltas = [made.push(token) for token in ids]
     return [*deltas, made.finish()], made.stopped
 
@@ -181,3 +181,19 @@ def test_a_rebuilt_stream_goes_on_as_the_first_would_have(
     for token in second:
         assert rebuilt.push(token) == original.push(token)
     assert (rebuilt.finish(), rebuilt.stopped) == (original.finish(), original.stopped)
+
+
+@given(st.text(STOP_ALPHABET, max_size=20), stops, st.integers(0, 12))
+@example("xbyy", ("b", "xbyy"), 3)
+def test_a_stop_string_that_comes_too_early_is_text(text: str, stop: tuple[str, ...], min_tokens: int) -> None:
+    """A token is a byte here: what ends with the first of those that end late enough."""
+    ids = bytes_to_ids(text.encode())
+    ends = [
+        (end, end - len(each))
+        for each in stop
+        for end in range(len(each), len(text) + 1)
+        if text[:end].endswith(each) and len(text[:end].encode()) >= min_tokens
+    ]
+    texts, stopped = stream(ids, stop, min_tokens)
+    assert stopped == bool(ends)
+    assert "".join(texts) == (text[: min(ends)[1]] if ends else text)

@@ -9,6 +9,7 @@ from vlcache._events import (
     Event,
     Finished,
     FinishReason,
+    Logprobs,
     Placement,
     Started,
     Transferred,
@@ -45,6 +46,7 @@ class Completion:
     timings: what the client measured.
     seed: draws the same answer again.
     placement: workers that served it.
+    logprobs: one entry per token, where `Sampling.logprobs` asked for them; else empty.
     """
 
     request_id: str
@@ -58,6 +60,7 @@ class Completion:
     timings: Timings
     seed: int
     placement: Placement
+    logprobs: tuple[Logprobs, ...] = ()
 
 
 class Collector:
@@ -69,6 +72,7 @@ class Collector:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._arrivals_s: list[float] = []
+        self._logprobs: list[Logprobs] = []
         self._compression: Compressed | None = None
         self._transfer: Transferred | None = None
         self._finished: Finished | None = None
@@ -87,6 +91,7 @@ class Collector:
             case Delta():
                 self._texts.append(event.text)
                 self._token_ids.extend(event.token_ids)
+                self._logprobs.extend(event.logprobs)
                 self._arrivals_s.extend([at_s] * len(event.token_ids))
             case Compressed():
                 self._compression = event
@@ -112,6 +117,7 @@ class Collector:
             timings=self._timings(),
             seed=self._finished.seed,
             placement=self._finished.placement,
+            logprobs=tuple(self._logprobs),
         )
 
     def _timings(self) -> Timings:

@@ -70,11 +70,35 @@ class Started:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """A token by itself, and the natural logarithm of the model's own probability for it.
+
+    `text` has U+FFFD where the token is a part of a character.
+    """
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logprobs:
+    """One place of the answer: the token that was drawn, and the most likely ones, the likeliest first."""
+
+    token: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Delta:
-    """A piece of the answer. `text` holds complete characters only and may be empty while one is still open."""
+    """A piece of the answer. `text` holds complete characters only and may be empty while one is still open.
+
+    `logprobs` has one entry for each token where `Sampling.logprobs` asked for them.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +165,7 @@ def event_from_proto(response: inference_pb2.GenerateResponse) -> Event | None:
         case "started":
             return Started(request_id=response.started.request_id, model=response.started.model)
         case "delta":
-            return Delta(text=response.delta.text, token_ids=tuple(response.delta.token_ids))
+            return _delta(response.delta)
         case "compression":
             return _compressed(response.compression)
         case "transfer":
@@ -150,6 +174,18 @@ def event_from_proto(response: inference_pb2.GenerateResponse) -> Event | None:
             return _finished(response.finished)
         case _:
             return None
+
+
+def _delta(message: inference_pb2.Delta) -> Delta:
+    logprobs = (
+        Logprobs(token=_logprob(each.token), top=tuple(_logprob(likely) for likely in each.top))
+        for each in message.logprobs
+    )
+    return Delta(text=message.text, token_ids=tuple(message.token_ids), logprobs=tuple(logprobs))
+
+
+def _logprob(message: inference_pb2.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(token_id=message.token_id, text=message.text, logprob=message.logprob)
 
 
 def _compressed(message: inference_pb2.Compression) -> Compressed:

@@ -8,6 +8,9 @@ from typing import Any, Literal
 from vlcache.v1 import inference_pb2
 
 MAX_SEED = 2**64 - 1
+MAX_TOKEN_ID = 2**32 - 1
+MAX_REPETITION_PENALTY = 10
+MAX_LOGPROBS = 20
 MAX_RESIDUAL = 2**32 - 1
 BudgetScope = Literal["cache", "visual"]
 # the server's default is the cache: what is left out stays absent on the wire
@@ -95,6 +98,13 @@ class Sampling:
     seed: 64-bit seed; the same seed and prompt give the same answer.
     stop: generation ends before the first occurrence of any of these.
     ignore_eos: go on after the end-of-sequence token.
+    presence_penalty: subtracted from the logits of tokens that the answer has, in [-2, 2].
+    frequency_penalty: the same, once for every time that the answer has the token.
+    repetition_penalty: logits of tokens that prompt or answer have are divided by it, or multiplied where they are
+        negative, in (0, 10].
+    logit_bias: added to the logits of tokens by their ids, each in [-100, 100].
+    min_new_tokens: the answer does not end by itself with fewer tokens.
+    logprobs: report log-probabilities: of each token, and of so many most likely ones in its place, at most 20.
 
     Raises ValueError when a value is out of its range.
     """
@@ -106,6 +116,12 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_new_tokens: int = 0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _check(
@@ -122,6 +138,22 @@ class Sampling:
         # A lone string is a sequence of characters too: each of them would stop the generation.
         _check(not isinstance(self.stop, str), "stop must be a tuple of strings, got one string")
         _check(all(self.stop), "stop strings must not be empty")
+        self._check_changes()
+
+    def _check_changes(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(-2 <= getattr(self, name) <= 2, f"{name} must be in [-2, 2], got {getattr(self, name)}")
+        _check(
+            0 < self.repetition_penalty <= MAX_REPETITION_PENALTY,
+            f"repetition_penalty must be in (0, {MAX_REPETITION_PENALTY}], got {self.repetition_penalty}",
+        )
+        for token, bias in self.logit_bias.items():
+            _check(0 <= token <= MAX_TOKEN_ID and -100 <= bias <= 100, f"logit_bias must be in [-100, 100], got {bias}")
+        _check(self.min_new_tokens >= 0, f"min_new_tokens must not be negative, got {self.min_new_tokens}")
+        _check(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            f"logprobs must be in [0, {MAX_LOGPROBS}], got {self.logprobs}",
+        )
 
     def to_proto(self) -> inference_pb2.SamplingParams:
         """The message of the contract; fields left None stay absent."""
@@ -133,6 +165,12 @@ class Sampling:
             seed=self.seed,
             stop=self.stop,
             ignore_eos=self.ignore_eos,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=None if self.repetition_penalty == 1 else self.repetition_penalty,
+            logit_bias=self.logit_bias,
+            min_new_tokens=self.min_new_tokens,
+            logprobs=self.logprobs,
         )
 
 

@@ -14,7 +14,7 @@ from benchmarks.quality.outcome import outcome_of
 from benchmarks.quality.setting import FULL, Setting
 from benchmarks.quality.trial import Question, Trial
 from models.shapes_vlm.questions import Sample
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 from tests.unit.prefill_worker.manifests import manifest
 
 END = 0

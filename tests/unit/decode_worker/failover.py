@@ -18,7 +18,7 @@ from decode_worker.sequence import Sequence as Running
 from decode_worker.worker import LoadedModel
 from shared.kernels.dispatch import kernels_for
 from shared.kv.manifest import Manifest, TransferId
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 from shared.rpc.status import from_rpc_error
 from tests.unit.decode_worker.parcels import manifest_of
 from tests.unit.decode_worker.pools import CPU, block_pool, poison

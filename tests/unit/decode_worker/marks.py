@@ -12,7 +12,8 @@ from decode_worker.reservations import Reservation
 from decode_worker.sequence import Sequence
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest, TransferId
-from shared.request.params import Sampling
+from shared.model.sampler import Drawn
+from shared.request.sampling import Sampling
 from tests.unit.decode_worker.parcels import body_of, manifest_of
 from tests.unit.decode_worker.pools import Pool
 from tests.unit.decode_worker.serving import EPOCH
@@ -29,7 +30,7 @@ class MarkingEngine:
         self.fails = False
         self.batches: list[list[int]] = []
 
-    def step(self, batch: list[Sequence]) -> list[int]:
+    def step(self, batch: list[Sequence]) -> list[Drawn]:
         self._fail()
         self.batches.append([each.sampling.seed for each in batch])
         attention = self._pool.attention([each.kv for each in batch])
@@ -39,7 +40,7 @@ class MarkingEngine:
         for each in batch:
             each.kv.appended += 1
             assert bytes(self._pool.export(each.kv).body) == parcel_body(each.sampling.seed, each.generated)
-        return [answer(each.sampling.seed)[each.generated - 1] for each in batch]
+        return [Drawn(answer(each.sampling.seed)[each.generated - 1]) for each in batch]
 
     def replay(self, each: Sequence, number: int) -> None:
         self._fail()

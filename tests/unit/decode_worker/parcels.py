@@ -9,7 +9,7 @@ import torch
 
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest, TransferId, body_digest
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 
 
 def body_of(rows: Sequence[Sequence[torch.Tensor]], layout: KVLayout) -> bytearray:

@@ -10,7 +10,8 @@ from typing import Any
 from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.sequence import Sequence
 from decode_worker.worker import LoadedModel
-from shared.request.params import Sampling
+from shared.model.sampler import Drawn
+from shared.request.sampling import Sampling
 from tests.unit.decode_worker.serving import Served, frames
 from tests.unit.decode_worker.shipment import MAX_NEW_TOKENS, Shipment
 
@@ -51,14 +52,14 @@ class ScriptedEngine:
         self.replays: list[int] = []
         self.error: Exception | None = None
 
-    def step(self, batch: list[Sequence]) -> list[int]:
+    def step(self, batch: list[Sequence]) -> list[Drawn]:
         self.gate.pass_through()
         self.batches.append([each.sampling.seed for each in batch])
         if self.error is not None:
             raise self.error
         for each in batch:
             each.kv.appended += 1
-        return [self._next(each) for each in batch]
+        return [Drawn(self._next(each)) for each in batch]
 
     def replay(self, each: Sequence, number: int) -> None:
         self.gate.pass_through()

@@ -16,7 +16,8 @@ from decode_worker.kv_pool.slabs import SlabAttention, SlabKV
 from decode_worker.sequence import Sequence
 from shared.kernels.reference.slab_attention import slab_attention
 from shared.kv.layout import KVLayout
-from shared.request.params import Sampling
+from shared.model.sampler import Drawn, Sampler
+from shared.request.sampling import Sampling
 from tests.unit.decode_worker.parcels import body_of
 from tests.unit.decode_worker.tiny import HEAD_DIM, KV_HEADS, LAYERS, tokenizer
 
@@ -119,14 +120,13 @@ def sequence(prefilled: Prefilled, kv: SequenceKV, growth: int, **sampling: Any)
     """What joins a batch."""
     return Sequence(
         kv=kv,
-        sampling=Sampling(max_new_tokens=growth + 1, ignore_eos=True, **sampling),
-        eos_token_ids=frozenset(),
+        sampler=Sampler(Sampling(max_new_tokens=growth + 1, ignore_eos=True, **sampling), frozenset()),
         last_token=prefilled.first_token,
         next_position=prefilled.num_tokens,
     )
 
 
-def advance(batch: Items[Sequence], tokens: Items[int]) -> None:
+def advance(batch: Items[Sequence], drawn: Items[Drawn]) -> None:
     """What the scheduler does after a step."""
-    for each, token in zip(batch, tokens, strict=True):
+    for each, token in zip(batch, drawn, strict=True):
         each.accept(token)

@@ -8,7 +8,7 @@ from decode_worker.engine import EagerEngine
 from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.worker import LoadedModel
 from shared.kv.manifest import Manifest, TransferId
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 from tests.unit.decode_worker.parcels import body_of, manifest_of
 from tests.unit.decode_worker.sequences import LAYOUT, Kept, Prefilled, advance, pooled, sequence, some
 from tests.unit.decode_worker.serving import Served

@@ -12,7 +12,8 @@ import numpy as np
 from decode_worker.kv_pool.base import SequenceKV
 from decode_worker.scheduler import DecodeScheduler, StepOutcome
 from decode_worker.sequence import Sequence
-from shared.request.params import Sampling
+from shared.model.sampler import Drawn, Sampler
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import DecodeMetrics
 
 WAIT_S = 10
@@ -30,13 +31,13 @@ class Engine:
         self.answers: dict[Sequence, list[int]] = {}
         self.error: Exception | None = None
 
-    def step(self, batch: list[Sequence]) -> list[int]:
+    def step(self, batch: list[Sequence]) -> list[Drawn]:
         self._permitted()
         self.batches.append(list(batch))
         self._fail()
         for each in batch:
             each.kv.appended += 1
-        return [self.answers[each].pop(0) if self.answers.get(each) else 1 for each in batch]
+        return [Drawn(self.answers[each].pop(0) if self.answers.get(each) else 1) for each in batch]
 
     def replay(self, each: Sequence, number: int) -> None:
         self._permitted()
@@ -94,8 +95,7 @@ def running(max_batch: int = 8) -> Iterator[Running]:
 def sequence(max_new_tokens: int = 100, room: int = 1000, **changes: bool) -> Sequence:
     return Sequence(
         kv=SequenceKV(kept=np.ones((1, 1), dtype=np.int64), room=room),
-        sampling=Sampling(max_new_tokens=max_new_tokens, **changes),
-        eos_token_ids=frozenset({EOS}),
+        sampler=Sampler(Sampling(max_new_tokens=max_new_tokens, **changes), frozenset({EOS})),
         last_token=0,
         next_position=10,
     )

@@ -10,7 +10,7 @@ import pytest
 from vlcache.v1 import inference_pb2 as public
 
 from decode_worker.worker import LoadedModel
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 from tests.unit.decode_worker.scripted import deliver, scripted
 from tests.unit.decode_worker.serving import Served, failure, frames, run, until
 from tests.unit.decode_worker.shipment import Shipment

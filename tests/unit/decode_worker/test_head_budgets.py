@@ -23,7 +23,8 @@ from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity
 from shared.model.loading import load_decode_model, load_prefill_model, load_spec
 from shared.model.processor import load_processor
-from shared.request.params import Budget, Sampling
+from shared.request.params import Budget
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.pools import CPU, POOLS, poison
 from tests.unit.decode_worker.sequences import LAYOUT, Kept, advance, prefill, sequence

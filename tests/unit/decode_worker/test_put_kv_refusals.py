@@ -12,7 +12,7 @@ from decode_worker.reservations import Stage
 from decode_worker.worker import LoadedModel
 from shared.kv.manifest import Manifest, TransferId
 from shared.kv.transport.frames import encode_chunk, encode_header
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 from tests.unit.decode_worker.serving import EPOCH, Served, failure, flipped, frames, run
 from tests.unit.decode_worker.shipment import Shipment, answers
 
@@ -131,7 +131,7 @@ FOREIGN: dict[str, tuple[Any, str, str]] = {
     "a first token that does not exist": (
         lambda made: dataclasses.replace(made, generated=(1 << 31,)),
         "INVALID_ARGUMENT",
-        "GENERATED_TOKEN",
+        "UNKNOWN_TOKEN",
     ),
     "sizes that disagree": (
         lambda made: dataclasses.replace(made, body_bytes=64),

@@ -19,8 +19,9 @@ from shared.kernels.dispatch import kernels_for
 from shared.kernels.reference.slab_attention import slab_attention
 from shared.kv.layout import KVLayout
 from shared.model.loading import load_decode_model
+from shared.model.sampler import Sampler
 from shared.model.spec import TORCH_DTYPES
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 from tests.unit.decode_worker.pools import (
     CPU,
     POOLS,
@@ -55,9 +56,7 @@ def shapes(draw: st.DrawFn) -> tuple[KVLayout, tuple[int, ...]]:
 
 
 def steps_of(kv: Any, number: int) -> list[Any]:
-    each = Sequence(
-        kv=kv, sampling=Sampling(max_new_tokens=9), eos_token_ids=frozenset(), last_token=0, next_position=1
-    )
+    each = Sequence(kv=kv, sampler=Sampler(Sampling(max_new_tokens=9), frozenset()), last_token=0, next_position=1)
     each.known.extend(range(number))
     return [step.kv for step in each.steps_ahead(number)]
 

@@ -9,7 +9,7 @@ from vlcache.v1 import inference_pb2 as public
 
 from decode_worker.worker import LoadedModel
 from shared.model.text_stream import TextStream
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 from tests.unit.decode_worker.scripted import scripted
 from tests.unit.decode_worker.serving import Served, frames, run
 from tests.unit.decode_worker.shipment import Shipment

@@ -71,7 +71,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "TRANSFER_ID": {"transfer": TransferId(request_id="r", attempt=2, prefill_epoch="?")},
     "INCOMPATIBLE_PARCEL": {"compatibility": "other weights"},
     "PARCEL_MANIFEST": {"logical_length": 1},
-    "GENERATED_TOKEN": {"generated": (1 << 30,)},
+    "UNKNOWN_TOKEN": {"generated": (1 << 30,)},
 }
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest, TransferId, body_digest
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32")
 

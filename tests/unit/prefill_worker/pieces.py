@@ -26,7 +26,8 @@ from shared.kv.arena import Arena
 from shared.kv.manifest import Manifest, TransferId
 from shared.kv.secret import SECRET_BYTES
 from shared.kv.transport.base import Parcel, SendReport
-from shared.request.params import Budget, Sampling
+from shared.request.params import Budget
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.prefill_worker.compression.observing import prompt_shape
 from tests.unit.prefill_worker.manifests import LAYOUT, manifest

@@ -30,7 +30,8 @@ from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import RequestCancelledError
 from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity
-from shared.request.params import Budget, BudgetScope, Guard, Sampling, Wire
+from shared.request.params import Budget, BudgetScope, Guard, Wire
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.tiny import LAYERS, tokenizer
 from tests.unit.prefill_worker.pieces import job as plain_job

@@ -25,7 +25,8 @@ from shared.errors import RequestCancelledError
 from shared.kv.manifest import Manifest, body_digest
 from shared.model.identity import ModelIdentity
 from shared.model.sampler import sample
-from shared.request.params import Budget, Sampling, Wire
+from shared.request.params import Budget, Wire
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.tiny import tokenizer
 from tests.unit.prefill_worker.compression.observing import positions

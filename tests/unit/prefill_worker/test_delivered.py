@@ -21,7 +21,8 @@ from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity
 from shared.model.loading import load_spec
-from shared.request.params import Budget, Guard, Sampling
+from shared.request.params import Budget, Guard
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.tiny import tokenizer
 from tests.unit.prefill_worker.pieces import job as plain_job

@@ -29,7 +29,8 @@ from shared.kv.waves import LAST_WAVE
 from shared.model.identity import ModelIdentity
 from shared.model.loading import load_spec
 from shared.model.wave_order import in_body_order, last_wave
-from shared.request.params import Budget, BudgetScope, Guard, Sampling, Wire
+from shared.request.params import Budget, BudgetScope, Guard, Wire
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.tiny import tokenizer
 from tests.unit.prefill_worker.pieces import job as plain_job

@@ -37,7 +37,8 @@ from shared.kv.transport.base import Parcel, SendReport
 from shared.kv.transport.grpc_stream import GrpcTransport
 from shared.model.identity import ModelIdentity
 from shared.model.loading import load_spec
-from shared.request.params import Budget, Sampling, Wire
+from shared.request.params import Budget, Wire
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.serving import EPOCH, Served, flipped, until
 from tests.unit.decode_worker.serving import run as run_decode

@@ -23,7 +23,8 @@ from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import InvalidRequestError
 from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity
-from shared.request.params import Budget, BudgetScope, Guard, Sampling
+from shared.request.params import Budget, BudgetScope, Guard
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.tiny import KV_HEADS, LAYERS, tokenizer
 from tests.unit.prefill_worker.compression.observing import prompt_shape

@@ -26,7 +26,8 @@ from shared.errors import InvalidRequestError
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity
-from shared.request.params import Budget, BudgetScope, Guard, Sampling
+from shared.request.params import Budget, BudgetScope, Guard
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.tiny import KV_HEADS, LAYERS, tokenizer
 from tests.unit.prefill_worker.pieces import TOKENS, Pieces, collect, run

@@ -30,7 +30,8 @@ from shared.kv.eviction import SharedLayers
 from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity
 from shared.model.loading import load_decode_model, load_prefill_model
-from shared.request.params import Budget, Sampling, Wire
+from shared.request.params import Budget, Wire
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.pools import CPU, POOLS, Pool, block_pool, poison
 from tests.unit.decode_worker.sequences import LAYOUT, advance

@@ -19,7 +19,8 @@ from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.errors import InvalidRequestError, RequestCancelledError
 from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity
-from shared.request.params import Budget, Sampling
+from shared.request.params import Budget
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.tiny import HEAD_DIM, KV_HEADS, LAYERS, tokenizer
 from tests.unit.prefill_worker.pieces import job as plain_job

@@ -23,7 +23,8 @@ from prefill_worker.parcel.writer import kept_counts, write_body
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.kernels.dispatch import kernels_for
 from shared.model.identity import ModelIdentity
-from shared.request.params import Budget, Sampling
+from shared.request.params import Budget
+from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
 from tests.unit.decode_worker.tiny import LAYERS, tokenizer
 from tests.unit.prefill_worker.compression.observing import positions

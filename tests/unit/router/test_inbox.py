@@ -64,6 +64,18 @@ def test_tokens_in_line_come_together_up_to_the_last() -> None:
     run(main)
 
 
+def test_reports_of_tokens_stay_with_them() -> None:
+    async def main() -> None:
+        inbox = Inbox()
+        for token in range(3):
+            report = pb.TokenLogprobs(token=pb.TokenLogprob(token_id=token, logprob=-token))
+            inbox.put_nowait((A, decode_pb2.SequenceUpdate(token_ids=[token], logprobs=[report])))
+        ((_, joined),) = await taken(inbox, 1)
+        assert [report.token.token_id for report in joined.logprobs] == list(joined.token_ids) == [0, 1, 2]
+
+    run(main)
+
+
 def test_what_comes_at_once_is_bounded() -> None:
     async def main() -> None:
         inbox, count = Inbox(), 3 * MAX_RUN_TOKENS + 5

@@ -9,7 +9,7 @@ from shared.kv.arena import Arena
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest, TransferId, body_digest
 from shared.kv.transport.base import Parcel
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32")
 

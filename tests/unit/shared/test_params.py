@@ -10,7 +10,8 @@ import pytest
 from vlcache.v1 import inference_pb2 as pb
 
 from shared.errors import InvalidRequestError
-from shared.request.params import MAX_STOP_BYTES, MAX_STOP_STRINGS, MIN_KEPT_TOKENS, Budget, BudgetScope, Sampling, Wire
+from shared.request.params import MIN_KEPT_TOKENS, Budget, BudgetScope, Wire
+from shared.request.sampling import MAX_STOP_BYTES, MAX_STOP_STRINGS, Sampling
 
 NAN, INF = math.nan, math.inf
 

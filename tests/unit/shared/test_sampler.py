@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shared.model.sampler import sample, uniform
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 
 MASK = 2**64 - 1
 GOLDEN = [0.011546754286331562, 0.5023796042735054, 0.3035680343067586, 0.23190574451996193, 0.8837444827274451]

@@ -16,7 +16,7 @@ from decode_worker.kv_pool.base import SequenceKV, growth_of
 from decode_worker.sequence import Sequence
 from shared.kv.eviction import Eviction
 from shared.kv.manifest import Manifest, TransferId
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 from tests.unit.decode_worker.eviction.twin import Twin
 from tests.unit.decode_worker.parcels import body_of, manifest_of
 from tests.unit.decode_worker.pools import Pool

@@ -15,6 +15,7 @@ from decode_worker.sequence import Sequence
 from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Recall, Scope, SharedLayers, SparseRead, TextGuard
 from shared.kv.extents import aligned
 from shared.model.loading import load_decode_model
+from shared.model.sampler import Drawn
 from tests.unit.decode_worker.eviction.shipments import RuledShipment, TwinDecoding, orders
 from tests.unit.decode_worker.pools import CPU, POOLS, Pool, block_pool, poison
 from tests.unit.decode_worker.sequences import LAYOUT, advance, prefill, text_ids
@@ -91,7 +92,7 @@ def test_logits_and_kept_tokens_are_those_of_the_twin(
         expected = twin.step(each.last_token)
         engine.step([each])
         # an untrained model repeats itself, and which of equal tokens at equal distances is the most similar is a tie
-        advance([each], [20 + step])
+        advance([each], [Drawn(20 + step)])
         assert same(single.logits[0], expected)
         assert orders(each.kv) == twin.twin.orders()
     kept = shipments[kind].num_kept

@@ -14,7 +14,7 @@ from decode_worker.engine import EagerEngine
 from decode_worker.worker import LoadedModel
 from shared.kv.eviction import Eviction, FixedSlot, HeavyHitters, Recall, Scope, SharedLayers, SparseRead, TextGuard
 from shared.kv.manifest import body_digest
-from shared.request.params import Sampling
+from shared.request.sampling import Sampling
 from tests.unit.decode_worker.eviction.shipments import RuledShipment
 from tests.unit.decode_worker.pools import slab_pool
 from tests.unit.decode_worker.sequences import LAYOUT, advance, prefill, text_ids
