@@ -14,6 +14,8 @@ PORT ?= 50051
 JOBS ?= 2
 # split: a prefill worker and a decode worker; both: one process in both roles, for a single GPU
 ROLE ?= split
+# 1: TLS everywhere, with certificates that are made for the occasion, and a token for clients
+SECURE ?=
 
 WORKERS_split :=
 WORKERS_both := --prefill-workers 0 --decode-workers 0 --combined-workers 1
@@ -50,8 +52,8 @@ $(STAMP): pyproject.toml client/pyproject.toml $(wildcard shared/kernels/native/
 demo: setup ## start router and workers (ROLE=both: one), ask about sample images, print answers and bytes, stop
 	$(BIN)/python -m deploy.local demo $(WORKERS)
 
-serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C drains it)
-	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT) $(WORKERS)
+serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C drains it; SECURE=1: TLS and a token)
+	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT) $(WORKERS) $(if $(SECURE),--secure)
 
 test: setup ## the test suite, in JOBS processes (TESTS=folder or file: a part of it)
 	$(PYTEST) -m "not chaos and not heavy" $(TESTS)

@@ -14,11 +14,11 @@ from shared.telemetry.logs import configure_logging
 
 async def main(config: DecodeConfig) -> None:
     """Runs the worker until SIGTERM or SIGINT, then drains."""
+    identity = config.identity()
     with refused_in_a_sentence(config.model):
         model = load_model(config)
-    await serve(
-        [DecodeWorker(config, model, *build_engine(config, model))], drain_s=config.drain_s, registry=config.registry
-    )
+    worker = DecodeWorker(config, model, *build_engine(config, model))
+    await serve([worker], drain_s=config.drain_s, registry=config.registry, identity=identity)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from shared.config import WorkerConfig
+from shared.rpc.identity import DECODE
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig(WorkerConfig):
     """Settings of a decode worker, parsed once from the command line. Only the checkpoint's language model is read."""
+
+    roles: ClassVar[tuple[str, ...]] = (DECODE,)
 
     name: str = "decode-0"
     """Name of this worker in placements, metrics and logs."""

@@ -14,9 +14,10 @@ from shared.telemetry.logs import configure_logging
 
 async def main(config: PrefillConfig) -> None:
     """Runs the worker until SIGTERM or SIGINT, then drains."""
+    identity = config.identity()
     with refused_in_a_sentence(config.model):
-        worker = PrefillWorker(config, load_model(config))
-    await serve([worker], drain_s=config.drain_s, registry=config.registry)
+        worker = PrefillWorker(config, load_model(config), identity=identity)
+    await serve([worker], drain_s=config.drain_s, registry=config.registry, identity=identity)
 
 
 if __name__ == "__main__":

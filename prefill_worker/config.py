@@ -5,9 +5,11 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from prefill_worker.preprocess.video_limits import MAX_VIDEO_FRAMES, MAX_VIDEO_TOKENS, MIN_FRAME_TOKENS
 from shared.config import WorkerConfig
+from shared.rpc.identity import PREFILL
 from shared.rpc.options import MIB
 
 AT_LEAST_ONE = (
@@ -27,6 +29,8 @@ POSITIVE = ("preprocess_timeout_s", "parcel_lease_s")
 @dataclass(frozen=True, kw_only=True)
 class PrefillConfig(WorkerConfig):
     """Settings of a prefill worker, parsed once from the command line."""
+
+    roles: ClassVar[tuple[str, ...]] = (PREFILL,)
 
     name: str = "prefill-0"
     """Name of this worker in placements, metrics and logs."""

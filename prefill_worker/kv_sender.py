@@ -29,6 +29,8 @@ from shared.kv.transport.early_stream import EarlyStream
 from shared.kv.transport.grpc_stream import GrpcTransport
 from shared.kv.transport.local import LocalReceiver, LocalTransport
 from shared.kv.transport.memory import MemoryTransport
+from shared.rpc.identity import Identity
+from shared.rpc.line import Line
 from shared.rpc.options import client_options
 from shared.rpc.status import from_rpc_error
 from shared.telemetry.metrics import PrefillMetrics
@@ -81,16 +83,24 @@ class KVSender:
         epoch: Names the worker's arena.
         local: The decode half of the same process, where there is one.
         ships_early: Whether rows may leave while their prefill goes on, where they have to travel.
+        identity: Of the process; plaintext without one.
     """
 
     def __init__(
-        self, *, epoch: str, metrics: PrefillMetrics, local: LocalReceiver | None = None, ships_early: bool = False
+        self,
+        *,
+        epoch: str,
+        metrics: PrefillMetrics,
+        local: LocalReceiver | None = None,
+        ships_early: bool = False,
+        identity: Identity | None = None,
     ) -> None:
         self._epoch = epoch
         self._ships_early = ships_early
         self._metrics = metrics
         self._local = local
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._identity = identity
+        self._lines: dict[str, Line] = {}
 
     @contextlib.asynccontextmanager
     async def early(self, ticket: Ticket, thread: Executor) -> AsyncIterator[EarlyStream | None]:
@@ -148,10 +158,10 @@ class KVSender:
             await asyncio.wait([renewal])
 
     async def close(self) -> None:
-        """Closes all channels."""
-        for channel in self._channels.values():
-            await channel.close()
-        self._channels.clear()
+        """Closes all connections."""
+        for line in self._lines.values():
+            await line.close()
+        self._lines.clear()
 
     async def _send(self, parcel: Parcel, ticket: Ticket, early: EarlyStream | None = None) -> SendReport:
         try:
@@ -218,6 +228,6 @@ class KVSender:
         raise FailedPreconditionError(f"unknown transport {ticket.transport!r}", reason="TRANSPORT")
 
     def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=client_options())
-        return self._channels[address]
+        if address not in self._lines:
+            self._lines[address] = Line(address, client_options(), self._identity)
+        return self._lines[address].channel()

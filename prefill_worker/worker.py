@@ -39,6 +39,7 @@ from shared.model.identity import ModelIdentity
 from shared.model.loading import load_prefill_model
 from shared.model.processor import load_processor
 from shared.model.spec import VLMSpec
+from shared.rpc.identity import Identity
 from shared.rpc.lifecycle import new_epoch
 from shared.rpc.options import MAX_REQUEST_BYTES, MIB
 from shared.telemetry.metrics import PrefillMetrics
@@ -100,6 +101,7 @@ class PrefillWorker:
     Args:
         epoch: Boot id of the process; a new one without it.
         local: The decode half of the same process; its reservations need no transfer.
+        identity: Of the process, to decode workers; plaintext without one.
     """
 
     role = "prefill"
@@ -113,6 +115,7 @@ class PrefillWorker:
         *,
         epoch: str | None = None,
         local: LocalReceiver | None = None,
+        identity: Identity | None = None,
     ) -> None:
         self.name, self.listen = config.name, config.listen
         epoch = epoch or new_epoch()
@@ -130,7 +133,9 @@ class PrefillWorker:
         self._arena_server = ArenaServer.start(config.socket_dir, f"{config.name}-{epoch}", self._arena, epoch)
         store = ParcelStore(self._arena)
         retained = RetainedParcels(store, capacity=config.retained_bytes, lease_s=config.parcel_lease_s)
-        self._sender = KVSender(epoch=epoch, metrics=self.metrics, local=local, ships_early=config.early_shipping)
+        self._sender = KVSender(
+            epoch=epoch, metrics=self.metrics, local=local, ships_early=config.early_shipping, identity=identity
+        )
         scheduler = PrefillScheduler(max_waiting=config.max_waiting)
         tokenizer = model.processor.tokenizer
         self.runner = PrefillRunner(

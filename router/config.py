@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
 
+from router.admission.api_tokens import read_tokens
 from router.admission.tenants import TenantLimits
 from router.admission.waiting import RoomLimits
 from router.placement.catalogue import POLICIES, PlacementName
 from shared.config import Listen
 from shared.registry.location import open_registry
+from shared.rpc.identity import ROUTER
 from shared.rpc.options import MIB
+from shared.rpc.security import Security
 
 STAGE_TIMEOUTS = ("prefill_timeout_s", "transfer_timeout_s", "token_timeout_s")
 
@@ -26,14 +31,21 @@ NOT_NEGATIVE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig:
+class RouterConfig(Security):
     """Everything that a router can be told."""
+
+    roles: ClassVar[tuple[str, ...]] = (ROUTER,)
 
     registry: str
     """Where the workers are: static://host:port,host:port, or where they publish themselves:
     redis://[user@]host:port[/db][?prefix=...], rediss:// for TLS. A password is best left to VLCACHE_REDIS_PASSWORD."""
     listen: Listen = field(default_factory=Listen)
     """Where clients and scrapers reach this router."""
+    api_tokens: Path | None = None
+    """File of the tokens that clients need, one per line: a tenant, and the SHA-256 of a token in hexadecimal. It is
+    read again when it changes. Absent, everybody who can connect is a client."""
+    demand_client_cert: bool = False
+    """Let only clients connect that have a certificate of the CA; needs TLS."""
     name: str = "router"
     """Name of this process in logs, metrics and error details."""
     placement: PlacementName = "least_loaded"
@@ -68,7 +80,7 @@ class RouterConfig:
     """MiB of requests, images included, that may wait per model; further ones are refused at once."""
     tenant_concurrency: int = 0
     """Requests that each tenant may have in flight at this router, those that wait included; 0 limits nothing. A tenant
-    is what a request's metadata says (`vlcache-tenant`), which is trusted."""
+    is whose token a request has; without `api_tokens` what its metadata says (`vlcache-tenant`), which is trusted."""
     tenant_rate: float = 0.0
     """Requests per second that each tenant may send to this router; 0 limits nothing."""
     tenant_burst: int = 10
@@ -95,6 +107,8 @@ class RouterConfig:
         return TenantLimits(concurrency=self.tenant_concurrency, rate=self.tenant_rate, burst=self.tenant_burst)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_callers()
         for name in (*STAGE_TIMEOUTS, "poll_interval_s", "poll_timeout_s", "control_timeout_s", "queue_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
@@ -113,3 +127,10 @@ class RouterConfig:
         open_registry(self.registry)
         if not self.name:
             raise ValueError("name must not be empty")
+
+    def _check_callers(self) -> None:
+        self.check_host(self.listen.host)
+        if self.demand_client_cert and self.tls_ca is None:
+            raise ValueError("demand_client_cert needs --tls-cert, --tls-key and --tls-ca")
+        if self.api_tokens is not None:
+            read_tokens(self.api_tokens)

@@ -8,8 +8,12 @@ from collections.abc import AsyncIterator, Coroutine
 from random import Random
 from typing import Any
 
+import grpc
+
 from router.accounting import Accounting
 from router.admission.admission import Admission
+from router.admission.api_tokens import ApiTokens
+from router.admission.callers import Callers, TokenInterceptor
 from router.admission.tenants import Tenants
 from router.admission.waiting import Rooms
 from router.background import Background
@@ -43,9 +47,11 @@ class Router:
         """Builds the parts; nothing runs yet.
 
         Raises:
-            ValueError: The registry's location cannot be read.
+            ValueError: The registry's location, or a file of certificates or tokens, cannot be read.
         """
         self._config = config
+        self._identity = config.identity()
+        self._callers = Callers(ApiTokens(config.api_tokens) if config.api_tokens else None)
         self.metrics = RouterMetrics(worker=config.name)
         self.accounting = Accounting(self.metrics)
         self._background = Background()
@@ -103,7 +109,9 @@ class Router:
             OSError: A port cannot be bound.
         """
         listen = self._config.listen
-        servicer = InferenceServicer(self.generations, self._finished, self.shadow, self.table, self.accounting)
+        servicer = InferenceServicer(
+            self.generations, self._finished, self.shadow, self.table, self.accounting, self._callers
+        )
         async with contextlib.AsyncExitStack() as stack:
             exporter = MetricsExporter(self.metrics.registry, host=listen.host, port=listen.metrics_port)
             stack.enter_context(exporter)
@@ -114,6 +122,8 @@ class Router:
                 register=servicer.register,
                 services=[SERVICE_NAME],
                 max_request_bytes=MAX_REQUEST_BYTES,
+                credentials=self._credentials(),
+                guards=[TokenInterceptor(self._callers, self.accounting)] if self._callers.known else [],
             )
             stack.push_async_callback(self._registry.close)
             stack.push_async_callback(self.table.close)
@@ -157,7 +167,17 @@ class Router:
 
     def _connect(self, address: str) -> WorkerClient:
         config = self._config
-        return WorkerClient(address, poll_timeout_s=config.poll_timeout_s, control_timeout_s=config.control_timeout_s)
+        return WorkerClient(
+            address,
+            poll_timeout_s=config.poll_timeout_s,
+            control_timeout_s=config.control_timeout_s,
+            identity=self._identity,
+        )
+
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        if self._identity is None:
+            return None
+        return self._identity.server_credentials(demand_client_cert=self._config.demand_client_cert)
 
 
 @contextlib.asynccontextmanager

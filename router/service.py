@@ -9,7 +9,7 @@ from vlcache.v1 import inference_pb2 as pb
 from vlcache.v1 import inference_pb2_grpc
 
 from router.accounting import Accounting
-from router.admission.tenants import tenant_of
+from router.admission.callers import Callers
 from router.requests.finished import FinishedAnswers, Key
 from router.requests.generations import Generations
 from router.shadow import Shadow
@@ -31,12 +31,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         shadow: Shadow,
         table: WorkerTable,
         accounting: Accounting,
+        callers: Callers,
     ) -> None:
         self._generations = generations
         self._finished = finished
         self._shadow = shadow
         self._table = table
         self._accounting = accounting
+        self._callers = callers
 
     def register(self, server: grpc.aio.Server) -> None:
         """Adds this service to a server."""
@@ -75,7 +77,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     def _tenant(self, context: grpc.aio.ServicerContext) -> str:
         try:
-            return tenant_of(context.invocation_metadata() or ())
+            return self._callers.tenant_of(context.invocation_metadata() or ())
         except ServiceError as error:
             self._accounting.refused(error)
             raise

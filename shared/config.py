@@ -9,6 +9,7 @@ import tyro
 
 from shared.registry.address import split_address
 from shared.registry.location import open_listing
+from shared.rpc.security import Security
 
 Config = TypeVar("Config")
 
@@ -51,7 +52,7 @@ class WorkerListen(Listen):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig:
+class WorkerConfig(Security):
     """What every kind of worker is told."""
 
     model: str
@@ -75,6 +76,8 @@ class WorkerConfig:
     """Time that running requests get to finish at SIGTERM, seconds."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_host(self.listen.host)
         if self.registry:
             open_listing(self.registry)
             if self.listen.host in WILDCARDS and not self.listen.advertise:

@@ -149,6 +149,20 @@ class DeadlineExceededError(ServiceError):
     default_reason = "DEADLINE_EXCEEDED"
 
 
+class UnauthenticatedError(ServiceError):
+    """The caller does not say who it is, or nobody knows it."""
+
+    code = "UNAUTHENTICATED"
+    default_reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(ServiceError):
+    """The caller is known, and may not do this."""
+
+    code = "PERMISSION_DENIED"
+    default_reason = "PERMISSION_DENIED"
+
+
 class RequestCancelledError(ServiceError):
     """The caller went away."""
 

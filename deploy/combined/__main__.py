@@ -14,9 +14,10 @@ from shared.telemetry.logs import configure_logging
 
 async def main(config: CombinedConfig) -> None:
     """Runs both halves until SIGTERM or SIGINT, then drains."""
+    identity = config.identity()
     with refused_in_a_sentence(config.model):
-        workers = build_workers(config, load_model(config))
-    await serve(workers, drain_s=config.drain_s, registry=config.registry)
+        workers = build_workers(config, load_model(config), identity)
+    await serve(workers, drain_s=config.drain_s, registry=config.registry, identity=identity)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
@@ -15,6 +15,8 @@ Half = TypeVar("Half", bound=WorkerConfig)
 @dataclass(frozen=True, kw_only=True)
 class CombinedConfig(PrefillConfig, DecodeConfig):
     """Settings of a combined worker, parsed once from the command line: those of both halves, the common ones once."""
+
+    roles: ClassVar[tuple[str, ...]] = (*PrefillConfig.roles, *DecodeConfig.roles)
 
     name: str = "combined-0"
     """Name of the process in logs; its halves are NAME-prefill and NAME-decode in placements and metrics."""

@@ -10,6 +10,7 @@ from deploy.combined.config import CombinedConfig
 from shared.model.checkpoint import open_checkpoint
 from shared.model.loading import load_prefill_model, load_tokenizer
 from shared.model.packing import pack_linears
+from shared.rpc.identity import Identity
 from shared.rpc.lifecycle import new_epoch
 
 
@@ -46,13 +47,20 @@ def load_model(config: CombinedConfig) -> LoadedModel:
     )
 
 
-def build_workers(config: CombinedConfig, model: LoadedModel) -> tuple[prefill.PrefillWorker, decode.DecodeWorker]:
+def build_workers(
+    config: CombinedConfig, model: LoadedModel, identity: Identity | None = None
+) -> tuple[prefill.PrefillWorker, decode.DecodeWorker]:
     """Both halves, ready; must be called on the event loop that they serve on.
 
     They share a boot id, by which the decode half knows that a parcel need not travel.
+
+    Args:
+        identity: Of the process; the parcels that do travel, to other workers, go in plaintext without one.
     """
     epoch, decode_config = new_epoch(), config.decode()
     pool, engine = decode.build_engine(decode_config, model.decode)
     decode_half = decode.DecodeWorker(decode_config, model.decode, pool, engine, epoch=epoch)
-    prefill_half = prefill.PrefillWorker(config.prefill(), model.prefill, epoch=epoch, local=decode_half.receiver)
+    prefill_half = prefill.PrefillWorker(
+        config.prefill(), model.prefill, epoch=epoch, local=decode_half.receiver, identity=identity
+    )
     return prefill_half, decode_half

@@ -51,7 +51,7 @@ async def run_demo(stack: Stack, config: DemoConfig, samples: Sequence[Sample]) 
     """Asks all questions one after another; returns the exit code, which is 1 only when a request failed."""
     print(f"asking {len(samples)} questions at {stack.address}")
     results = []
-    async with vlcache.AsyncClient(stack.address) as client:
+    async with stack.client() as client:
         for number, sample in enumerate(samples, start=1):
             print(f"\n[{number}/{len(samples)}]".ljust(len(INDENT) + 1) + f"{', '.join(sample.images)} ({sample.task})")
             result = await _ask(client, config.samples, sample)

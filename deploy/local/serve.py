@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.local.credentials import Credentials
 from deploy.local.stack import Stack, StackConfig
 from models.shapes_vlm.paths import SAMPLES
 
@@ -29,15 +30,17 @@ async def run_serve(stack: Stack) -> int:
     for service in stack.services:
         where = f"{service.address:<21} http://{service.metrics_address}/metrics"
         print(f"  {service.role:<8} {service.name:<{width}} {where}")
-    print(f"try\n  {example(stack.address)}\nctrl-C drains and stops", flush=True)
+    print(f"try\n  {example(stack.address, stack.credentials)}\nctrl-C drains and stops", flush=True)
     await asyncio.Event().wait()
     return 0
 
 
-def example(address: str) -> str:
+def example(address: str, credentials: Credentials | None = None) -> str:
     """A command that asks about a bundled image, as it works from this folder."""
     beside_python = os.path.relpath(Path(sys.executable).parent / "vlcache")
     image = os.path.relpath(SAMPLES / "scene_1.png")
     command = "vlcache" if shutil.which("vlcache") else beside_python
     words = [command, "ask", "What does the yellow plate say?", "--image", image, "--address", address]
-    return shlex.join(words)
+    if credentials is None:
+        return shlex.join(words)
+    return f"VLCACHE_TOKEN={credentials.token} " + shlex.join([*words, "--ca-file", str(credentials.ca)])

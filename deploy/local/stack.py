@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Coroutine
@@ -16,6 +17,7 @@ from typing import Any
 
 import vlcache
 
+from deploy.local.credentials import Credentials, authority_module
 from deploy.local.forks import Forks
 from deploy.local.processes import Announcement, Child, ChildFailedError
 from models.shapes_vlm.paths import CHECKPOINT
@@ -52,6 +54,8 @@ class StackConfig:
     registry: str = ""
     """Where the workers publish themselves and the router finds them: redis://... or rediss://...; empty tells the
     router their addresses."""
+    secure: bool = False
+    """TLS between all of them, with certificates that are made for the occasion, and a token for clients."""
     threads: int = 0
     """torch threads of each role of each worker; 0 shares the cores out, because threads that outnumber them wait for
     each other."""
@@ -76,6 +80,8 @@ class StackConfig:
             raise ValueError("without combined_workers, prefill_workers and decode_workers must be greater than 0")
         if self.registry:
             open_listing(self.registry)
+        if self.secure:
+            authority_module()
         if self.start_timeout_s <= 0:
             raise ValueError(f"start_timeout_s must be greater than 0, not {self.start_timeout_s}")
 
@@ -131,6 +137,8 @@ class Stack:
         self._workers: list[Child] = []
         self._routers: list[Child] = []
         self._launches: dict[str, Launch] = {}
+        self.credentials: Credentials | None = None
+        """Of a secure stack, once it starts."""
         self.services: list[Announcement] = []
         """Where everything listens, the router first."""
         self.clean = True
@@ -160,6 +168,15 @@ class Stack:
         """Where the logs of all children are, while the stack is up."""
         return Path(self._folder.name)
 
+    def client(self, **options: Any) -> vlcache.AsyncClient:
+        """A client of the router."""
+        return vlcache.AsyncClient(self.address, **self.client_options, **options)
+
+    @property
+    def client_options(self) -> dict[str, Any]:
+        """What clients of either kind need besides the address."""
+        return {"tls": self.credentials.tls, "token": self.credentials.token} if self.credentials else {}
+
     async def start(self) -> None:
         """Starts the workers together, then the router, and waits until a model can be asked.
 
@@ -167,6 +184,9 @@ class Stack:
             ChildFailedError: A process ended or was not ready in time.
         """
         config, modules = self._config, self._modules
+        if config.secure:
+            hosts = sorted({config.host, "127.0.0.1", "localhost", socket.gethostname()})
+            self.credentials = Credentials.make(self.log_dir / "certs", hosts)
         prefill, decode = self._prefill_flags(), self._decode_flags()
         for number in range(config.prefill_workers):
             await self._start_worker(modules.prefill, f"prefill-{number}", prefill)
@@ -222,7 +242,7 @@ class Stack:
             await asyncio.gather(working, *deaths, return_exceptions=True)
 
     async def _wait_ready(self) -> int:
-        async with vlcache.AsyncClient(self.address) as client:
+        async with self.client() as client:
             try:
                 await client.wait_ready(self._config.start_timeout_s)
             except vlcache.VlcacheError as error:
@@ -243,7 +263,7 @@ class Stack:
 
     async def _start_router(self, workers: list[str]) -> None:
         flags = ["--name", "router", "--registry", self._config.registry or "static://" + ",".join(workers)]
-        flags += ["--listen.host", self._config.host, *self._config.router_flags]
+        flags += ["--listen.host", self._config.host, *self._security("router"), *self._config.router_flags]
         child = await self._child(self._modules.router, "router", flags, roles=1, port=self._config.port)
         self._routers.append(child)
 
@@ -251,8 +271,11 @@ class Stack:
         config = self._config
         model = ["--model", config.model, "--model-name", config.model_name]
         threads = config.threads or max(1, (os.cpu_count() or 1) // (config.prefill_roles + config.decode_roles))
-        flags = [*model, "--name", name, "--threads", str(threads), *config.worker_flags]
+        flags = [*model, "--name", name, "--threads", str(threads), *self._security(name), *config.worker_flags]
         return [*flags, "--registry", config.registry]
+
+    def _security(self, name: str) -> list[str]:
+        return self.credentials.flags(name.partition("-")[0]) if self.credentials else []
 
     async def _child(self, module: str, name: str, flags: list[str], *, roles: int, port: int = 0) -> Child:
         flags = [*flags, "--drain-s", str(self._config.drain_s)]

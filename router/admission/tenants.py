@@ -20,7 +20,7 @@ MAX_IDLE = 10_000
 
 
 def tenant_of(metadata: Iterable[tuple[str, str | bytes]]) -> str:
-    """The tenant that a call's metadata names. It is trusted: whoever can call can call himself what he likes.
+    """The tenant that a call's metadata names; `DEFAULT_TENANT` where it names none.
 
     Raises:
         InvalidRequestError: The name has a wrong form, or there are several.

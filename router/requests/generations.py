@@ -34,7 +34,8 @@ class Generations:
         self._tenants = tenants
         self._accounting = accounting
         self._min_retention = min_retention
-        self._running: dict[str, Generation] = {}
+        # by tenant and id: an id is its tenant's own
+        self._running: dict[tuple[str, str], Generation] = {}
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -88,7 +89,7 @@ class Generations:
         if self._draining:
             raise UnavailableError("this router is draining", reason="DRAINING")
         message.request_id = validation.request_id_of(message)
-        if message.request_id in self._running:
+        if (tenant, message.request_id) in self._running:
             raise DuplicateRequestError(f"request {message.request_id} is in flight")
         served = self._table.served_models()
         worker = served.get(self._model_name(message.model, list(served)))
@@ -108,19 +109,20 @@ class Generations:
         return self._means.admission.no_pair(asked)
 
     def _register(self, request: AcceptedRequest, stay: Stay, deadline: Deadline) -> Generation:
+        key = (request.tenant, request.request_id)
         generation = Generation(
             request,
             self._means,
             account=self._accounting.open(request.tenant),
             deadline=deadline,
-            on_close=lambda: self._forget(request.request_id, stay),
+            on_close=lambda: self._forget(key, stay),
         )
-        self._running[request.request_id] = generation
+        self._running[key] = generation
         self._idle.clear()
         return generation
 
-    def _forget(self, request_id: str, stay: Stay) -> None:
+    def _forget(self, key: tuple[str, str], stay: Stay) -> None:
         stay.leave()
-        del self._running[request_id]
+        del self._running[key]
         if not self._running:
             self._idle.set()

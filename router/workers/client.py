@@ -8,23 +8,41 @@ from typing import Any
 import grpc
 from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, worker_pb2
 
-from shared.errors import AbortedError, DeadlineExceededError, RequestCancelledError, ServiceError, UnavailableError
+from shared.errors import (
+    AbortedError,
+    DeadlineExceededError,
+    PermissionDeniedError,
+    RequestCancelledError,
+    ServiceError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from shared.rpc.identity import DECODE, PREFILL, Identity
+from shared.rpc.line import Line
 from shared.rpc.options import MAX_REQUEST_BYTES, client_options
 from shared.rpc.status import from_rpc_error
 
 
 class WorkerClient:
-    """A channel to one address. The worker behind it may be replaced by another without notice."""
+    """The line to one address. The worker behind it may be replaced by another without notice."""
 
-    def __init__(self, address: str, *, poll_timeout_s: float, control_timeout_s: float) -> None:
+    def __init__(
+        self, address: str, *, poll_timeout_s: float, control_timeout_s: float, identity: Identity | None = None
+    ) -> None:
+        """Connects at the first call.
+
+        Args:
+            identity: Of the router; plaintext without one.
+        """
         self.address = address
         self._poll_timeout_s = poll_timeout_s
         self._control_timeout_s = control_timeout_s
-        self._channel = grpc.aio.insecure_channel(address, options=client_options(MAX_REQUEST_BYTES))
-        self._prefill = prefill_pb2_grpc.PrefillServiceStub(self._channel)
-        self._decode = decode_pb2_grpc.DecodeServiceStub(self._channel)
+        self._identity = identity
+        self._line = Line(address, client_options(MAX_REQUEST_BYTES), identity)
+        self._stubs = _Stubs(self._line.channel())
         # the service that answered last comes first
-        self._roles: list[Any] = [self._prefill, self._decode]
+        self._roles = [PREFILL, DECODE]
+        self._proven: tuple[str, str] | None = None
 
     async def info(self) -> worker_pb2.WorkerInfo:
         """What the worker says about itself, whichever role it has.
@@ -32,15 +50,17 @@ class WorkerClient:
         Raises:
             UnavailableError: It cannot be reached, does not answer in time, or is no worker at all.
         """
-        for stub in list(self._roles):
+        for role in list(self._roles):
+            stub = self._prefill if role == PREFILL else self._decode
             try:
                 info = await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=self._poll_timeout_s)
             except grpc.aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
                     raise _unanswered(error) from error
             else:
-                self._roles.remove(stub)
-                self._roles.insert(0, stub)
+                self._roles.remove(role)
+                self._roles.insert(0, role)
+                await self._check_role(info)
                 return info
         raise UnavailableError("what answers at this address is no worker", reason="NOT_A_WORKER")
 
@@ -127,8 +147,40 @@ class WorkerClient:
         return self._decode.StreamTokens()
 
     async def close(self) -> None:
-        """Closes the channel; running calls are cancelled."""
-        await self._channel.close()
+        """Closes the line; running calls are cancelled."""
+        await self._line.close()
+
+    @property
+    def _prefill(self) -> Any:
+        return self._current_stubs().prefill
+
+    @property
+    def _decode(self) -> Any:
+        return self._current_stubs().decode
+
+    def _current_stubs(self) -> _Stubs:
+        channel = self._line.channel()
+        if channel is not self._stubs.channel:
+            self._stubs = _Stubs(channel)
+        return self._stubs
+
+    async def _check_role(self, info: worker_pb2.WorkerInfo) -> None:
+        """A worker of one role must not be sent what is meant for another: prompts, or parcels. Asked once per boot."""
+        who = (info.epoch, info.role)
+        if self._identity is None or who == self._proven:
+            return
+        if info.role not in await self._identity.roles_at(self.address, timeout_s=self._poll_timeout_s):
+            raise UnavailableError("the worker has no certificate of its role", reason="WORKER_ROLE")
+        self._proven = who
+
+
+class _Stubs:
+    """Both services over one channel."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.prefill = prefill_pb2_grpc.PrefillServiceStub(channel)
+        self.decode = decode_pb2_grpc.DecodeServiceStub(channel)
 
 
 def _meant(error: grpc.aio.AioRpcError) -> ServiceError:
@@ -136,6 +188,9 @@ def _meant(error: grpc.aio.AioRpcError) -> ServiceError:
     if isinstance(meant, RequestCancelledError):
         # our own client did not cancel: it must not be told that it did
         return AbortedError("the worker cancelled the call", reason="CANCELLED_BY_WORKER")
+    if isinstance(meant, (PermissionDeniedError, UnauthenticatedError)):
+        # it is this router that may not, whatever its client may
+        return UnavailableError("the worker does not take calls of this router", reason="WORKER_REFUSES")
     return meant
 
 

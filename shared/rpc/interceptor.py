@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 from shared.errors import InternalError, ServiceError
+from shared.rpc.handlers import behaviour_of, with_behaviour
 from shared.rpc.status import to_status
 
 log = logging.getLogger(__name__)
@@ -33,11 +34,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        kind, behaviour = _behaviour(handler)
         guard = self._guard_stream if handler.response_streaming else self._guard_unary
-        wrapped = guard(behaviour, handler_call_details.method)
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        return with_behaviour(handler, guard(behaviour_of(handler), handler_call_details.method))
 
     def _guard_unary(self, behaviour: Callable[..., Any], method: str) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
@@ -69,11 +67,3 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             log.error("bug in %s", method, exc_info=error)
             error = InternalError("internal error; the server's log has the details")
         await context.abort_with_status(to_status(error, worker=self._worker))
-
-
-def _behaviour(handler: grpc.RpcMethodHandler) -> tuple[str, Callable[..., Any]]:
-    for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
-        behaviour = getattr(handler, kind)
-        if behaviour is not None:
-            return kind, behaviour
-    raise AssertionError("a handler always has one behaviour")

@@ -46,6 +46,16 @@ SERVER_KEEPALIVE_OPTIONS: list[Option] = [
     ("grpc.http2.max_ping_strikes", 0),
 ]
 
+# A connection that has not said within this time that it speaks HTTP/2, and TLS where that is spoken, is closed. One
+# that says so and then stays within a header cannot answer a ping: keepalive closes it.
+HANDSHAKE_TIMEOUT_S = 10
+# Calls of one connection at a time, more than any router sends; further ones wait at the client.
+MAX_CONCURRENT_CALLS = 4096
+LIMIT_OPTIONS: list[Option] = [
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_S * 1000),
+    ("grpc.max_concurrent_streams", MAX_CONCURRENT_CALLS),
+]
+
 # gRPC's own backoff grows to two minutes; a worker that is back should be seen at once.
 RECONNECT_OPTIONS: list[Option] = [
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -62,4 +72,5 @@ def client_options(max_bytes: int = MAX_CONTROL_BYTES) -> list[Option]:
 def server_options(max_bytes: int = MAX_CONTROL_BYTES) -> list[Option]:
     """Options of a server that accepts messages of up to `max_bytes`."""
     # so_reuseport would let a second server bind the same port unnoticed
-    return [*message_limits(max_bytes), *SERVER_KEEPALIVE_OPTIONS, *TRANSFER_OPTIONS, ("grpc.so_reuseport", 0)]
+    limits = [*message_limits(max_bytes), *LIMIT_OPTIONS]
+    return [*limits, *SERVER_KEEPALIVE_OPTIONS, *TRANSFER_OPTIONS, ("grpc.so_reuseport", 0)]

@@ -33,26 +33,34 @@ class RpcServer:
         register: Callable[[grpc.aio.Server], None],
         services: Sequence[str],
         max_request_bytes: int = MAX_CONTROL_BYTES,
+        credentials: grpc.ServerCredentials | None = None,
+        guards: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> RpcServer:
         """Binds and starts; health stays NOT_SERVING until `set_ready`.
 
         Args:
             name: Name of this process in error details.
             register: Adds the servicers.
-            services: Full service names for reflection.
+            services: Full service names for reflection, which is for development: there is none with credentials or
+                guards.
+            credentials: TLS; plaintext without it.
+            guards: Interceptors that may refuse a call by raising a `ServiceError` in its handler.
 
         Raises:
             OSError: The address cannot be bound.
         """
-        server = grpc.aio.server(interceptors=[ErrorInterceptor(name)], options=server_options(max_request_bytes))
+        interceptors = [ErrorInterceptor(name), *guards]
+        server = grpc.aio.server(interceptors=interceptors, options=server_options(max_request_bytes))
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         register(server)
-        reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        if credentials is None and not guards:
+            reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        where = f"{host}:{port}"
         try:
-            bound = server.add_insecure_port(f"{host}:{port}")
+            bound = server.add_secure_port(where, credentials) if credentials else server.add_insecure_port(where)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {host}:{port}") from error
+            raise OSError(f"cannot listen on {where}") from error
         await server.start()
         running = cls(server, servicer, f"{host}:{bound}")
         await running.set_ready(False)

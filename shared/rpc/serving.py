@@ -13,6 +13,8 @@ from vlcache.worker.v1 import worker_pb2
 from shared.config import WorkerListen
 from shared.registry.entry import Entry
 from shared.registry.presence import listed
+from shared.rpc.access import RoleInterceptor
+from shared.rpc.identity import Identity
 from shared.rpc.lifecycle import stop_signal
 from shared.rpc.server import RpcServer
 from shared.telemetry.announce import announce
@@ -60,16 +62,19 @@ class Worker(Protocol):
         """Gives everything back; it was drained."""
 
 
-async def serve(workers: Sequence[Worker], *, drain_s: float, registry: str = "") -> None:
+async def serve(
+    workers: Sequence[Worker], *, drain_s: float, registry: str = "", identity: Identity | None = None
+) -> None:
     """Runs all roles, each on ports of its own, until SIGTERM or SIGINT; then drains them together.
 
     Args:
+        identity: Of the process. With one, callers need a certificate that names their role; without, all is plaintext.
         registry: Location of the registry in which they are listed meanwhile; none when empty.
 
     Raises:
         OSError: A port cannot be bound.
     """
-    servers = [await _start(worker) for worker in workers]
+    servers = [await _start(worker, identity) for worker in workers]
     async with contextlib.AsyncExitStack() as stack:
         exporters = [stack.enter_context(_exporter(worker)) for worker in workers]
         for worker, server in zip(workers, servers, strict=True):
@@ -92,7 +97,7 @@ async def serve(workers: Sequence[Worker], *, drain_s: float, registry: str = ""
             await worker.close()
 
 
-async def _start(worker: Worker) -> RpcServer:
+async def _start(worker: Worker, identity: Identity | None) -> RpcServer:
     return await RpcServer.start(
         name=worker.name,
         host=worker.listen.host,
@@ -100,6 +105,8 @@ async def _start(worker: Worker) -> RpcServer:
         register=worker.register,
         services=worker.services,
         max_request_bytes=worker.max_request_bytes,
+        credentials=identity.server_credentials(demand_client_cert=True) if identity else None,
+        guards=[RoleInterceptor()] if identity else [],
     )
 
 

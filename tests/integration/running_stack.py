@@ -17,6 +17,7 @@ import grpc
 import vlcache
 from vlcache.worker.v1 import decode_pb2_grpc, prefill_pb2_grpc, worker_pb2
 
+from deploy.local.credentials import Credentials
 from deploy.local.forks import Forks
 from deploy.local.processes import Announcement
 from deploy.local.stack import Modules, Stack, StackConfig
@@ -59,11 +60,18 @@ class RunningStack:
     def clean(self) -> bool:
         return self._stack.clean
 
-    def client(self) -> vlcache.Client:
-        return vlcache.Client(self.address, timeout=vlcache.Timeout(total_s=120))
+    @property
+    def credentials(self) -> Credentials:
+        """Of a secure stack."""
+        assert self._stack.credentials is not None
+        return self._stack.credentials
+
+    def client(self, **options: Any) -> vlcache.Client:
+        options = {"timeout": vlcache.Timeout(total_s=120), **self._stack.client_options, **options}
+        return vlcache.Client(self.address, **options)
 
     def async_client(self) -> vlcache.AsyncClient:
-        return vlcache.AsyncClient(self.address, timeout=vlcache.Timeout(total_s=120))
+        return self._stack.client(timeout=vlcache.Timeout(total_s=120))
 
     def metrics(self, role: str) -> str:
         return self.metrics_of(next(service.name for service in self._stack.services if service.role == role))

@@ -45,7 +45,7 @@ from vlcache._kept import ImageGrid, Kept
 from vlcache._messages import Image, ImageSource, Message, Video, VideoSource
 from vlcache._openai import ChatMessage
 from vlcache._server_info import KVBytes, Model, ServerInfo, Totals, Worker
-from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout, Wire
+from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout, Tls, Wire
 from vlcache._stream import Stream
 
 __all__ = [
@@ -90,6 +90,7 @@ __all__ = [
     "Stream",
     "Timeout",
     "Timings",
+    "Tls",
     "TokenLogprob",
     "Totals",
     "Transferred",

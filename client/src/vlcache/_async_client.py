@@ -10,7 +10,8 @@ import grpc
 
 from vlcache._async_stream import AsyncStream
 from vlcache._attempts import Attempts
-from vlcache._channel import DEFAULT_ADDRESS, channel_options
+from vlcache._caller import caller_metadata
+from vlcache._channel import DEFAULT_ADDRESS, channel_credentials, channel_options, check_secret
 from vlcache._completion import Completion
 from vlcache._errors import error_from_rpc
 from vlcache._exchange import Exchange
@@ -18,8 +19,7 @@ from vlcache._messages import ImageSource, VideoSource, build_request
 from vlcache._openai import ChatMessage, as_messages
 from vlcache._readiness import POLL_INTERVAL_S, Readiness
 from vlcache._server_info import Model, ServerInfo, models_from_proto, server_info_from_proto
-from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout
-from vlcache._tenant import tenant_metadata
+from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout, Tls
 from vlcache.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -30,9 +30,12 @@ class AsyncClient:
     timeout: limits of every call.
     retry: when a failed call is sent again.
     tenant: whose requests these are, 1 to 64 of [A-Za-z0-9._-]; the service's "default" when None. Its limits and its
-        caches are its own.
+        caches are its own. A service that wants a token knows the tenant from it.
+    token: what the service wants to see of its clients, if anything.
+    tls: how the service is known; plaintext when None, in which no token leaves this machine.
 
-    Making one raises ValueError when `tenant` is no tenant's name. Every method raises the errors of `VlcacheError`;
+    Making one raises ValueError when `tenant` is no tenant's name or the token would travel in plaintext, and OSError
+    when a file of `tls` cannot be read. Every method raises the errors of `VlcacheError`;
     `generate` and `stream` also ValueError and OSError, see `stream`.
     """
 
@@ -43,13 +46,21 @@ class AsyncClient:
         timeout: Timeout | None = None,
         retry: RetryPolicy | None = None,
         tenant: str | None = None,
+        token: str | None = None,
+        tls: Tls | None = None,
     ) -> None:
-        metadata = tenant_metadata(tenant)
+        check_secret(address, token=token, tls=tls)
+        self._metadata = caller_metadata(tenant, token)
         self._timeout = timeout or Timeout()
         self._retry = retry or RetryPolicy()
-        self._channel = grpc.aio.insecure_channel(address, options=channel_options(self._timeout))
+        credentials, options = channel_credentials(tls), channel_options(self._timeout)
+        self._channel = (
+            grpc.aio.secure_channel(address, credentials, options=options)
+            if credentials
+            else grpc.aio.insecure_channel(address, options=options)
+        )
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._ask = functools.partial(self._stub.Generate, metadata=metadata)
+        self._ask = functools.partial(self._stub.Generate, metadata=self._metadata)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -146,7 +157,8 @@ class AsyncClient:
         readiness = Readiness(timeout_s)
         while True:
             try:
-                response = await self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=readiness.left_s())
+                request = inference_pb2.ListModelsRequest()
+                response = await self._stub.ListModels(request, timeout=readiness.left_s(), metadata=self._metadata)
                 if response.models:
                     return
             except grpc.RpcError as rpc_error:
@@ -157,7 +169,7 @@ class AsyncClient:
         attempts = Attempts(policy=self._retry, total_s=self._timeout.total_s)
         while True:
             try:
-                return await method(request, timeout=attempts.begin())
+                return await method(request, timeout=attempts.begin(), metadata=self._metadata)
             except grpc.RpcError as rpc_error:
                 failure = error_from_rpc(rpc_error)
                 delay_s = attempts.backoff_s(failure, within_s=self._timeout.total_s)

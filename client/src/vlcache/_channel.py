@@ -1,6 +1,12 @@
 """Where the service is, and how a channel to it behaves; the same for both clients."""
 
-from vlcache._settings import Timeout
+import ipaddress
+import os
+from pathlib import Path
+
+import grpc
+
+from vlcache._settings import Timeout, Tls
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -27,3 +33,37 @@ def channel_options(timeout: Timeout) -> list[tuple[str, int]]:
         # A proxy meant for the web does not know the way to a service of one's own.
         ("grpc.enable_http_proxy", 0),
     ]
+
+
+def channel_credentials(tls: Tls | None) -> grpc.ChannelCredentials | None:
+    """Of a channel; None for plaintext. Raises OSError when a file cannot be read."""
+    if tls is None:
+        return None
+    return grpc.ssl_channel_credentials(_content(tls.ca), _content(tls.key), _content(tls.cert))
+
+
+def check_secret(address: str, *, token: str | None, tls: Tls | None) -> None:
+    """Raises ValueError when a token would be shown to everybody on the way."""
+    if token is not None and tls is None and not stays_here(address):
+        raise ValueError(f"a token is not sent in plaintext to {address}: connect with TLS (tls=Tls(ca=...))")
+
+
+def stays_here(address: str) -> bool:
+    """Whether what is sent to a gRPC address does not leave this machine."""
+    scheme, colon, rest = address.partition(":")
+    if colon and scheme in ("unix", "unix-abstract"):
+        return True
+    targets = rest if colon and scheme in ("ipv4", "ipv6") else address.removeprefix("dns:///").removeprefix("dns:")
+    return all(_is_loopback(target.strip()) for target in targets.split(","))
+
+
+def _is_loopback(target: str) -> bool:
+    host = target[1:].partition("]")[0] if target.startswith("[") else target.rpartition(":")[0] or target
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _content(file: str | os.PathLike[str] | None) -> bytes | None:
+    return None if file is None else Path(file).read_bytes()

@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 
 from vlcache._attempts import Attempts
-from vlcache._channel import DEFAULT_ADDRESS, channel_options
+from vlcache._caller import caller_metadata
+from vlcache._channel import DEFAULT_ADDRESS, channel_credentials, channel_options, check_secret
 from vlcache._completion import Completion
 from vlcache._errors import error_from_rpc
 from vlcache._exchange import Exchange
@@ -17,9 +18,8 @@ from vlcache._messages import ImageSource, VideoSource, build_request
 from vlcache._openai import ChatMessage, as_messages
 from vlcache._readiness import POLL_INTERVAL_S, Readiness
 from vlcache._server_info import Model, ServerInfo, models_from_proto, server_info_from_proto
-from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout
+from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout, Tls
 from vlcache._stream import Stream
-from vlcache._tenant import tenant_metadata
 from vlcache.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -30,9 +30,12 @@ class Client:
     timeout: limits of every call.
     retry: when a failed call is sent again.
     tenant: whose requests these are, 1 to 64 of [A-Za-z0-9._-]; the service's "default" when None. Its limits and its
-        caches are its own.
+        caches are its own. A service that wants a token knows the tenant from it.
+    token: what the service wants to see of its clients, if anything.
+    tls: how the service is known; plaintext when None, in which no token leaves this machine.
 
-    Making one raises ValueError when `tenant` is no tenant's name. Every method raises the errors of `VlcacheError`;
+    Making one raises ValueError when `tenant` is no tenant's name or the token would travel in plaintext, and OSError
+    when a file of `tls` cannot be read. Every method raises the errors of `VlcacheError`;
     `generate` and `stream` also ValueError and OSError, see `stream`.
     """
 
@@ -43,13 +46,21 @@ class Client:
         timeout: Timeout | None = None,
         retry: RetryPolicy | None = None,
         tenant: str | None = None,
+        token: str | None = None,
+        tls: Tls | None = None,
     ) -> None:
-        metadata = tenant_metadata(tenant)
+        check_secret(address, token=token, tls=tls)
+        self._metadata = caller_metadata(tenant, token)
         self._timeout = timeout or Timeout()
         self._retry = retry or RetryPolicy()
-        self._channel = grpc.insecure_channel(address, options=channel_options(self._timeout))
+        credentials, options = channel_credentials(tls), channel_options(self._timeout)
+        self._channel = (
+            grpc.secure_channel(address, credentials, options=options)
+            if credentials
+            else grpc.insecure_channel(address, options=options)
+        )
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._ask = functools.partial(self._stub.Generate, metadata=metadata)
+        self._ask = functools.partial(self._stub.Generate, metadata=self._metadata)
 
     def __enter__(self) -> "Client":
         return self
@@ -146,7 +157,8 @@ class Client:
         readiness = Readiness(timeout_s)
         while True:
             try:
-                if self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=readiness.left_s()).models:
+                request = inference_pb2.ListModelsRequest()
+                if self._stub.ListModels(request, timeout=readiness.left_s(), metadata=self._metadata).models:
                     return
             except grpc.RpcError as rpc_error:
                 readiness.note(rpc_error)
@@ -156,7 +168,7 @@ class Client:
         attempts = Attempts(policy=self._retry, total_s=self._timeout.total_s)
         while True:
             try:
-                return method(request, timeout=attempts.begin())
+                return method(request, timeout=attempts.begin(), metadata=self._metadata)
             except grpc.RpcError as rpc_error:
                 failure = error_from_rpc(rpc_error)
                 delay_s = attempts.backoff_s(failure, within_s=self._timeout.total_s)

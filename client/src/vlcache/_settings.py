@@ -1,6 +1,7 @@
 """What a caller chooses: time limits, retries, sampling and compression. Values only, checked when made."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -52,6 +53,24 @@ class Timeout:
             self.first_token_s is None or _is_positive(self.first_token_s),
             f"first_token_s must be positive or None, got {self.first_token_s}",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tls:
+    """How the service is known, and how it knows the client: PEM files, read when a client is made.
+
+    ca: certificates of the CAs that may vouch for the service; those that gRPC trusts when None.
+    cert, key: the client's own certificate and its key, where the service demands one.
+
+    Raises ValueError when only one of cert and key is given.
+    """
+
+    ca: str | os.PathLike[str] | None = None
+    cert: str | os.PathLike[str] | None = None
+    key: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        _check((self.cert is None) == (self.key is None), "cert and key belong together: give both or none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,10 +98,10 @@ def test_an_impossible_advertised_address_is_refused(advertise: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
 def test_a_registry_never_hears_an_address_that_nobody_can_connect_to(host: str) -> None:
     with pytest.raises(ValueError, match="advertise"):
-        WorkerConfig(model="m", registry="redis://host", listen=WorkerListen(host=host))
+        WorkerConfig(model="m", registry="redis://host", listen=WorkerListen(host=host), allow_plaintext=True)
     listen = WorkerListen(host=host, advertise="node-1:0")
-    assert WorkerConfig(model="m", registry="redis://host", listen=listen).listen == listen
-    assert WorkerConfig(model="m", listen=WorkerListen(host=host)).registry == ""
+    assert WorkerConfig(model="m", registry="redis://host", listen=listen, allow_plaintext=True).listen == listen
+    assert WorkerConfig(model="m", listen=WorkerListen(host=host), allow_plaintext=True).registry == ""
 
 
 @pytest.mark.parametrize("registry", ["static://a:1", "redis://", "elsewhere"])

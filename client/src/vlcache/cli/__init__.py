@@ -1,11 +1,11 @@
-"""The command `vlcache`: ask a question, see what was kept for it, see how the service does."""
+"""The command `vlcache`: ask a question, see what was kept for it, see how the service does, make it safe."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from vlcache._errors import VlcacheError
-from vlcache.cli import ask, explain, status
+from vlcache.cli import ask, certs, explain, status, token
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -37,4 +37,6 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_command(commands)
     explain.add_command(commands)
     status.add_command(commands)
+    certs.add_command(commands)
+    token.add_command(commands)
     return parser

@@ -4,13 +4,12 @@ import argparse
 import sys
 from typing import Any
 
-from vlcache._client import Client
 from vlcache._completion import Completion
 from vlcache._events import Compressed, Delta, Guard
 from vlcache._settings import Timeout
 from vlcache._stream import Stream
 from vlcache.cli.formatting import format_bytes, format_ms, format_share, to_json
-from vlcache.cli.options import add_question, compression_of, sampling_of
+from vlcache.cli.options import add_question, client_of, compression_of, sampling_of
 
 
 def add_command(commands: Any) -> None:
@@ -26,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     """Asks and prints. Raises VlcacheError, OSError for an unreadable file, ValueError for a bad option."""
     sampling, compression = sampling_of(args), compression_of(args)
     with (
-        Client(args.address, timeout=Timeout(total_s=args.timeout), tenant=args.tenant) as client,
+        client_of(args, Timeout(total_s=args.timeout), tenant=args.tenant) as client,
         client.stream(
             args.question,
             images=args.image,

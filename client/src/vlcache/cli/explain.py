@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vlcache._client import Client
 from vlcache._settings import Timeout
 from vlcache.cli.ask import summary
-from vlcache.cli.options import add_question, compression_of, sampling_of
+from vlcache.cli.options import add_question, client_of, compression_of, sampling_of
 
 
 def add_command(commands: Any) -> None:
@@ -29,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     """
     picture = _picture_module()
     images = [Path(path).read_bytes() for path in args.image]
-    with Client(args.address, timeout=Timeout(total_s=args.timeout), tenant=args.tenant) as client:
+    with client_of(args, Timeout(total_s=args.timeout), tenant=args.tenant) as client:
         completion = client.generate(
             args.question,
             images=images,

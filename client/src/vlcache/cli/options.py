@@ -2,17 +2,44 @@
 
 import argparse
 import json
+import os
 from typing import Any
 
 from vlcache._channel import DEFAULT_ADDRESS
-from vlcache._settings import Compression, Sampling, Timeout, Wire
+from vlcache._client import Client
+from vlcache._settings import Compression, Sampling, Timeout, Tls, Wire
+
+TOKEN_VARIABLE = "VLCACHE_TOKEN"  # noqa: S105 - where it is, not what
+
+
+def add_service(parser: Any) -> None:
+    """Where the service is, and how it is known."""
+    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port (default: %(default)s)")
+    group = parser.add_argument_group(
+        "security", f"a token, where the service wants one, is read from {TOKEN_VARIABLE}"
+    )
+    group.add_argument("--ca-file", metavar="FILE", help="connect with TLS to a service that this CA vouches for")
+    group.add_argument("--cert-file", metavar="FILE", help="the client's own certificate")
+    group.add_argument("--key-file", metavar="FILE", help="its key")
+
+
+def client_of(args: argparse.Namespace, timeout: Timeout, **more: Any) -> Client:
+    """The client that was asked for. Raises ValueError for a bad option, OSError for a file that cannot be read."""
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    return Client(args.address, timeout=timeout, token=token, tls=_tls(args), **more)
+
+
+def _tls(args: argparse.Namespace) -> Tls | None:
+    if args.ca_file is None and args.cert_file is None and args.key_file is None:
+        return None
+    return Tls(ca=args.ca_file, cert=args.cert_file, key=args.key_file)
 
 
 def add_question(parser: Any) -> None:
     """The question, its images, who is asked, and all settings."""
     parser.add_argument("question")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="may be repeated")
-    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port (default: %(default)s)")
+    add_service(parser)
     parser.add_argument("--model", default="", help="needed only when several are served")
     parser.add_argument(
         "--timeout", type=float, default=Timeout().total_s, metavar="SECONDS", help="for the whole answer"

@@ -4,11 +4,10 @@ import argparse
 import dataclasses
 from typing import Any
 
-from vlcache._channel import DEFAULT_ADDRESS
-from vlcache._client import Client
 from vlcache._server_info import ServerInfo, Totals, Worker
 from vlcache._settings import Timeout
 from vlcache.cli.formatting import format_bytes, format_share, format_table, to_json
+from vlcache.cli.options import add_service, client_of
 
 TIMEOUT_S = 10.0
 
@@ -32,13 +31,13 @@ def add_command(commands: Any) -> None:
     """Adds the command and its options to the parser."""
     parser = commands.add_parser("status", help="show workers and KV bytes", description=__doc__)
     parser.set_defaults(run=run)
-    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port (default: %(default)s)")
+    add_service(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def run(args: argparse.Namespace) -> None:
     """Asks and prints. Raises VlcacheError."""
-    with Client(args.address, timeout=Timeout(total_s=TIMEOUT_S)) as client:
+    with client_of(args, Timeout(total_s=TIMEOUT_S)) as client:
         info = client.info()
     print(_json(info) if args.json else _text(info))
 
