@@ -31,7 +31,7 @@ from router.workers.client import WorkerClient
 from router.workers.silence import break_silence
 from router.workers.table import WorkerTable
 from shared.registry.location import open_registry
-from shared.rpc.options import MAX_REQUEST_BYTES
+from shared.rpc.options import MAX_REQUEST_BYTES, PUBLIC_OPTIONS
 from shared.rpc.server import RpcServer
 from shared.telemetry.exporter import MetricsExporter, watch_event_loop
 from shared.telemetry.metrics import RouterMetrics
@@ -123,6 +123,7 @@ class Router:
                 services=[SERVICE_NAME],
                 max_request_bytes=MAX_REQUEST_BYTES,
                 credentials=self._credentials(),
+                options=PUBLIC_OPTIONS,
                 guards=[TokenInterceptor(self._callers, self.accounting)] if self._callers.known else [],
             )
             stack.push_async_callback(self._registry.close)

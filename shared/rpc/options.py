@@ -37,6 +37,8 @@ TRANSFER_OPTIONS: list[Option] = [
 KEEPALIVE_OPTIONS: list[Option] = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # of a peer whose kernel answers and whose process does not
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
@@ -46,14 +48,15 @@ SERVER_KEEPALIVE_OPTIONS: list[Option] = [
     ("grpc.http2.max_ping_strikes", 0),
 ]
 
-# A connection that has not said within this time that it speaks HTTP/2, and TLS where that is spoken, is closed. One
-# that says so and then stays within a header cannot answer a ping: keepalive closes it.
-HANDSHAKE_TIMEOUT_S = 10
-# Calls of one connection at a time, more than any router sends; further ones wait at the client.
-MAX_CONCURRENT_CALLS = 4096
-LIMIT_OPTIONS: list[Option] = [
-    ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_S * 1000),
-    ("grpc.max_concurrent_streams", MAX_CONCURRENT_CALLS),
+# A connection that has not said within this time that it speaks HTTP/2, and TLS where that is spoken, is closed.
+LIMIT_OPTIONS: list[Option] = [("grpc.server_handshake_timeout_ms", 10_000)]
+# Of a port that strangers reach. Who dribbles bytes of a call's header for ever loses the connection at the end of its
+# age; so does an answer that takes longer than the grace. Clients connect again without noticing.
+PUBLIC_OPTIONS: list[Option] = [
+    ("grpc.max_connection_age_ms", 3_600_000),
+    ("grpc.max_connection_age_grace_ms", 3_600_000),
+    # calls of one connection at a time; further ones wait at their client
+    ("grpc.max_concurrent_streams", 1024),
 ]
 
 # gRPC's own backoff grows to two minutes; a worker that is back should be seen at once.

@@ -9,7 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from shared.rpc.interceptor import ErrorInterceptor
-from shared.rpc.options import MAX_CONTROL_BYTES, server_options
+from shared.rpc.options import MAX_CONTROL_BYTES, Option, server_options
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -35,6 +35,7 @@ class RpcServer:
         max_request_bytes: int = MAX_CONTROL_BYTES,
         credentials: grpc.ServerCredentials | None = None,
         guards: Sequence[grpc.aio.ServerInterceptor] = (),
+        options: Sequence[Option] = (),
     ) -> RpcServer:
         """Binds and starts; health stays NOT_SERVING until `set_ready`.
 
@@ -45,12 +46,13 @@ class RpcServer:
                 guards.
             credentials: TLS; plaintext without it.
             guards: Interceptors that may refuse a call by raising a `ServiceError` in its handler.
+            options: Besides those that every server has.
 
         Raises:
             OSError: The address cannot be bound.
         """
         interceptors = [ErrorInterceptor(name), *guards]
-        server = grpc.aio.server(interceptors=interceptors, options=server_options(max_request_bytes))
+        server = grpc.aio.server(interceptors=interceptors, options=[*server_options(max_request_bytes), *options])
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         register(server)

@@ -107,7 +107,7 @@ class RunningStack:
     def worker_infos(self, *roles: str) -> list[worker_pb2.WorkerInfo]:
         """What each worker, or each of these roles, says of itself now; the router shows only its last poll."""
         wanted = roles or ("prefill", "decode")
-        return [_ask(service) for service in self._stack.services if service.role in wanted]
+        return [self._ask(service) for service in self._stack.services if service.role in wanted]
 
     def wait_idle(self, timeout_s: float = 20.0) -> None:
         """Until no worker holds a byte for any request: what must be true after the last one has ended."""
@@ -115,6 +115,19 @@ class RunningStack:
         while held := [info for info in self.worker_infos() if _held(info)]:
             assert time.monotonic() < give_up, f"still held: {held}"
             time.sleep(0.02)
+
+    def channel_to(self, service: Announcement, role: str = "router") -> grpc.Channel:
+        """A channel to a process; that of a secure stack takes the caller for what its certificate says."""
+        if self._stack.credentials is None:
+            return grpc.insecure_channel(service.address)
+        folder = self._stack.credentials.folder
+        files = [(folder / name).read_bytes() for name in ("ca.pem", f"{role}.key", f"{role}.pem")]
+        return grpc.secure_channel(service.address, grpc.ssl_channel_credentials(*files))
+
+    def _ask(self, service: Announcement) -> worker_pb2.WorkerInfo:
+        stubs = {"prefill": prefill_pb2_grpc.PrefillServiceStub, "decode": decode_pb2_grpc.DecodeServiceStub}
+        with self.channel_to(service) as channel:
+            return stubs[service.role](channel).GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=10)
 
     async def _start(self) -> Stack:
         stack = await Stack(self._config, Modules(), contextlib.nullcontext(self._forks)).__aenter__()
@@ -127,12 +140,6 @@ class RunningStack:
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-
-def _ask(service: Announcement) -> worker_pb2.WorkerInfo:
-    stubs = {"prefill": prefill_pb2_grpc.PrefillServiceStub, "decode": decode_pb2_grpc.DecodeServiceStub}
-    with grpc.insecure_channel(service.address) as channel:
-        return stubs[service.role](channel).GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=10)
 
 
 def _held(info: worker_pb2.WorkerInfo) -> int:

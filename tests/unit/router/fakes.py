@@ -16,6 +16,8 @@ from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_
 from router.config import RouterConfig
 from router.router import Router
 from shared.errors import FailedPreconditionError, NotFoundError, ServiceError
+from shared.rpc.access import RoleInterceptor
+from shared.rpc.identity import Identity
 from shared.rpc.server import RpcServer
 from shared.rpc.status import code_number
 from tests.tasks import check_none_is_left
@@ -85,10 +87,18 @@ class FakeWorker:
         )
         self.polls = Log()
         self.answers_polls = True
+        self.identity: Identity | None = None
 
     async def start(self, port: int = 0) -> None:
+        secure = self.identity is not None
         self.server = await RpcServer.start(
-            name=self.info.name, host="127.0.0.1", port=port, register=self.register, services=[]
+            name=self.info.name,
+            host="127.0.0.1",
+            port=port,
+            register=self.register,
+            services=[],
+            credentials=self.identity.server_credentials(demand_client_cert=True) if secure else None,
+            guards=[RoleInterceptor()] if secure else [],
         )
         self.address = self.server.address
 

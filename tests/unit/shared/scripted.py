@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
 
 import grpc
 
-from shared.rpc.options import client_options
+from shared.rpc.options import Option, client_options
 from shared.rpc.server import RpcServer
 
 SERVICE = "test.Scripted"
@@ -28,12 +28,18 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 @contextlib.asynccontextmanager
 async def serving(
-    handlers: dict[str, grpc.RpcMethodHandler], *, service: str = SERVICE, name: str = "scripted"
+    handlers: dict[str, grpc.RpcMethodHandler],
+    *,
+    service: str = SERVICE,
+    name: str = "scripted",
+    options: Sequence[Option] = (),
 ) -> AsyncIterator[Served]:
     def register(server: grpc.aio.Server) -> None:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
 
-    server = await RpcServer.start(name=name, host="127.0.0.1", port=0, register=register, services=[service])
+    server = await RpcServer.start(
+        name=name, host="127.0.0.1", port=0, register=register, services=[service], options=options
+    )
     try:
         async with grpc.aio.insecure_channel(server.address, options=client_options()) as channel:
             yield Served(server, channel)
