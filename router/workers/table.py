@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import grpc
 from vlcache.worker.v1 import worker_pb2
 
 from router.background import Background
@@ -33,6 +34,8 @@ class Seat:
     worker: Worker | None = None
     look_now: asyncio.Event = field(default_factory=asyncio.Event)
     watcher: asyncio.Task[None] | None = None
+    trouble: str = ""
+    """Why no worker has been seen yet, as last logged."""
 
 
 class WorkerTable:
@@ -193,6 +196,9 @@ class WorkerTable:
             self._groups = None
 
     def _not_seen(self, seat: Seat, error: ServiceError) -> None:
+        if seat.worker is None and error.message != seat.trouble:
+            seat.trouble = error.message
+            log.warning("no worker at %s yet: %s", seat.client.address, _why(error))
         if seat.worker is not None and seat.worker.state != UNREACHABLE:
             log.warning("worker %s at %s: %s", seat.worker.info.name, seat.client.address, error.message)
             seat.worker.state = UNREACHABLE
@@ -220,3 +226,9 @@ class WorkerTable:
         for watcher in watchers:
             watcher.cancel()
         await asyncio.gather(*watchers, return_exceptions=True)
+
+
+def _why(error: ServiceError) -> str:
+    """What happened, and what gRPC says of it, which names addresses and files: an operator's business alone."""
+    cause = error.__cause__
+    return f"{error.message} ({cause.details()})" if isinstance(cause, grpc.aio.AioRpcError) else error.message

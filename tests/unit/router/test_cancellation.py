@@ -10,6 +10,7 @@ import grpc
 import pytest
 from vlcache.v1 import inference_pb2 as pb
 
+from router.admission.callers import Callers
 from router.requests.finished import FinishedAnswers
 from router.service import InferenceServicer
 from shared import errors
@@ -143,9 +144,8 @@ def test_before_the_first_event_was_asked_for() -> None:
 
     async def main() -> None:
         async with bench() as b:
-            servicer = InferenceServicer(
-                b.router.generations, FinishedAnswers(), b.router.shadow, b.router.table, b.router.accounting
-            )
+            parts = (b.router.generations, FinishedAnswers(), b.router.shadow, b.router.table, b.router.accounting)
+            servicer = InferenceServicer(*parts, Callers(None))
             context: Any = Context()
             servicer.Generate(ask(request_id="early"), context)
             with pytest.raises(errors.DuplicateRequestError):

@@ -61,7 +61,9 @@ class InferenceServiceServicer(object):
         most one `transfer` among them, then exactly one `finished`.
 
         The metadata entry `vlcache-tenant`, 1 to 64 of [A-Za-z0-9._-], says whose request it is; "default" without it. It is
-        trusted. A tenant that asks for more than it may is refused with RESOURCE_EXHAUSTED, TENANT_CONCURRENCY or TENANT_RATE.
+        trusted, unless the router wants a token, `authorization: Bearer TOKEN`, for every call: then a request is its token's
+        tenant's, and another name is refused with PERMISSION_DENIED, TENANT. Without a known token a call is UNAUTHENTICATED.
+        A tenant that asks for more than it may is refused with RESOURCE_EXHAUSTED, TENANT_CONCURRENCY or TENANT_RATE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
