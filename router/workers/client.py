@@ -11,6 +11,7 @@ from vlcache.worker.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_
 from shared.errors import AbortedError, DeadlineExceededError, RequestCancelledError, ServiceError, UnavailableError
 from shared.rpc.options import MAX_REQUEST_BYTES, client_options
 from shared.rpc.status import from_rpc_error
+from shared.telemetry.scope import current
 
 
 class WorkerClient:
@@ -53,7 +54,8 @@ class WorkerClient:
             ServiceError: Whatever else the worker means.
         """
         try:
-            return await self._decode.Reserve(request, timeout=self._control_timeout_s)
+            metadata = current().span.metadata
+            return await self._decode.Reserve(request, timeout=self._control_timeout_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise _unanswered(error) from error
 
@@ -76,7 +78,7 @@ class WorkerClient:
         Raises:
             ServiceError: What the worker means.
         """
-        call = self._prefill.Prefill(request, timeout=timeout_s)
+        call = self._prefill.Prefill(request, timeout=timeout_s, metadata=current().span.metadata)
         try:
             async for event in call:
                 yield event
@@ -94,7 +96,7 @@ class WorkerClient:
             ServiceError: Whatever else the worker means, in stage "transfer" where the decode worker did not take it.
         """
         try:
-            return await self._prefill.Resend(request, timeout=timeout_s)
+            return await self._prefill.Resend(request, timeout=timeout_s, metadata=current().span.metadata)
         except grpc.aio.AioRpcError as error:
             raise _unanswered(error) from error
 

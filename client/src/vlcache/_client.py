@@ -20,6 +20,7 @@ from vlcache._server_info import Model, ServerInfo, models_from_proto, server_in
 from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout
 from vlcache._stream import Stream
 from vlcache._tenant import tenant_metadata
+from vlcache._trace import trace_metadata
 from vlcache.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -44,12 +45,11 @@ class Client:
         retry: RetryPolicy | None = None,
         tenant: str | None = None,
     ) -> None:
-        metadata = tenant_metadata(tenant)
+        self._metadata = tenant_metadata(tenant)
         self._timeout = timeout or Timeout()
         self._retry = retry or RetryPolicy()
         self._channel = grpc.insecure_channel(address, options=channel_options(self._timeout))
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._ask = functools.partial(self._stub.Generate, metadata=metadata)
 
     def __enter__(self) -> "Client":
         return self
@@ -131,7 +131,9 @@ class Client:
             request_id=request_id,
         )
         exchange = Exchange(request, timeout=self._timeout, policy=self._retry)
-        return Stream(self._ask, exchange)
+        # the span that the caller is in now, wherever the stream is read
+        ask = functools.partial(self._stub.Generate, metadata=(*self._metadata, *trace_metadata()))
+        return Stream(ask, exchange)
 
     def models(self) -> tuple[Model, ...]:
         """The models that can be asked."""
