@@ -5,11 +5,8 @@ from __future__ import annotations
 import grpc
 
 from shared.telemetry.scope import Scope, enter
-from shared.telemetry.span import Value
+from shared.telemetry.span import CANCELLED, Value
 from shared.telemetry.tracer import Tracer
-
-OK = grpc.StatusCode.OK.value[0]
-NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 def enter_call(
@@ -28,8 +25,8 @@ def enter_call(
 
 def _failure(done: grpc.aio.ServicerContext) -> str:
     """Name of the code that a call has failed with; empty where it has not."""
-    if done.cancelled():
-        return grpc.StatusCode.CANCELLED.name
     code = done.code()
-    number = code.value[0] if isinstance(code, grpc.StatusCode) else code
-    return "" if number == OK else NAMES.get(number, grpc.StatusCode.UNKNOWN.name)
+    if code is not None and code is not grpc.StatusCode.OK:
+        return code.name
+    # one that its caller has left is over before it is done
+    return "" if done.done() else CANCELLED

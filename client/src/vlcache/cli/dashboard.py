@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -13,11 +13,11 @@ from vlcache._server_info import KVBytes, ServerInfo, Totals, Worker
 from vlcache.cli.formatting import format_bytes, format_share
 
 STATE_STYLES = {"ready": "green", "draining": "yellow", "unreachable": "red"}
-# In the order in which memory passes through them.
-KV_STYLES = {"reserved": "blue", "filling": "magenta", "active": "green", "retained": "cyan"}
-FULL_BLOCK, FREE_BLOCK = "█", "░"
-# For terminals that cannot show blocks: one letter per state.
-PLAIN_FREE = "."
+# In the order in which memory passes through them; told apart without colours, too.
+KV_MARKS = {"reserved": ("▒", "blue"), "filling": ("▓", "magenta"), "active": ("█", "green"), "retained": ("▚", "cyan")}
+FREE_MARK = ("·", "dim")
+# On a narrower terminal these columns make room for the names and the bars.
+FROM_WIDTH = {"MODEL": 100, "IN USE": 80, "ROLE": 60}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +77,15 @@ class Dashboard:
             self._heard = moment
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Group(*self._parts())
+        yield Group(*self._parts(options.max_width))
 
-    def _parts(self) -> Iterator[RenderableType]:
+    def _parts(self, width: int) -> Iterator[RenderableType]:
         yield self._headline()
         if self._heard is None or self._heard.info is None:
             return
         info = self._heard.info
         yield Text()
-        yield _workers(info.workers)
+        yield _workers(info.workers, width)
         yield Text()
         yield _sums(info.totals, self._rates)
         yield Text()
@@ -105,17 +105,22 @@ class Dashboard:
         return line.append(f"  {rate} tokens/s", style="cyan")
 
 
-def _workers(workers: tuple[Worker, ...]) -> Table:
+def _workers(workers: tuple[Worker, ...], width: int) -> Table:
+    shown = [name for name in _COLUMNS if width >= FROM_WIDTH.get(name, 0)]
     table = Table(box=None, expand=True, pad_edge=False, header_style="bold dim")
-    for name in ("WORKER", "ROLE", "STATE", "MODEL"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
-    for name in ("RUN", "WAIT"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("KV MEMORY", ratio=1, min_width=10)
-    table.add_column("IN USE", justify="right", no_wrap=True)
+    for name in shown:
+        if name == "KV MEMORY":
+            table.add_column(name, ratio=1, min_width=10)
+        else:
+            justify: JustifyMethod = "right" if name in ("RUN", "WAIT", "IN USE") else "left"
+            table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis")
     for worker in workers:
-        table.add_row(*_cells(worker))
+        cells = dict(zip(_COLUMNS, _cells(worker), strict=True))
+        table.add_row(*(cells[name] for name in shown))
     return table
+
+
+_COLUMNS = ("WORKER", "ROLE", "STATE", "MODEL", "RUN", "WAIT", "KV MEMORY", "IN USE")
 
 
 def _cells(worker: Worker) -> Iterator[RenderableType]:
@@ -126,7 +131,7 @@ def _cells(worker: Worker) -> Iterator[RenderableType]:
     yield str(worker.requests_running)
     yield str(worker.requests_waiting)
     yield MemoryBar(worker.kv)
-    used = sum(getattr(worker.kv, state) for state in KV_STYLES)
+    used = sum(getattr(worker.kv, state) for state in KV_MARKS)
     yield f"{format_bytes(used)} of {format_bytes(worker.kv.capacity)}"
 
 
@@ -137,28 +142,24 @@ class MemoryBar:
     kv: KVBytes
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        blocks = options.encoding.startswith("utf")
         bar = Text(no_wrap=True)
-        for state, cells in self._cells(options.max_width):
-            if state:
-                bar.append((FULL_BLOCK if blocks else state[0]) * cells, style=KV_STYLES[state])
-            else:
-                bar.append((FREE_BLOCK if blocks else PLAIN_FREE) * cells, style="dim")
+        for (mark, style), cells in self._cells(options.max_width):
+            bar.append(mark * cells, style=style)
         yield bar
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(4, options.max_width)
 
-    def _cells(self, width: int) -> Iterator[tuple[str, int]]:
-        """Cells per state. Ends are rounded, so that the sum is right; what is there has a cell, if there is room."""
+    def _cells(self, width: int) -> Iterator[tuple[tuple[str, str], int]]:
+        """Cells per mark. Ends are rounded, so that the sum is right; what is there has a cell, if there is room."""
         capacity, drawn, used = max(1, self.kv.capacity), 0, 0
-        for state in KV_STYLES:
+        for state, mark in KV_MARKS.items():
             held = getattr(self.kv, state)
             used += held
             end = min(width, max(round(width * used / capacity), drawn + bool(held)))
-            yield state, end - drawn
+            yield mark, end - drawn
             drawn = end
-        yield "", width - drawn
+        yield FREE_MARK, width - drawn
 
 
 def _sums(totals: Totals, rates: Rates | None) -> Table:
@@ -184,7 +185,7 @@ def _bytes_rate(per_second: float) -> str:
 
 
 def _legend() -> Text:
-    line = Text("memory: ", style="dim")
-    for state, style in KV_STYLES.items():
-        line.append(f"{state}  ", style=style)
-    return line.append("free   ctrl-C ends", style="dim")
+    line = Text("KV memory: ", no_wrap=True, overflow="ellipsis")
+    for state, (mark, style) in KV_MARKS.items():
+        line.append(f"{mark} {state}  ", style=style)
+    return line.append("· free   ctrl-C ends", style="dim")
