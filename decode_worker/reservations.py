@@ -117,7 +117,6 @@ class Reservations:
         arena: ArenaView | None,
         now: float,
         delivered_tokens: int = 0,
-        scope: Scope = NOBODY,
     ) -> Reservation:
         """Promises `nbytes`.
 
@@ -140,7 +139,6 @@ class Reservations:
             delivered_tokens=delivered_tokens,
             arena=arena,
             expires_at=now + self.lease_s,
-            scope=scope,
         )
         self._by_token[reservation.token] = reservation
         self.idle.clear()

@@ -32,7 +32,7 @@ from shared.kv.transport.local import LocalTransport
 from shared.kv.transport.memory import MemoryTransport
 from shared.model.identity import ModelIdentity
 from shared.telemetry.scope import Scope, enter, within
-from shared.telemetry.span import ended_by_failure
+from shared.telemetry.span import Value
 from shared.telemetry.tracer import NO_TRACER, Tracer
 from shared.version import VERSION
 
@@ -102,19 +102,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     async def Reserve(  # noqa: N802
         self, request: pb.ReserveRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReserveResponse:
-        """See the proto file. The request is traced until its sequence has ended."""
-        request_id = request.request_id
-        span = self._tracer.begin(
-            "sequence",
-            context.invocation_metadata() or (),
-            {"request_id": request_id, "attempt": request.attempt, "worker": self._name, "model": request.model},
-        )
-        scope = Scope(request_id=request_id, span=span)
-        enter(scope)
-        with ended_by_failure(span):
-            return await self._promise(request, scope)
-
-    async def _promise(self, request: pb.ReserveRequest, scope: Scope) -> pb.ReserveResponse:
+        """See the proto file."""
+        enter(Scope(request_id=request.request_id))
         self._check_reserve(request)
         promise, new = self._runner.promise, (request.max_new_tokens, request.delivered_tokens)
         nbytes = promise.nbytes(request.kept_tokens_bound, *new)
@@ -128,9 +117,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             delivered_tokens=request.delivered_tokens,
             arena=arena,
             now=time.monotonic(),
-            scope=scope,
         )
-        scope.span.set({"transport": transport, "reserved_bytes": reservation.pool_bytes})
+        reservation.scope = self._scope_of(request, context, transport=transport)
         return pb.ReserveResponse(
             token=reservation.token,
             transport=transport,
@@ -194,6 +182,19 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 self._runner.attach(reservation, outbox, attach.handle, tuple(attach.delivered))
         except ServiceError as error:
             Subscription(outbox, attach.handle).fail(error)
+
+    def _scope_of(self, request: pb.ReserveRequest, context: grpc.aio.ServicerContext, *, transport: str) -> Scope:
+        """Of what was reserved, until its sequence has ended. Refusals, of which one that waits may get many, are not
+        traced."""
+        attributes: dict[str, Value] = {
+            "request_id": request.request_id,
+            "attempt": request.attempt,
+            "worker": self._name,
+            "model": request.model,
+            "transport": transport,
+        }
+        span = self._tracer.begin("sequence", context.invocation_metadata() or (), attributes)
+        return Scope(request_id=request.request_id, span=span)
 
     def _find(self, token: bytes) -> Reservation:
         """The live reservation that a call is about; the call is on its behalf from now on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 
 from shared.telemetry.scope import Scope, enter
-from shared.telemetry.span import CANCELLED, Value
+from shared.telemetry.span import Value
 from shared.telemetry.tracer import Tracer
 
 
@@ -29,4 +29,4 @@ def _failure(done: grpc.aio.ServicerContext) -> str:
     if code is not None and code is not grpc.StatusCode.OK:
         return code.name
     # one that its caller has left is over before it is done
-    return "" if done.done() else CANCELLED
+    return "" if done.done() else grpc.StatusCode.CANCELLED.name

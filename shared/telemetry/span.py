@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
-
-from shared.errors import ServiceError
 
 Value: TypeAlias = "str | bool | int | float"
 Attributes: TypeAlias = Mapping[str, Value]
 Metadata: TypeAlias = Sequence[tuple[str, "str | bytes"]]
-
-CANCELLED, INTERNAL = "CANCELLED", "INTERNAL"
 
 
 class Span(Protocol):
@@ -57,20 +52,3 @@ class _NoSpan:
 
 
 NO_SPAN: Span = _NoSpan()
-
-
-@contextlib.contextmanager
-def ended_by_failure(span: Span) -> Iterator[None]:
-    """An error that passes ends the span; otherwise it goes on."""
-    try:
-        yield
-    except BaseException as error:
-        span.end(code_of(error))
-        raise
-
-
-def code_of(error: BaseException) -> str:
-    """The code that a caller sees."""
-    if isinstance(error, ServiceError):
-        return error.code
-    return INTERNAL if isinstance(error, Exception) else CANCELLED

@@ -156,6 +156,8 @@ class Terminal:
         self._master, slave = pty.openpty()
         self.resize(100)
         environment = os.environ | {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
+        for fixed in ("COLUMNS", "LINES"):
+            environment.pop(fixed, None)
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment
         )

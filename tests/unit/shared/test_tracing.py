@@ -10,13 +10,11 @@ from collections.abc import Iterator
 import pytest
 
 from router.config import RouterConfig
-from shared.errors import NotFoundError
 from shared.telemetry import tracer as tracers
 from shared.telemetry.otlp import FLUSH_S
-from shared.telemetry.span import NO_SPAN, ended_by_failure
+from shared.telemetry.span import NO_SPAN
 from shared.telemetry.tracer import NO_TRACER, Tracer, check_endpoint, open_tracer, split_endpoint
 from tests.integration.otlp_receiver import OtlpReceiver
-from tests.unit.shared.recording_span import RecordingSpan
 
 PARENT = f"00-{'a' * 32}-{'b' * 16}-01"
 UNSAMPLED = PARENT[:-2] + "00"
@@ -124,17 +122,3 @@ def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         check_endpoint("collector:4317")
     with pytest.raises(ValueError, match="OpenTelemetry"):
         RouterConfig(registry="static://127.0.0.1:1", otlp_endpoint="collector:4317")
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [(NotFoundError("x"), "NOT_FOUND"), (KeyError(), "INTERNAL"), (asyncio.CancelledError(), "CANCELLED")],
-)
-def test_a_failure_ends_a_span_with_its_code(error: BaseException, code: str) -> None:
-    span = RecordingSpan()
-    with ended_by_failure(span):
-        pass
-    assert span.ends == []
-    with pytest.raises(type(error)), ended_by_failure(span):
-        raise error
-    assert span.ends == [code]
