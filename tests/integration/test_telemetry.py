@@ -25,8 +25,8 @@ STAGES = {
     "Prefill": ["preprocess", "prefill_queue", "vision_encode", "prefill", "statistics", "select", "transfer"],
     "sequence": ["install", "decode_queue", "decode"],
 }
-# Clocks of processes of one machine are one clock, but each is read on its own.
-CLOCK_S = 0.005
+# The clocks of the processes of one machine are one, but a process may be late to see that its call has ended.
+LATE_S = 0.05
 SHORT = vlcache.Sampling(max_new_tokens=12, ignore_eos=True)
 LONG = vlcache.Sampling(max_new_tokens=400, ignore_eos=True)
 # In prompts alone; nobody may repeat it.
@@ -158,8 +158,8 @@ def check_tree(spans: list[SeenSpan]) -> None:
         if not_a_child(span):
             continue
         parent = by_id[span.parent_id]
-        assert parent.start_s - CLOCK_S <= span.start_s, (parent, span)
-        assert span.end_s <= parent.end_s + CLOCK_S, (parent, span)
+        assert parent.start_s - LATE_S <= span.start_s, (parent, span)
+        assert span.end_s <= parent.end_s + LATE_S, (parent, span)
 
 
 @pytest.mark.parametrize("request_id", ["whole", "stream"])
