@@ -23,5 +23,5 @@ async def main(config: DecodeConfig) -> None:
 
 if __name__ == "__main__":
     settings = parse_config(DecodeConfig, "A vlcache decode worker.")
-    configure_logging(settings.name)
+    configure_logging(settings.name, settings.log_level, settings.log_format)
     asyncio.run(main(settings))

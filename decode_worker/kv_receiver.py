@@ -26,6 +26,7 @@ from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest
 from shared.kv.transport.frames import decode_chunk, decode_first
 from shared.kv.waves import travelling_bound
+from shared.telemetry.scope import enter
 
 SERVICE_NAME = "vlcache.worker.v1.KVTransferService"
 DISCARD_TIMEOUT_S = 5.0
@@ -119,6 +120,8 @@ class KVReceiver:
     def _begin_fill(self, reservation: Reservation) -> None:
         delivery = asyncio.current_task()
         assert delivery is not None
+        # every delivery is a task of its own
+        enter(reservation.scope)
         self._reservations.begin_fill(reservation, delivery.cancel)
 
     async def _install(

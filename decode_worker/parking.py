@@ -19,6 +19,7 @@ from decode_worker.kv_pool.base import ExportedKV, KVPool, growth_of
 from decode_worker.reservations import Reservation, Reservations
 from decode_worker.sequence import Sequence
 from shared.errors import ResourceExhaustedError
+from shared.telemetry.scope import within
 from shared.threads import run_to_end
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Parking:
     def park(self, reservation: Reservation) -> None:
         """Moves a sequence out; the step thread no longer touches it, but `in_use` still stands."""
         self._moving_out.add(reservation)
-        self._start(self._move_out(reservation))
+        self._start(reservation, self._move_out(reservation))
 
     def restore(self) -> None:
         """Brings back whoever fits, in order; to be called when memory came free, or someone might have to leave."""
@@ -88,7 +89,7 @@ class Parking:
                 return
             parked, head.parked, head.in_use = head.parked, None, True
             self._queue.pop(0)
-            self._start(self._move_in(head, parked, room))
+            self._start(head, self._move_in(head, parked, room))
 
     async def _move_out(self, reservation: Reservation) -> None:
         assert reservation.sequence is not None
@@ -118,7 +119,7 @@ class Parking:
         try:
             return await run_to_end(self._thread, work)
         except Exception:
-            log.exception("the KV of request %s could not be copied", reservation.request_id)
+            log.exception("the KV of a request could not be copied")
             self._fail(reservation)
             return None
 
@@ -128,7 +129,8 @@ class Parking:
         enough = min(left, max(self._promised_tokens, sequence.generated, len(sequence.known) + 1))
         return self._pool.free_room(parked.num_kept, enough, left, parked.eviction)
 
-    def _start(self, copy: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(copy)
+    def _start(self, reservation: Reservation, copy: Coroutine[Any, Any, None]) -> None:
+        with within(reservation.scope):
+            task = asyncio.get_running_loop().create_task(copy)
         self._copies.add(task)
         task.add_done_callback(self._copies.discard)

@@ -17,6 +17,7 @@ from decode_worker.token_outbox import Subscription
 from shared.errors import AlreadyCommittedError, DuplicateRequestError, NotFoundError, ResourceExhaustedError
 from shared.kv.arena import ArenaView
 from shared.model.text_stream import TextStream
+from shared.telemetry.scope import NOBODY, Scope
 
 TOKEN_BYTES = 16
 
@@ -33,6 +34,7 @@ class Stage(enum.Enum):
 class Reservation:
     """Memory of one request. Touched on the event loop only.
 
+    `scope` is that of its request, for what is done on its behalf later on.
     `token` is its secret: random, so a late message for an ended reservation finds nothing and revives nothing.
     `saved_bytes` are those of the prompt's KV that compression has left out.
     `arrival` counts up: who came first is served first. `allocation` is None while the sequence is parked outside the
@@ -60,6 +62,7 @@ class Reservation:
     stop_fill: Callable[[], object] = lambda: None
     parked: ExportedKV | None = None
     saved_bytes: int = 0
+    scope: Scope = NOBODY
     in_use: bool = False
     ended: bool = False
 

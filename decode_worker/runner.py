@@ -35,6 +35,7 @@ from shared.model.identity import ModelIdentity
 from shared.model.text_stream import TextStream
 from shared.model.wave_order import in_body_order
 from shared.telemetry.metrics import DecodeMetrics
+from shared.telemetry.scope import within
 from shared.threads import run_to_end
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ class DecodeRunner:
         kv = await run_to_end(self._install_thread, work)
         if reservation.ended:
             raise AbortedError("the request was released during its transfer", reason="RELEASED")
-        sequence = Sequence.from_manifest(manifest, kv, self._eos_token_ids)
+        sequence = Sequence.from_manifest(manifest, kv, self._eos_token_ids, reservation.scope)
         sampling = manifest.sampling
         reservation.text = TextStream(self._tokenizer, sampling.stop, min_tokens=sampling.min_new_tokens)
         for token in manifest.generated:
@@ -176,6 +177,8 @@ class DecodeRunner:
             reservation.subscription.fail(error)
         if reservation.sequence in self._joined:
             self._scheduler.leave(reservation.sequence)
+        if not reservation.ended:
+            _close_span(reservation, error)
         self._reservations.end(reservation)
 
     def expire(self, now: float) -> None:
@@ -292,7 +295,8 @@ class DecodeRunner:
             self._send(reservation, new)
         except Exception:
             # a bug, but not one that may hang the rest of the batch
-            log.exception("the text of request %s failed", reservation.request_id)
+            with within(reservation.scope):
+                log.exception("the text of a request failed")
             self.end(reservation, InternalError("the text failed; the worker's log has the details"))
 
     def _send(self, reservation: Reservation, new: NewToken) -> None:
@@ -309,3 +313,10 @@ class DecodeRunner:
         reservation.subscription.send(tokens=[new.token], text=text, finish_reason=reason, logprobs=logprobs)
         if reason:
             self.end(reservation)
+
+
+def _close_span(reservation: Reservation, error: ServiceError | None) -> None:
+    span, sequence = reservation.scope.span, reservation.sequence
+    if sequence is not None and sequence.runs_since:
+        span.stage("decode", time.monotonic() - sequence.runs_since, {"generated_tokens": sequence.generated})
+    span.end(error.code if error else "")

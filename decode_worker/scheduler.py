@@ -18,6 +18,7 @@ from decode_worker.engine import DecodeEngine
 from decode_worker.sequence import FinishReason, Sequence
 from shared.model.logprobs import Logprobs
 from shared.telemetry.metrics import DecodeMetrics
+from shared.telemetry.scope import within
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,10 @@ class DecodeScheduler:
             self._leaving = set()
             while self._joining and len(self._running) < self._max_batch:
                 joins = self._joining.popleft()
-                self._metrics.observe_stage("decode_queue", time.monotonic() - joins.waits_since)
+                now = time.monotonic()
+                joins.runs_since = joins.runs_since or now
+                with within(joins.scope):
+                    self._metrics.observe_stage("decode_queue", now - joins.waits_since)
                 self._running.append(joins)
             return left
 
@@ -205,7 +209,8 @@ class DecodeScheduler:
             self._engine.replay(sequence, number)
         except Exception:
             # nobody else had a part in it
-            log.exception("a replay of %d tokens failed", number)
+            with within(sequence.scope):
+                log.exception("a replay of %d tokens failed", number)
             self._let_go([sequence])
             return StepOutcome(failed=[sequence])
         tokens = self._recall(sequence, number)
@@ -220,5 +225,6 @@ class DecodeScheduler:
         tokens = [NewToken(sequence, sequence.recall(), sequence.finish_reason, known=True) for _ in range(number)]
         self._metrics.replayed_tokens.inc(number)
         if not sequence.known:
-            self._metrics.observe_stage("replay", time.monotonic() - sequence.known_since)
+            with within(sequence.scope):
+                self._metrics.observe_stage("replay", time.monotonic() - sequence.known_since)
         return tokens

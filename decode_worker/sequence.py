@@ -12,6 +12,7 @@ from decode_worker.kv_pool.base import SequenceKV
 from shared.kv.manifest import Manifest
 from shared.model.sampler import Drawn, Sampler
 from shared.request.sampling import Sampling
+from shared.telemetry.scope import NOBODY, Scope
 
 FinishReason = public.FinishReason
 
@@ -25,7 +26,7 @@ class Sequence:
 
     `known` are tokens of the answer that a lost worker drew: they are taken before anything is drawn here, and nobody
     is sent them again. `known_since` is when they were named, `waits_since` when it last asked for a place in the
-    batch, in monotonic seconds.
+    batch, `runs_since` when it got the first one (0 before), in monotonic seconds.
     """
 
     kv: SequenceKV
@@ -36,10 +37,14 @@ class Sequence:
     known: deque[int] = field(default_factory=deque)
     known_since: float = 0.0
     waits_since: float = 0.0
+    runs_since: float = 0.0
+    scope: Scope = NOBODY
     finish_reason: FinishReason = field(default=public.FINISH_REASON_UNSPECIFIED)
 
     @classmethod
-    def from_manifest(cls, manifest: Manifest, kv: SequenceKV, eos_token_ids: frozenset[int]) -> Sequence:
+    def from_manifest(
+        cls, manifest: Manifest, kv: SequenceKV, eos_token_ids: frozenset[int], scope: Scope = NOBODY
+    ) -> Sequence:
         """A sequence that goes on after the tokens that came with the parcel."""
         sampler = Sampler(manifest.sampling, eos_token_ids, manifest.prompt_token_ids)
         for token in manifest.generated:
@@ -50,6 +55,7 @@ class Sequence:
             last_token=manifest.generated[-1],
             next_position=manifest.next_position,
             generated=len(manifest.generated),
+            scope=scope,
         )
 
     @property

@@ -15,7 +15,7 @@ from vlcache.worker.v1 import decode_pb2_grpc, worker_pb2
 
 from decode_worker.arena_directory import ArenaDirectory
 from decode_worker.kv_pool.base import KVPool
-from decode_worker.reservations import Reservations, Stage
+from decode_worker.reservations import Reservation, Reservations, Stage
 from decode_worker.runner import DecodeRunner
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.token_outbox import Subscription, TokenOutbox
@@ -31,6 +31,9 @@ from shared.kv.transport.grpc_stream import GrpcTransport
 from shared.kv.transport.local import LocalTransport
 from shared.kv.transport.memory import MemoryTransport
 from shared.model.identity import ModelIdentity
+from shared.telemetry.scope import Scope, enter, within
+from shared.telemetry.span import Value
+from shared.telemetry.tracer import NO_TRACER, Tracer
 from shared.version import VERSION
 
 SERVICE_NAME = "vlcache.worker.v1.DecodeService"
@@ -51,6 +54,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         scheduler: DecodeScheduler,
         arenas: ArenaDirectory | None,
         step_timeout_s: float,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._name = name
         self._epoch = epoch
@@ -61,6 +65,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._scheduler = scheduler
         self._arenas = arenas
         self._step_timeout_s = step_timeout_s
+        self._tracer = tracer
         self._outboxes: set[TokenOutbox] = set()
         self._draining = False
 
@@ -98,6 +103,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self, request: pb.ReserveRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReserveResponse:
         """See the proto file."""
+        enter(Scope(request_id=request.request_id))
         self._check_reserve(request)
         promise, new = self._runner.promise, (request.max_new_tokens, request.delivered_tokens)
         nbytes = promise.nbytes(request.kept_tokens_bound, *new)
@@ -112,6 +118,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             arena=arena,
             now=time.monotonic(),
         )
+        reservation.scope = self._scope_of(request, context, transport=transport)
         return pb.ReserveResponse(
             token=reservation.token,
             transport=transport,
@@ -124,6 +131,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self, request: pb.GrowReservationRequest, context: grpc.aio.ServicerContext
     ) -> pb.GrowReservationResponse:
         """See the proto file."""
+        self._find(request.token)
         reservation = self._runner.grow(request.token, request.kept_tokens_bound)
         return pb.GrowReservationResponse(reserved_bytes=reservation.pool_bytes)
 
@@ -131,7 +139,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self, request: pb.RenewRequest, context: grpc.aio.ServicerContext
     ) -> pb.RenewResponse:
         """See the proto file."""
-        self._reservations.renew(self._reservations.find(request.token), time.monotonic())
+        self._reservations.renew(self._find(request.token), time.monotonic())
         return pb.RenewResponse(lease_s=self._reservations.lease_s)
 
     async def Release(  # noqa: N802
@@ -139,7 +147,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     ) -> pb.ReleaseResponse:
         """See the proto file."""
         with contextlib.suppress(NotFoundError):
-            self._runner.end(self._reservations.find(request.token))
+            self._runner.end(self._find(request.token))
         return pb.ReleaseResponse()
 
     async def StreamTokens(  # noqa: N802
@@ -170,9 +178,29 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     def _attach(self, attach: pb.Attach, outbox: TokenOutbox) -> None:
         try:
             reservation = self._reservations.find(attach.token)
-            self._runner.attach(reservation, outbox, attach.handle, tuple(attach.delivered))
+            with within(reservation.scope):
+                self._runner.attach(reservation, outbox, attach.handle, tuple(attach.delivered))
         except ServiceError as error:
             Subscription(outbox, attach.handle).fail(error)
+
+    def _scope_of(self, request: pb.ReserveRequest, context: grpc.aio.ServicerContext, *, transport: str) -> Scope:
+        """Of what was reserved, until its sequence has ended. Refusals, of which one that waits may get many, are not
+        traced."""
+        attributes: dict[str, Value] = {
+            "request_id": request.request_id,
+            "attempt": request.attempt,
+            "worker": self._name,
+            "model": request.model,
+            "transport": transport,
+        }
+        span = self._tracer.begin("sequence", context.invocation_metadata() or (), attributes)
+        return Scope(request_id=request.request_id, span=span)
+
+    def _find(self, token: bytes) -> Reservation:
+        """The live reservation that a call is about; the call is on its behalf from now on."""
+        reservation = self._reservations.find(token)
+        enter(reservation.scope)
+        return reservation
 
     async def _choose_transport(self, request: pb.ReserveRequest) -> tuple[str, ArenaView | None]:
         """The shortest way from that prefill worker, and its arena where it leads through one."""

@@ -34,6 +34,7 @@ from shared.model.spec import VLMSpec
 from shared.rpc.lifecycle import new_epoch
 from shared.rpc.options import MAX_CONTROL_BYTES, MIB
 from shared.telemetry.metrics import DecodeMetrics
+from shared.telemetry.tracer import open_tracer
 
 EXPIRY_PERIOD_S = 0.5
 
@@ -104,6 +105,7 @@ class DecodeWorker:
     ) -> None:
         self.name, self.listen = config.name, config.listen
         self.metrics = DecodeMetrics(worker=config.name, model=model.identity.name)
+        self._tracer = open_tracer(config.otlp_endpoint, role=self.role, name=config.name)
         self._reservations = Reservations(pool, lease_s=config.lease_s)
         self.runner = DecodeRunner(
             pool=pool,
@@ -133,6 +135,7 @@ class DecodeWorker:
             scheduler=scheduler,
             arenas=self._arenas,
             step_timeout_s=config.step_timeout_s,
+            tracer=self._tracer,
         )
         self._expiry = loop.create_task(self._expire_leases())
         for stage in Stage:
@@ -167,6 +170,7 @@ class DecodeWorker:
         self.runner.close()
         if self._arenas:
             self._arenas.close()
+        await self._tracer.close()
         self.runner.check_integrity()
 
     async def _expire_leases(self) -> None:

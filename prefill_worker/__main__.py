@@ -22,5 +22,5 @@ async def main(config: PrefillConfig) -> None:
 
 if __name__ == "__main__":
     settings = parse_config(PrefillConfig, "A vlcache prefill worker.")
-    configure_logging(settings.name)
+    configure_logging(settings.name, settings.log_level, settings.log_format)
     asyncio.run(main(settings))

@@ -120,8 +120,7 @@ class PrefillCompute:
         sparse, cascade = self._sparse(jobs, prompt), self._cascade(jobs, prompt)
         rows = _early_rows(jobs, cascade, early)
         prefilled = self._engine.prefill(prompt, statistics, cancelled, sparse, cascade, rows)
-        for stage, seconds in prefilled.seconds.items():
-            self._metrics.observe_stage(stage, seconds)
+        self._metrics.observe_stages(prefilled.seconds)
         full_bytes = self._identity.layout.full_bytes(prompt.shape.num_tokens)
         self._metrics.prefill_peak.observe(prefilled.peak_kv_bytes / full_bytes)
         self._count_known(prompt, prefilled)
@@ -182,7 +181,14 @@ class PrefillCompute:
             scored = prefilled.observed(prompt.shape)
             written = replace(written, body=add_scores(job.policy, scored, selections, written.body, body))
         draft = self._draft(job, prompt, num_kept, selections, tokens, written, eviction)
-        self._metrics.observe_stage("select", time.monotonic() - started)
+        self._metrics.observe_stage(
+            "select",
+            time.monotonic() - started,
+            policy=draft.policy,
+            retention=draft.realised_retention,
+            kv_full_bytes=layout.full_bytes(draft.logical_length),
+            kv_kept_bytes=layout.body_bytes(num_kept),
+        )
         emit(Compressed(message=self._report(draft, prompt, choice.outcome)))
         return partial(_complete, draft, written)
 

@@ -29,6 +29,7 @@ from shared.kv.manifest import Manifest
 from shared.kv.transport.early_stream import EarlyStream
 from shared.request.params import Budget
 from shared.telemetry.metrics import PrefillMetrics
+from shared.telemetry.scope import current
 from shared.threads import run_to_end
 
 Result = TypeVar("Result")
@@ -190,7 +191,9 @@ class PrefillRunner:
             return room.body if asyncio.run_coroutine_threadsafe(growing, loop).result() else None
 
         def work() -> Completion | None:
-            self._metrics.queue_time.observe(time.monotonic() - asked)
+            waited_s = time.monotonic() - asked
+            self._metrics.queue_time.observe(waited_s)
+            current().span.stage("prefill_queue", waited_s, {})
             return self._compute.run(job, prompt, room.body, emit_here, more_room, early)
 
         asked = time.monotonic()
@@ -210,7 +213,12 @@ class PrefillRunner:
         started = time.monotonic()
         max_new_tokens = job.sampling.max_new_tokens
         prompt = await self._preprocessing.build(job.messages, max_new_tokens=max_new_tokens, tenant=job.tenant)
-        self._metrics.observe_stage("preprocess", time.monotonic() - started)
+        self._metrics.observe_stage(
+            "preprocess",
+            time.monotonic() - started,
+            prompt_tokens=prompt.shape.num_tokens,
+            visual_tokens=prompt.shape.num_visual,
+        )
         for pixels in prompt.pixels:
             self._metrics.image_pixels.observe(pixels)
         return prompt

@@ -17,6 +17,8 @@ from prefill_worker.parcel.retained import RetainedParcels
 from prefill_worker.runner import PrefillRunner
 from prefill_worker.scheduler import PrefillScheduler
 from shared.errors import FailedPreconditionError, UnavailableError
+from shared.rpc.calls import enter_call
+from shared.telemetry.tracer import NO_TRACER, Tracer
 from shared.version import VERSION
 
 SERVICE_NAME = "vlcache.worker.v1.PrefillService"
@@ -39,6 +41,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         vocabulary: int,
         max_dropped_attention: float = 1.0,
         sharing: LayerSharing | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._name = name
         self._epoch = epoch
@@ -51,6 +54,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._vocabulary = vocabulary
         self._max_dropped_attention = max_dropped_attention
         self._sharing = sharing
+        self._tracer = tracer
         self._draining = False
 
     def start_draining(self) -> None:
@@ -88,6 +92,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.PrefillEvent]:
         """See the proto file."""
+        self._enter(context, "Prefill", request.request.request_id, request.attempt)
         if self._draining:
             raise UnavailableError("the worker is draining", reason="DRAINING")
         if request.epoch != self._epoch:
@@ -108,6 +113,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: pb.ResendRequest, context: grpc.aio.ServicerContext
     ) -> pb.ResendResponse:
         """See the proto file. Not refused while draining: an answer that is running may need it."""
+        self._enter(context, "Resend", self._retained.request_id(request.parcel), request.attempt)
         sent = await self._runner.resend(request.parcel, request.attempt, Ticket.from_proto(request.ticket))
         return pb.ResendResponse(transfer=sent.message)
 
@@ -125,3 +131,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         for parcel in request.parcels:
             self._retained.release(parcel)
         return pb.ReleaseParcelsResponse()
+
+    def _enter(self, context: grpc.aio.ServicerContext, call: str, request_id: str, attempt: int) -> None:
+        enter_call(context, self._tracer, call, request_id, attempt=attempt, worker=self._name, model=self._model.name)

@@ -43,6 +43,7 @@ from shared.rpc.identity import Identity
 from shared.rpc.lifecycle import new_epoch
 from shared.rpc.options import MAX_REQUEST_BYTES, MIB
 from shared.telemetry.metrics import PrefillMetrics
+from shared.telemetry.tracer import open_tracer
 
 EXPIRY_PERIOD_S = 0.5
 
@@ -126,6 +127,7 @@ class PrefillWorker:
             max_video_tokens=config.max_video_tokens,
         )
         self.metrics = PrefillMetrics(worker=config.name, model=model.identity.name)
+        self._tracer = open_tracer(config.otlp_endpoint, role=self.role, name=config.name)
         self._preprocess = _preprocess_pool(config, model, limits, self.metrics)
         self._arena = Arena(config.arena_mib * MIB)
         if model.engine.device.type == "cuda":
@@ -162,6 +164,7 @@ class PrefillWorker:
             vocabulary=model.identity.vocabulary,
             max_dropped_attention=config.max_dropped_attention,
             sharing=model.sharing,
+            tracer=self._tracer,
         )
         self._expiry = asyncio.get_running_loop().create_task(self._expire_leases())
         self.metrics.watch_resident("filling", lambda: retained.filling_bytes)
@@ -197,6 +200,7 @@ class PrefillWorker:
         await self._preprocess.close()
         await self._sender.close()
         await self._arena_server.stop()
+        await self._tracer.close()
         self.runner.check_integrity()
         self._preprocess.check_integrity()
         self._features.check_integrity()
@@ -212,7 +216,14 @@ class PrefillWorker:
 def _preprocess_pool(
     config: PrefillConfig, model: LoadedModel, limits: PromptLimits, metrics: PrefillMetrics
 ) -> PreprocessPool:
-    launch = partial(PreprocessProcess.launch, model.path, limits, memory_bytes=config.preprocess_memory_mib * MIB)
+    launch = partial(
+        PreprocessProcess.launch,
+        model.path,
+        limits,
+        memory_bytes=config.preprocess_memory_mib * MIB,
+        log_level=config.log_level,
+        log_format=config.log_format,
+    )
     return PreprocessPool(
         launch,
         model.spec,

@@ -20,7 +20,7 @@ log = logging.getLogger("router")
 def main() -> None:
     """Serves until SIGTERM or SIGINT."""
     config = parse_config(RouterConfig, "Balances requests over prefill and decode workers and streams the answers.")
-    configure_logging(config.name, config.log_level)
+    configure_logging(config.name, config.log_level, config.log_format)
     uvloop.run(_serve(config))
 
 

@@ -13,6 +13,7 @@ from vlcache.v1 import inference_pb2 as pb
 
 from router.admission.tenant_labels import TenantLabels
 from router.admission.tenants import DEFAULT_TENANT
+from router.summary import Summary, write_access_line
 from router.workers.circuit import CIRCUIT_STATES
 from router.workers.worker import DECODE, STATES, UNREACHABLE, Worker, reported_load
 from shared.errors import (
@@ -24,41 +25,58 @@ from shared.errors import (
 )
 from shared.telemetry.metrics import BEGUN, NOT_BEGUN, RouterMetrics
 from shared.telemetry.role_metrics import Metric
+from shared.telemetry.scope import current, within
 
+OK = "OK"
 FINISHED, CANCELLED, FAILED, REFUSED, REPEATED = "finished", "cancelled", "failed", "refused", "repeated"
 
 
 @dataclass
 class Totals:
-    """Sums since the router started; bytes."""
+    """Sums since the router started; KV in bytes."""
 
     requests: int = 0
+    generated_tokens: int = 0
     kv_full_bytes: int = 0
     kv_kept_bytes: int = 0
     kv_sent_bytes: int = 0
 
 
 class Accounting:
-    """Owner of the router's metrics and totals."""
+    """Owner of the router's metrics and totals.
 
-    def __init__(self, metrics: RouterMetrics, *, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        report: Is told of every request that has ended.
+    """
+
+    def __init__(
+        self,
+        metrics: RouterMetrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        report: Callable[[Summary], None] = write_access_line,
+    ) -> None:
         self.metrics = metrics
         self.clock = clock
+        self.report = report
         self.totals = Totals()
+        self.requests_running = 0
+        self.requests_waiting = 0
+        """Of those that run, for decode memory."""
         self._tenant_labels = TenantLabels()
         self._state_gauges = ((metrics.worker_state, STATES), (metrics.circuit_state, CIRCUIT_STATES))
         self._workers_shown: dict[str, tuple[str, str]] = {}
         self._heartbeats: dict[str, Worker] = {}
 
-    def open(self, tenant: str = DEFAULT_TENANT) -> RequestAccount:
+    def open(self, tenant: str = DEFAULT_TENANT, model: str = "") -> RequestAccount:
         """The account of a request of `tenant` that was just received and accepted."""
         self.totals.requests += 1
-        return RequestAccount(self, tenant)
+        return RequestAccount(self, tenant, model)
 
     def refused(self, error: ServiceError, tenant: str = DEFAULT_TENANT) -> None:
         """A request that was turned away before anything was done for it."""
         self.found_no_room(error, tenant)
-        self.ended(REFUSED, error.code)
+        self.ended(Summary(tenant=tenant, outcome=REFUSED, code=error.code, reason=error.reason))
 
     def found_no_room(self, error: ServiceError, tenant: str) -> None:
         """A request of `tenant` ends in `error`; counted where that is for want of room or beyond its limits."""
@@ -70,17 +88,17 @@ class Accounting:
         """The child of a metric that stands for `tenant`, perhaps together with others."""
         return self.metrics.labelled(metric, tenant=self._tenant_labels.of(tenant))
 
-    def repeated(self) -> None:
+    def repeated(self, tenant: str = DEFAULT_TENANT) -> None:
         """A request was answered with what its first try was answered."""
-        self.ended(REPEATED, "OK")
+        self.ended(Summary(tenant=tenant, outcome=REPEATED, code=OK))
 
     def reservation_rejected(self, error: ServiceError) -> None:
         """A decode worker did not promise memory."""
         self.metrics.labelled(self.metrics.reservation_rejected, reason=error.reason).inc()
 
-    def admitted(self, seconds: float) -> None:
+    def admitted(self, seconds: float, *, prefill_worker: str, decode_worker: str) -> None:
         """A request was promised decode memory, `seconds` after it had asked for some."""
-        self.metrics.observe_stage("admit", seconds)
+        self.metrics.observe_stage("admit", seconds, prefill_worker=prefill_worker, decode_worker=decode_worker)
 
     def reserved(self, share: Fraction) -> None:
         """A decode worker promised memory for `share` of what a request asked to keep."""
@@ -103,9 +121,11 @@ class Accounting:
         gauges = (self.metrics.requests_waiting, self.of_tenant(self.metrics.tenant_waiting, tenant))
         for gauge in gauges:
             gauge.inc()
+        self.requests_waiting += 1
         try:
             yield
         finally:
+            self.requests_waiting -= 1
             for gauge in gauges:
                 gauge.dec()
             self.metrics.reservation_wait.observe(self.clock() - since_s)
@@ -140,26 +160,33 @@ class Accounting:
             for gauge, states in self._state_gauges:
                 for state in states:
                     self.metrics.forget(gauge, name, state)
-        for name, current in shown.items():
-            if self._workers_shown.get(name) != current:
-                self._show_states(name, current)
+        for name, states_now in shown.items():
+            if self._workers_shown.get(name) != states_now:
+                self._show_states(name, states_now)
         self._workers_shown = shown
 
-    def _show_states(self, name: str, current: tuple[str, str]) -> None:
-        for (gauge, states), is_now in zip(self._state_gauges, current, strict=True):
+    def _show_states(self, name: str, states_now: tuple[str, str]) -> None:
+        for (gauge, states), is_now in zip(self._state_gauges, states_now, strict=True):
             for state in states:
                 self.metrics.labelled(gauge, name=name, state=state).set(state == is_now)
 
-    def ended(self, outcome: str, code: str) -> None:
-        """A request is over."""
-        self.metrics.labelled(self.metrics.requests, outcome=outcome, code=code).inc()
+    def ended(self, summary: Summary) -> None:
+        """The request at work is over."""
+        self.metrics.labelled(self.metrics.requests, outcome=summary.outcome, code=summary.code).inc()
+        self.report(summary)
+        span = current().span
+        span.set(summary.known())
+        span.end("" if summary.code == OK else summary.code)
 
 
 class RequestAccount:
     """What is observed of one request, in the order of its life. Ends exactly once."""
 
-    def __init__(self, accounting: Accounting, tenant: str) -> None:
+    def __init__(self, accounting: Accounting, tenant: str, model: str) -> None:
         self._accounting = accounting
+        # it may be ended by anyone
+        self._scope = current()
+        self._summary = Summary(tenant=tenant, model=model)
         self._metrics = accounting.metrics
         self._tenant = tenant
         self._running = (
@@ -174,11 +201,13 @@ class RequestAccount:
         self._interrupted_s: float | None = None
         self._open = True
         self.generated_tokens = 0
+        accounting.requests_running += 1
         for gauge in self._running:
             gauge.inc()
 
     def prompt(self, prompt_tokens: int, visual_tokens: int) -> None:
         """The prompt's size is known."""
+        self._summary.prompt_tokens, self._summary.visual_tokens = prompt_tokens, visual_tokens
         self._metrics.prompt_tokens.inc(prompt_tokens)
         self._metrics.visual_tokens.observe(visual_tokens)
 
@@ -187,9 +216,15 @@ class RequestAccount:
         if self._interrupted_s is None:
             self._interrupted_s = self._accounting.clock()
 
-    def goes_on(self, way: str, reason: str) -> None:
-        """It goes on elsewhere, by one of the ways of `router.requests.recovery`."""
+    def placed(self, prefill_worker: str, decode_worker: str) -> None:
+        """It is on this pair of workers from now on."""
+        self._summary.prefill_worker, self._summary.decode_worker = prefill_worker, decode_worker
+
+    def goes_on(self, way: str, reason: str, worker: str) -> None:
+        """It goes on elsewhere, by one of the ways of `router.requests.recovery`, since `worker` was lost or leaves."""
         self._metrics.labelled(self._metrics.failovers, kind=way, reason=reason).inc()
+        self._summary.failovers += 1
+        self._scope.span.event("failover", {"kind": way, "reason": reason, "worker": worker})
 
     def tokens(self, count: int) -> None:
         """`count` tokens arrived together; the gap before them is shared out evenly."""
@@ -205,6 +240,7 @@ class RequestAccount:
             self._token(gap_s, now_s)
         self._last_s = now_s
         self._tenant_tokens.inc(count)
+        self._accounting.totals.generated_tokens += count
 
     def compression(self, message: pb.Compression) -> None:
         """The prompt's KV was compressed."""
@@ -215,17 +251,23 @@ class RequestAccount:
         self._tenant_kv_full.inc(message.full_bytes)
         self._tenant_kv_saved.inc(saved_bytes)
         self._metrics.kv_retention.observe(message.realised_retention)
+        summary = self._summary
+        summary.policy, summary.retention = message.policy, message.realised_retention
+        summary.retention_asked = message.asked_retention
+        summary.kv_full_bytes, summary.kv_kept_bytes = message.full_bytes, message.kept_bytes
         self._accounting.totals.kv_full_bytes += message.full_bytes
         self._accounting.totals.kv_kept_bytes += message.kept_bytes
 
     def transfer(self, message: pb.Transfer) -> None:
         """The parcel was sent."""
         self._metrics.kv_sent_bytes.inc(message.sent_bytes)
+        self._summary.transport = message.transport
+        self._summary.kv_sent_bytes = (self._summary.kv_sent_bytes or 0) + message.sent_bytes
         self._accounting.totals.kv_sent_bytes += message.sent_bytes
 
     def finished(self) -> None:
         """The answer is complete."""
-        if self._end(FINISHED, "OK"):
+        if self._end(FINISHED, OK):
             self._metrics.e2e_latency.observe(self._last_s - self._received_s)
             if self.generated_tokens > 1:
                 per_token_s = (self._last_s - self._first_s) / (self.generated_tokens - 1)
@@ -234,7 +276,7 @@ class RequestAccount:
     def failed(self, error: Exception) -> None:
         """The client is told of an error; one that is no `ServiceError` is a bug."""
         known = error if isinstance(error, ServiceError) else InternalError("a bug")
-        if self._end(FAILED, known.code):
+        if self._end(FAILED, known.code, known.reason):
             self._accounting.found_no_room(known, self._tenant)
 
     def left(self, stage: str, deadline: DeadlineExceededError | None) -> None:
@@ -249,18 +291,26 @@ class RequestAccount:
         if self.generated_tokens == 1:
             self._first_s = now_s
             self._metrics.time_to_first_token.observe(now_s - self._received_s)
+            self._scope.span.event("first_token", {})
             return
         self._metrics.inter_token_latency.observe(gap_s)
         if self.generated_tokens == 2:
             self._metrics.time_to_second_token.observe(now_s - self._received_s)
 
-    def _end(self, outcome: str, code: str) -> bool:
+    def _end(self, outcome: str, code: str, reason: str = "") -> bool:
         if not self._open:
             return False
         self._open = False
+        self._accounting.requests_running -= 1
         for gauge in self._running:
             gauge.dec()
-        self._accounting.ended(outcome, code)
+        summary = self._summary
+        summary.outcome, summary.code, summary.reason = outcome, code, reason
+        summary.generated_tokens = self.generated_tokens
+        summary.first_token_s = self._first_s - self._received_s if self.generated_tokens else None
+        summary.total_s = self._accounting.clock() - self._received_s
+        with within(self._scope):
+            self._accounting.ended(summary)
         return True
 
 

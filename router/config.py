@@ -10,11 +10,10 @@ from router.admission.api_tokens import read_tokens
 from router.admission.tenants import TenantLimits
 from router.admission.waiting import RoomLimits
 from router.placement.catalogue import POLICIES, PlacementName
-from shared.config import Listen
+from shared.config import Listen, ServiceConfig
 from shared.registry.location import open_registry
 from shared.rpc.identity import ROUTER
 from shared.rpc.options import MIB
-from shared.rpc.security import Security
 
 STAGE_TIMEOUTS = ("prefill_timeout_s", "transfer_timeout_s", "token_timeout_s")
 
@@ -31,7 +30,7 @@ NOT_NEGATIVE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig(Security):
+class RouterConfig(ServiceConfig):
     """Everything that a router can be told."""
 
     roles: ClassVar[tuple[str, ...]] = (ROUTER,)
@@ -93,8 +92,9 @@ class RouterConfig(Security):
     memory, to measure how many tokens compression changed."""
     drain_s: float = 30.0
     """Seconds that running requests get to finish after SIGTERM or SIGINT."""
-    log_level: str = "INFO"
-    """DEBUG, INFO, WARNING or ERROR."""
+    trace_share: float = 1.0
+    """Share of the requests, in [0, 1], that are traced where `otlp_endpoint` is given. A request that comes with its
+    client's trace is part of that, or is not traced, as the client says."""
 
     @property
     def room_limits(self) -> RoomLimits:
@@ -116,15 +116,19 @@ class RouterConfig(Security):
             # false for nan as well
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        self._check_bounds()
+        open_registry(self.registry)
+
+    def _check_bounds(self) -> None:
         if self.tenant_burst < 1:
             raise ValueError(f"tenant_burst must be at least 1, not {self.tenant_burst}")
         if not 0 < self.min_retention <= 1:
             raise ValueError(f"min_retention must lie in (0, 1], not {self.min_retention}")
-        if not 0 <= self.shadow_share <= 1:
-            raise ValueError(f"shadow_share must lie in [0, 1], not {self.shadow_share}")
+        for name in ("shadow_share", "trace_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
         if self.placement not in POLICIES:
             raise ValueError(f"placement must be one of {', '.join(POLICIES)}, not {self.placement!r}")
-        open_registry(self.registry)
         if not self.name:
             raise ValueError("name must not be empty")
 

@@ -35,6 +35,7 @@ from shared.rpc.options import MAX_REQUEST_BYTES, PUBLIC_OPTIONS
 from shared.rpc.server import RpcServer
 from shared.telemetry.exporter import MetricsExporter, watch_event_loop
 from shared.telemetry.metrics import RouterMetrics
+from shared.telemetry.tracer import open_tracer
 
 # After the drain time is over, what is left is cancelled and gets this long to clean up behind itself.
 SETTLE_S = 5.0
@@ -53,6 +54,9 @@ class Router:
         self._identity = config.identity()
         self._callers = Callers(ApiTokens(config.api_tokens) if config.api_tokens else None)
         self.metrics = RouterMetrics(worker=config.name)
+        self._tracer = open_tracer(
+            config.otlp_endpoint, role=self.metrics.role, name=config.name, share=config.trace_share
+        )
         self.accounting = Accounting(self.metrics)
         self._background = Background()
         self._registry = open_registry(config.registry)
@@ -96,6 +100,7 @@ class Router:
             tenants=Tenants(config.tenant_limits),
             accounting=self.accounting,
             min_retention=config.min_retention,
+            tracer=self._tracer,
         )
         self._migration = Migration(self.table, self.generations.running, self._background)
         self._parcels = parcels
@@ -126,6 +131,7 @@ class Router:
                 options=PUBLIC_OPTIONS,
                 guards=[TokenInterceptor(self._callers, self.accounting)] if self._callers.known else [],
             )
+            stack.push_async_callback(self._tracer.close)
             stack.push_async_callback(self._registry.close)
             stack.push_async_callback(self.table.close)
             stack.push_async_callback(self._background.settle, SETTLE_S)

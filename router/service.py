@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 
 import grpc
 from vlcache.v1 import inference_pb2 as pb
@@ -16,6 +17,7 @@ from router.shadow import Shadow
 from router.workers.table import WorkerTable
 from router.workers.worker import UNREACHABLE, Worker
 from shared.errors import ServiceError
+from shared.telemetry.scope import Scope, within
 from shared.version import VERSION
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -51,9 +53,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         tenant = self._tenant(context)
         # before defaults are filled in: a repetition has none either
         key = Key.of(request, tenant)
-        if answer := self._find(key):
+        if answer := self._find(key, tenant):
             return answer
-        generation = self._generations.open(request, context.time_remaining(), tenant=tenant)
+        generation = self._generations.open(
+            request, context.time_remaining(), tenant=tenant, metadata=context.invocation_metadata() or ()
+        )
         # a handler that is cancelled while it writes never resumes its generator
         context.add_done_callback(lambda _: generation.close())
         return self._finished.record(key, self._shadow.follow(generation))
@@ -73,6 +77,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             version=VERSION,
             workers=[*(_worker(worker) for worker in self._table.workers()), *unseen],
             totals=_totals(self._accounting),
+            requests_running=self._accounting.requests_running,
+            requests_waiting=self._accounting.requests_waiting,
         )
 
     def _tenant(self, context: grpc.aio.ServicerContext) -> str:
@@ -82,15 +88,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._accounting.refused(error)
             raise
 
-    def _find(self, key: Key | None) -> AsyncIterator[pb.GenerateResponse] | None:
+    def _find(self, key: Key | None, tenant: str) -> AsyncIterator[pb.GenerateResponse] | None:
         try:
             answer = self._finished.find(key)
         except ServiceError as error:
-            self._accounting.refused(error)
+            with _named(key):
+                self._accounting.refused(error, tenant)
             raise
         if answer is not None:
-            self._accounting.repeated()
+            with _named(key):
+                self._accounting.repeated(tenant)
         return answer
+
+
+def _named(key: Key | None) -> AbstractContextManager[None]:
+    """The scope of a request whose answer is known; so is its id, then."""
+    return within(Scope(request_id=key.request_id if key else ""))
 
 
 def _model(worker: Worker) -> pb.Model:
@@ -127,4 +140,5 @@ def _totals(accounting: Accounting) -> pb.Totals:
         kv_full_bytes=totals.kv_full_bytes,
         kv_kept_bytes=totals.kv_kept_bytes,
         kv_sent_bytes=totals.kv_sent_bytes,
+        generated_tokens=totals.generated_tokens,
     )

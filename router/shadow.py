@@ -27,6 +27,7 @@ from router.validation import AcceptedRequest
 from router.workers.table import WorkerTable
 from shared.errors import ResourceExhaustedError
 from shared.telemetry.metrics import RouterMetrics
+from shared.telemetry.scope import Scope, enter
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Shadow:
         self._accounting = accounting
         self._patience_s = limits.patience_s
         self._background = Background()
-        self._own_accounting = Accounting(RouterMetrics(worker="shadow"))
+        self._own_accounting = Accounting(RouterMetrics(worker="shadow"), report=lambda _: None)
         admission = Admission(
             table,
             LeastLoaded(Random()),  # noqa: S311 -- no secret depends on it
@@ -140,10 +141,11 @@ class Shadow:
 
     async def _repeat(self, answer: _Answer) -> float:
         """The agreement of an answer with that of the full cache."""
+        message = _at_retention_one(answer.request.message)
+        # and not the scope of the request that it repeats, which is over
+        enter(Scope(request_id=message.request_id))
         generation = Generation(
-            validation.accept(
-                _at_retention_one(answer.request.message), answer.request.model, tenant=answer.request.tenant
-            ),
+            validation.accept(message, answer.request.model, tenant=answer.request.tenant),
             self._means,
             account=self._own_accounting.open(answer.request.tenant),
             deadline=Deadline.after(REPLAY_LIMIT_S),

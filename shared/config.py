@@ -10,6 +10,8 @@ import tyro
 from shared.registry.address import split_address
 from shared.registry.location import open_listing
 from shared.rpc.security import Security
+from shared.telemetry.logs import LogFormat, LogLevel
+from shared.telemetry.tracer import check_endpoint
 
 Config = TypeVar("Config")
 
@@ -52,7 +54,25 @@ class WorkerListen(Listen):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig(Security):
+class ServiceConfig(Security):
+    """What every service is told."""
+
+    log_level: LogLevel = "INFO"
+    """What is logged to stderr; DEBUG tells more of this service's own code, and of no library."""
+    log_format: LogFormat = "text"
+    """Lines for people, or one JSON object per line."""
+    otlp_endpoint: str = ""
+    """Where traces go, over OTLP/gRPC: host:port or http://host:port in plaintext, https://host:port over TLS; nothing
+    is traced when empty. Needs the extra `traces`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.otlp_endpoint:
+            check_endpoint(self.otlp_endpoint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig(ServiceConfig):
     """What every kind of worker is told."""
 
     model: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TypeVar
@@ -13,12 +14,12 @@ Result = TypeVar("Result")
 async def run_to_end(
     executor: Executor, work: Callable[[], Result], *, on_cancel: Callable[[], None] = lambda: None
 ) -> Result:
-    """Runs `work` in a thread.
+    """Runs `work` in a thread, in the scope of its caller.
 
     When the caller is cancelled, `on_cancel` is called at once, but the cancellation goes on only after the thread
     has let go: the memory that it reads or writes must not be given to anyone else before.
     """
-    future = asyncio.get_running_loop().run_in_executor(executor, work)
+    future = asyncio.get_running_loop().run_in_executor(executor, contextvars.copy_context().run, work)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:

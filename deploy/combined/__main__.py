@@ -22,5 +22,5 @@ async def main(config: CombinedConfig) -> None:
 
 if __name__ == "__main__":
     settings = parse_config(CombinedConfig, "A vlcache worker that is both, prefill and decode.")
-    configure_logging(settings.name)
+    configure_logging(settings.name, settings.log_level, settings.log_format)
     asyncio.run(main(settings))

@@ -74,6 +74,11 @@ class RetainedParcels:
         """Bytes in the store's other slots: those of parcels under way."""
         return self._store.used_bytes - self._used
 
+    def request_id(self, secret: bytes) -> str:
+        """Whose parcel it is; empty where none is known."""
+        held = self._by_secret.get(secret)
+        return held.parcel.manifest.transfer.request_id if held else ""
+
     def expect(self, secret: bytes) -> None:
         """A call begins whose parcel is to be retained under `secret`; an empty one says that it is not.
 

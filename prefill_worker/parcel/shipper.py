@@ -79,5 +79,11 @@ class ParcelShipper:
             # whatever the decode worker calls it: by this the router knows whom it has lost
             error.stage, error.worker = "transfer", ticket.decode_worker
             raise
-        self._metrics.observe_stage("transfer", report.seconds)
+        self._metrics.observe_stage(
+            "transfer",
+            report.seconds,
+            transport=report.transport,
+            sent_bytes=report.sent_bytes,
+            decode_worker=ticket.decode_worker,
+        )
         return Transferred(transport=report.transport, sent_bytes=report.sent_bytes, seconds=report.seconds)

@@ -18,6 +18,7 @@ import numpy as np
 from prefill_worker.preprocess.processed import ProcessedPrompt
 from prefill_worker.preprocess.processing import PromptLimits
 from prefill_worker.preprocess.wire import PREFIX, Frame, FrameError, read_reply, sizes
+from shared.telemetry.logs import LogFormat, LogLevel
 
 ROOT = Path(__file__).parents[2]
 # One process, one core: the pool is what is parallel.
@@ -32,11 +33,21 @@ class PreprocessProcess:
         self._peer = peer
 
     @classmethod
-    def launch(cls, checkpoint: Path, limits: PromptLimits, *, memory_bytes: int) -> PreprocessProcess:
+    def launch(
+        cls,
+        checkpoint: Path,
+        limits: PromptLimits,
+        *,
+        memory_bytes: int,
+        log_level: LogLevel = "INFO",
+        log_format: LogFormat = "text",
+    ) -> PreprocessProcess:
         """Starts a process and does not wait for it."""
         peer, its_own = socket.socketpair()
         peer.setblocking(False)
-        arguments = (str(os.getpid()), str(memory_bytes), str(checkpoint.resolve()), json.dumps(asdict(limits)))
+        logging = {"level": log_level, "log_format": log_format}
+        settings = json.dumps({"limits": asdict(limits), "logging": logging})
+        arguments = (str(os.getpid()), str(memory_bytes), str(checkpoint.resolve()), settings)
         with its_own:
             process = subprocess.Popen(  # noqa: S603 - our own module, no shell
                 (sys.executable, "-m", "prefill_worker.preprocess.child", *arguments),

@@ -19,6 +19,7 @@ from prefill_worker.prompt import Prompt
 from shared.errors import InvalidRequestError, ResourceExhaustedError, ServiceError, UnavailableError
 from shared.model.spec import VLMSpec
 from shared.telemetry.metrics import PrefillMetrics
+from shared.telemetry.scope import NOBODY, current, enter
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class _Work:
     def __init__(self, messages: Sequence[pb.Message], max_new_tokens: int) -> None:
         self.messages = messages
         self.max_new_tokens = max_new_tokens
+        self.scope = current()
         self.num_bytes = sum(message.ByteSize() for message in messages)
         self.reply: asyncio.Future[ProcessedPrompt] = asyncio.get_running_loop().create_future()
 
@@ -164,6 +166,7 @@ class PreprocessPool:
             finally:
                 await process.end()
             log.warning("a preprocessing process was replaced: %s", reason)
+            enter(NOBODY)
             self._metrics.labelled(self._metrics.preprocess_replaced, reason=reason).inc()
             process = self._launch()
 
@@ -180,6 +183,7 @@ class PreprocessPool:
 
     async def _give(self, process: PreprocessProcess, work: _Work) -> str | None:
         """One request; the reason if the process must go."""
+        enter(work.scope)
         if not process.alive:
             # while it was idle: the request has no part in that
             self._waiting.appendleft(work)
@@ -187,7 +191,7 @@ class PreprocessPool:
             self._arrived.set()
             return "ended"
         try:
-            request = request_frame(work.messages, max_new_tokens=work.max_new_tokens)
+            request = request_frame(work.messages, max_new_tokens=work.max_new_tokens, request_id=work.scope.request_id)
             processed = await _within(self._timeout_s, process.ask(request))
             processed.check(vocabulary=self._spec.vocabulary)
         except asyncio.TimeoutError:

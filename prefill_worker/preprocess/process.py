@@ -9,6 +9,7 @@ import json
 import logging
 import socket
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from prefill_worker.preprocess.wire import (
     error_frame,
     read_request,
     reply_frame,
+    request_id_of,
     sizes,
 )
 from shared.errors import InternalError, InvalidRequestError, ServiceError
 from shared.model.processor import load_processor
 from shared.telemetry.logs import configure_logging
+from shared.telemetry.scope import Scope, enter
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +39,9 @@ STDIN = 0
 
 def main() -> None:
     """Loads the processor of a checkpoint and answers until the worker hangs up."""
-    checkpoint, limits = sys.argv[1:]
-    configure_logging("preprocess")
-    processor = PromptProcessor(load_processor(Path(checkpoint)), PromptLimits(**json.loads(limits)))
+    checkpoint, settings = sys.argv[1], json.loads(sys.argv[2])
+    configure_logging("preprocess", **settings["logging"])
+    processor = PromptProcessor(load_processor(Path(checkpoint)), PromptLimits(**settings["limits"]))
     # the first request should not pay for what is loaded late
     processor.marker_tokens()
     with socket.socket(fileno=STDIN) as worker:
@@ -55,6 +58,7 @@ def serve(worker: socket.socket, processor: PromptProcessor) -> None:
 
 def answer(processor: PromptProcessor, header: Mapping[str, Any], body: memoryview) -> Frame:
     """What becomes of a conversation; also a bug ends nothing but this one request."""
+    enter(Scope(request_id=request_id_of(header)))
     try:
         messages, max_new_tokens = read_request(header, body)
         return reply_frame(processor.process(messages, max_new_tokens=max_new_tokens))
@@ -65,9 +69,14 @@ def answer(processor: PromptProcessor, header: Mapping[str, Any], body: memoryvi
         return error_frame(
             InvalidRequestError("the images of this request take too much memory to read", reason="PREPROCESS_MEMORY")
         )
-    except Exception:
-        log.exception("a request could not be preprocessed")
+    except Exception as error:
+        log.error("a request could not be preprocessed: %s", _outline(error))
         return error_frame(InternalError("the request could not be preprocessed"))
+
+
+def _outline(error: Exception) -> str:
+    """Where it happened and what it is; not its text, in which libraries quote what they were given."""
+    return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__)).rstrip()}"
 
 
 def _receive(worker: socket.socket, count: int) -> memoryview:

@@ -62,10 +62,16 @@ def sizes(prefix: bytes | memoryview) -> tuple[int, int]:
     return header, body
 
 
-def request_frame(messages: Sequence[pb.Message], *, max_new_tokens: int) -> Frame:
-    """A conversation to preprocess."""
+def request_frame(messages: Sequence[pb.Message], *, max_new_tokens: int, request_id: str = "") -> Frame:
+    """A conversation to preprocess; the id is for the log."""
     parts = [message.SerializeToString() for message in messages]
-    return Frame(header={"max_new_tokens": max_new_tokens, "messages": [len(part) for part in parts]}, parts=parts)
+    lengths = [len(part) for part in parts]
+    return Frame(header={"request_id": request_id, "max_new_tokens": max_new_tokens, "messages": lengths}, parts=parts)
+
+
+def request_id_of(header: Mapping[str, Any]) -> str:
+    """Whose conversation it is."""
+    return str(header["request_id"])
 
 
 def read_request(header: Mapping[str, Any], body: memoryview) -> tuple[list[pb.Message], int]:

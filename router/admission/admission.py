@@ -121,7 +121,11 @@ class Admission:
         waits = (avoid or begun is not None) and (begun is None or begun.holder is None)
         workers_by_s = asyncio.get_running_loop().time() + self._comeback_s if waits else 0.0
         lease = await self._wait_for_lease(_Ask(request, avoid, deadline, begun, workers_by_s))
-        self._accounting.admitted(self._accounting.clock() - since_s)
+        self._accounting.admitted(
+            self._accounting.clock() - since_s,
+            prefill_worker=lease.pair.prefill.info.name,
+            decode_worker=lease.pair.decode.info.name,
+        )
         return lease
 
     async def _wait_for_lease(self, ask: _Ask) -> Lease:

@@ -19,6 +19,7 @@ from router.requests.recovery import MIGRATION, REPREFILL, Loss, LostError, Reco
 from router.stages import DECODE, PREFILL
 from router.validation import AcceptedRequest
 from shared.errors import InternalError, ServiceError, UnavailableError
+from shared.telemetry.scope import current, within
 
 
 class Generation:
@@ -59,6 +60,8 @@ class Generation:
         """The decode worker was lost while the prefill worker still makes the parcel."""
         self._alarm: asyncio.TimerHandle | None = None
         self._open = True
+        # of the call that it was made in; others may end it, or move it
+        self._scope = current()
 
     async def events(self) -> AsyncGenerator[pb.GenerateResponse, None]:
         """The answer.
@@ -69,6 +72,7 @@ class Generation:
         try:
             self._watch_deadline()
             await self._course.compute_prompt(avoid=())
+            self._placed()
             # not before memory is promised: until its first event a client may safely ask again
             yield self._started()
             while not self._complete:
@@ -90,10 +94,11 @@ class Generation:
             return
         self._open = False
         stage = self._course.stage
-        self._account.left(stage, self._deadline.error(stage) if self._deadline.passed else None)
         if self._alarm is not None:
             self._alarm.cancel()
-        self._course.close()
+        with within(self._scope):
+            self._account.left(stage, self._deadline.error(stage) if self._deadline.passed else None)
+            self._course.close()
         self._on_close()
 
     @property
@@ -107,11 +112,14 @@ class Generation:
         Raises:
             ServiceError: There is no other decode worker.
         """
-        transfer = await self._course.leave()
+        left = self._course.attempt.worker.info.name
+        with within(self._scope):
+            transfer = await self._course.leave()
         if transfer is None:
             return False
         self._account.interrupted()
-        self._account.goes_on(MIGRATION, "DRAINING")
+        self._account.goes_on(MIGRATION, "DRAINING", left)
+        self._placed()
         self._delivery.on_transfer(transfer)
         return True
 
@@ -223,9 +231,11 @@ class Generation:
         self._pending = None
         while True:
             way = way_after(loss, self._course.call.parcel)
-            self._account.goes_on(way, loss.error.reason)
+            self._account.goes_on(way, loss.error.reason, loss.error.worker)
             try:
-                return await self._go(way)
+                responses = await self._go(way)
+                self._placed()
+                return responses
             except LostError as lost:
                 loss = lost.loss
                 self._note(loss)
@@ -253,6 +263,10 @@ class Generation:
         return pb.GenerateResponse(
             started=pb.Started(request_id=self.request.request_id, model=self.request.model.name)
         )
+
+    def _placed(self) -> None:
+        pair = self._course.attempt.lease.pair
+        self._account.placed(pair.prefill.info.name, pair.decode.info.name)
 
     def _finished(self) -> pb.GenerateResponse:
         pair = self._course.attempt.lease.pair

@@ -15,6 +15,9 @@ from router.requests.means import Means
 from router.validation import AcceptedRequest
 from router.workers.table import WorkerTable
 from shared.errors import DuplicateRequestError, InvalidRequestError, NotFoundError, ServiceError, UnavailableError
+from shared.telemetry.scope import Scope, enter
+from shared.telemetry.span import Metadata
+from shared.telemetry.tracer import NO_TRACER, Tracer
 
 
 class Generations:
@@ -28,6 +31,7 @@ class Generations:
         tenants: Tenants,
         accounting: Accounting,
         min_retention: float,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._table = table
         self._means = means
@@ -36,12 +40,19 @@ class Generations:
         self._min_retention = min_retention
         # by tenant and id: an id is its tenant's own
         self._running: dict[tuple[str, str], Generation] = {}
+        self._tracer = tracer
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def open(self, message: pb.GenerateRequest, timeout_s: float | None, *, tenant: str) -> Generation:
-        """Accepts a request; its caller iterates `events` and calls `close` when its client is gone.
+    def open(
+        self, message: pb.GenerateRequest, timeout_s: float | None, *, tenant: str, metadata: Metadata = ()
+    ) -> Generation:
+        """Accepts a request; its caller, the task of its call, iterates `events` and calls `close` when its client is
+        gone.
+
+        Args:
+            metadata: Of the call; may name the span that the client is in.
 
         Raises:
             UnavailableError: The router is draining, or no worker serves the model at present.
@@ -51,6 +62,7 @@ class Generations:
             ResourceExhaustedError: The tenant asks for more than it may.
         """
         try:
+            self._enter(message, metadata)
             request = self._accept(message, tenant)
             stay = self._tenants.enter(tenant)
         except ServiceError as error:
@@ -85,10 +97,15 @@ class Generations:
         assert self._idle.is_set() == (not self._running)
         self._tenants.check_integrity(idle=not self._running)
 
+    def _enter(self, message: pb.GenerateRequest, metadata: Metadata) -> None:
+        """Names the request and its work."""
+        message.request_id = validation.request_id_of(message)
+        span = self._tracer.begin("Generate", metadata, {"request_id": message.request_id})
+        enter(Scope(request_id=message.request_id, span=span))
+
     def _accept(self, message: pb.GenerateRequest, tenant: str) -> AcceptedRequest:
         if self._draining:
             raise UnavailableError("this router is draining", reason="DRAINING")
-        message.request_id = validation.request_id_of(message)
         if (tenant, message.request_id) in self._running:
             raise DuplicateRequestError(f"request {message.request_id} is in flight")
         served = self._table.served_models()
@@ -113,7 +130,7 @@ class Generations:
         generation = Generation(
             request,
             self._means,
-            account=self._accounting.open(request.tenant),
+            account=self._accounting.open(request.tenant, request.model.name),
             deadline=deadline,
             on_close=lambda: self._forget(key, stay),
         )

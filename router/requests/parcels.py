@@ -11,6 +11,7 @@ from router.background import Background
 from router.workers.worker import Worker
 from shared.errors import ServiceError
 from shared.kv.secret import SECRET_BYTES
+from shared.telemetry.scope import NOBODY, within
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class Parcels:
         shelf = self._shelves.get(worker)
         if shelf is None:
             shelf = self._shelves[worker] = _Shelf(worker)
-            self._background.spawn(self._keep(shelf))
+            with within(NOBODY):
+                self._background.spawn(self._keep(shelf))
         return shelf.add()
 
     def check_integrity(self, *, idle: bool = False) -> None:

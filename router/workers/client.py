@@ -21,6 +21,7 @@ from shared.rpc.identity import DECODE, PREFILL, Identity
 from shared.rpc.line import Line
 from shared.rpc.options import MAX_REQUEST_BYTES, client_options
 from shared.rpc.status import from_rpc_error
+from shared.telemetry.scope import current
 
 
 class WorkerClient:
@@ -73,7 +74,8 @@ class WorkerClient:
             ServiceError: Whatever else the worker means.
         """
         try:
-            return await self._decode.Reserve(request, timeout=self._control_timeout_s)
+            metadata = current().span.metadata
+            return await self._decode.Reserve(request, timeout=self._control_timeout_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise _unanswered(error) from error
 
@@ -96,7 +98,7 @@ class WorkerClient:
         Raises:
             ServiceError: What the worker means.
         """
-        call = self._prefill.Prefill(request, timeout=timeout_s)
+        call = self._prefill.Prefill(request, timeout=timeout_s, metadata=current().span.metadata)
         try:
             async for event in call:
                 yield event
@@ -114,7 +116,7 @@ class WorkerClient:
             ServiceError: Whatever else the worker means, in stage "transfer" where the decode worker did not take it.
         """
         try:
-            return await self._prefill.Resend(request, timeout=timeout_s)
+            return await self._prefill.Resend(request, timeout=timeout_s, metadata=current().span.metadata)
         except grpc.aio.AioRpcError as error:
             raise _unanswered(error) from error
 

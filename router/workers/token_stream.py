@@ -21,6 +21,7 @@ from vlcache.worker.v1 import decode_pb2
 
 from shared.errors import AbortedError, InternalError, ServiceError, UnavailableError
 from shared.rpc.status import ERROR_BY_CODE
+from shared.telemetry.scope import NOBODY, within
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,9 @@ class _Connection:
         self.break_reported = False
         self.draining = False
         self.heard_at_s = asyncio.get_running_loop().time()
-        self._tasks = (asyncio.create_task(self._read()), asyncio.create_task(self._write()))
+        # opened for whoever came first, and then everybody's
+        with within(NOBODY):
+            self._tasks = (asyncio.create_task(self._read()), asyncio.create_task(self._write()))
 
     def attach(self, attach: decode_pb2.Attach, sink: Sink) -> None:
         if not self.sinks:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
+from shared.telemetry.scope import current
+from shared.telemetry.span import Value
 from shared.version import VERSION
 
 Metric = TypeVar("Metric", Counter, Gauge, Histogram)
@@ -60,9 +62,22 @@ class RoleMetrics:
         )
         self.stage_seconds = self._histogram("stage_seconds", "Time spent in a stage", STAGE_BUCKETS, "stage")
 
-    def observe_stage(self, stage: str, seconds: float) -> None:
-        """Adds one duration to a stage."""
+    def observe_stage(self, stage: str, seconds: float, **attributes: Value) -> None:
+        """A stage of the request at work has just ended: a duration of its metric, and a span of its trace.
+
+        Args:
+            attributes: For the trace alone.
+        """
         self.labelled(self.stage_seconds, stage=stage).observe(seconds)
+        current().span.stage(stage, seconds, attributes)
+
+    def observe_stages(self, seconds: Mapping[str, float]) -> None:
+        """Stages that took turns and have ended together; a trace shows each in one piece, one after the other."""
+        ago_s = sum(seconds.values())
+        for stage, each_s in seconds.items():
+            ago_s = max(0.0, ago_s - each_s)
+            self.labelled(self.stage_seconds, stage=stage).observe(each_s)
+            current().span.stage(stage, each_s, {}, ago_s=ago_s)
 
     def labelled(self, metric: Metric, **extra: str) -> Metric:
         """The child of a metric that has labels beyond the fixed ones."""

@@ -11,12 +11,14 @@ import pytest
 
 from tests.architecture.sources import ROOT, python_files
 
-HEAVY = ("torch", "transformers", "numpy", "PIL", "tokenizers", "safetensors")
+HEAVY = ("torch", "transformers", "numpy", "PIL", "tokenizers", "safetensors", "opentelemetry.exporter")
 TORCH_MODULES = ("shared.model", "shared.kernels")
 # `python -m vlcache.cli`: importing it runs the command.
 COMMAND = "vlcache.cli.__main__"
 # The only part of the client that needs Pillow, loaded by one command when it runs.
 DRAWING = "vlcache.explain."
+# Loaded where `--otlp-endpoint` is given.
+TRACING = "shared.telemetry.otlp"
 PROBE = """
 import importlib, json, sys
 found = {}
@@ -57,11 +59,18 @@ def test_no_torch_free_module_loads_anything_heavy() -> None:
     modules = [module_name(file) for file in python_files("shared", "router", "client/src")]
     modules = [name.removeprefix("client.src.") for name in modules if not name.startswith(TORCH_MODULES)]
     modules.remove(COMMAND)
+    modules.remove(TRACING)
     modules = [name for name in modules if not name.startswith(DRAWING)]
     assert {"shared.kv.transport.frames", "shared.request.params", "router.router"} <= set(modules)
     found = loaded_by(*modules)
     assert set(found) == set(modules)
     assert {name: heavy for name, heavy in found.items() if heavy} == {}
+
+
+def test_workers_that_trace_nothing_load_no_tracing() -> None:
+    (loaded,) = loaded_by("deploy.combined.__main__").values()
+    assert "torch" in loaded
+    assert "opentelemetry.exporter" not in loaded
 
 
 def test_the_probe_would_notice() -> None:

@@ -20,6 +20,7 @@ from vlcache._openai import ChatMessage, as_messages
 from vlcache._readiness import POLL_INTERVAL_S, Readiness
 from vlcache._server_info import Model, ServerInfo, models_from_proto, server_info_from_proto
 from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout, Tls
+from vlcache._trace import trace_metadata
 from vlcache.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -60,7 +61,6 @@ class AsyncClient:
             else grpc.aio.insecure_channel(address, options=options)
         )
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._ask = functools.partial(self._stub.Generate, metadata=self._metadata)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -142,7 +142,9 @@ class AsyncClient:
             request_id=request_id,
         )
         exchange = Exchange(request, timeout=self._timeout, policy=self._retry)
-        return AsyncStream(self._ask, exchange)
+        # the span that the caller is in now, wherever the stream is read
+        ask = functools.partial(self._stub.Generate, metadata=(*self._metadata, *trace_metadata()))
+        return AsyncStream(ask, exchange)
 
     async def models(self) -> tuple[Model, ...]:
         """The models that can be asked."""

@@ -20,6 +20,7 @@ from vlcache._readiness import POLL_INTERVAL_S, Readiness
 from vlcache._server_info import Model, ServerInfo, models_from_proto, server_info_from_proto
 from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout, Tls
 from vlcache._stream import Stream
+from vlcache._trace import trace_metadata
 from vlcache.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -60,7 +61,6 @@ class Client:
             else grpc.insecure_channel(address, options=options)
         )
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._ask = functools.partial(self._stub.Generate, metadata=self._metadata)
 
     def __enter__(self) -> "Client":
         return self
@@ -142,7 +142,9 @@ class Client:
             request_id=request_id,
         )
         exchange = Exchange(request, timeout=self._timeout, policy=self._retry)
-        return Stream(self._ask, exchange)
+        # the span that the caller is in now, wherever the stream is read
+        ask = functools.partial(self._stub.Generate, metadata=(*self._metadata, *trace_metadata()))
+        return Stream(ask, exchange)
 
     def models(self) -> tuple[Model, ...]:
         """The models that can be asked."""

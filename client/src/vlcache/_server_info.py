@@ -72,6 +72,7 @@ class Totals:
     kv_full_bytes: int
     kv_kept_bytes: int
     kv_sent_bytes: int
+    generated_tokens: int = 0
 
     @property
     def kv_saved_bytes(self) -> int:
@@ -81,11 +82,16 @@ class Totals:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerInfo:
-    """Version of the service, its workers, and what compression has saved so far."""
+    """Version of the service, its workers, and what compression has saved so far.
+
+    requests_running: in flight at the router that was asked; requests_waiting: those of them that wait for memory.
+    """
 
     version: str
     workers: tuple[Worker, ...]
     totals: Totals
+    requests_running: int = 0
+    requests_waiting: int = 0
 
 
 def models_from_proto(response: inference_pb2.ListModelsResponse) -> tuple[Model, ...]:
@@ -99,6 +105,8 @@ def server_info_from_proto(response: inference_pb2.GetServerInfoResponse) -> Ser
         version=response.version,
         workers=tuple(_worker(message) for message in response.workers),
         totals=_totals(response.totals),
+        requests_running=response.requests_running,
+        requests_waiting=response.requests_waiting,
     )
 
 
@@ -143,4 +151,5 @@ def _totals(message: inference_pb2.Totals) -> Totals:
         kv_full_bytes=message.kv_full_bytes,
         kv_kept_bytes=message.kv_kept_bytes,
         kv_sent_bytes=message.kv_sent_bytes,
+        generated_tokens=message.generated_tokens,
     )

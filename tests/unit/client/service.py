@@ -103,6 +103,7 @@ class ScriptedService(inference_pb2_grpc.InferenceServiceServicer):
         self.remaining_s: list[float] = []
         self.arrived_at: list[float] = []
         self.tenants: list[str | None] = []
+        self.metadata: list[Sequence[tuple[str, str | bytes]]] = []
         self.asked = threading.Event()
         self.cancelled = threading.Event()
         self.models: list[Sequence[pb.Model] | grpc.StatusCode] = []
@@ -116,6 +117,7 @@ class ScriptedService(inference_pb2_grpc.InferenceServiceServicer):
         self.requests.append(request)
         self.remaining_s.append(context.time_remaining())
         self.arrived_at.append(time.monotonic())
+        self.metadata.append(tuple(context.invocation_metadata()))
         self.tenants.append(dict(context.invocation_metadata()).get("vlcache-tenant"))
         self.asked.set()
         steps = list(self.attempts.pop(0))

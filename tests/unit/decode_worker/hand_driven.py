@@ -37,6 +37,8 @@ from tests.unit.decode_worker.serving import EPOCH, frames
 
 # more turns of the event loop than any chain of tasks of the worker takes
 SETTLING = 12
+# A call of nobody's trace.
+CALL: Any = SimpleNamespace(invocation_metadata=tuple)
 
 
 class HeldThread(Executor):
@@ -128,7 +130,7 @@ class HandDriven:
             prefill_epoch=EPOCH,
             epoch=self.worker.servicer._epoch,
         )
-        response = self._run(self.worker.servicer.Reserve, request, None)
+        response = self._run(self.worker.servicer.Reserve, request, CALL)
         held = self.reservations.find(response.token)
         self.clients.append(Client(seed, max_new_tokens, response.token, stream, held, known))
         return self.clients[-1]

@@ -9,9 +9,12 @@ from vlcache.v1 import inference_pb2 as pb
 
 from router.accounting import Accounting
 from router.admission.tenant_labels import MAX_LABELS
+from router.summary import Summary, write_access_line
 from shared import errors
 from shared.telemetry.metrics import RouterMetrics
+from shared.telemetry.scope import Scope, within
 from tests.unit.router.fakes import FULL_BYTES, KEPT_BYTES, SENT_BYTES, bench, run
+from tests.unit.shared.recording_span import RecordingSpan
 
 
 class Clock:
@@ -56,6 +59,68 @@ def test_latencies_of_one_request(accounting: Accounting, clock: Clock) -> None:
     assert value(accounting, "e2e_request_latency_seconds_sum") == pytest.approx(1.1)
     assert value(accounting, "generation_tokens_total") == 4
     assert value(accounting, "num_requests_running") == 0
+
+
+def test_what_a_request_has_come_to_is_told_once() -> None:
+    told: list[Summary] = []
+    clock, span = Clock(), RecordingSpan()
+    accounting = Accounting(RouterMetrics(worker="router"), clock=clock, report=told.append)
+    with within(Scope(request_id="r", span=span)):
+        account = accounting.open("team-a", "toy")
+    with accounting.waiting("team-a"):
+        assert (accounting.requests_running, accounting.requests_waiting) == (1, 1)
+    account.placed("p0", "d0")
+    account.goes_on("resend", "DECODE_WORKER_LOST", "d0")
+    account.placed("p0", "d1")
+    account.compression(
+        pb.Compression(policy="knorm", realised_retention=0.25, asked_retention=0.5, full_bytes=400, kept_bytes=100)
+    )
+    for _ in range(2):
+        account.transfer(pb.Transfer(transport="memory", sent_bytes=110))
+    clock.now_s += 0.5
+    account.tokens(2)
+    clock.now_s += 1.0
+    account.failed(errors.AbortedError("no", reason="RELEASED"))
+    account.left("decode", None)
+    (summary,) = told
+    assert summary == Summary(
+        tenant="team-a",
+        outcome="failed",
+        code="ABORTED",
+        reason="RELEASED",
+        model="toy",
+        policy="knorm",
+        retention_asked=0.5,
+        retention=0.25,
+        generated_tokens=2,
+        kv_full_bytes=400,
+        kv_kept_bytes=100,
+        kv_sent_bytes=220,
+        transport="memory",
+        first_token_s=pytest.approx(0.5),
+        total_s=pytest.approx(1.5),
+        prefill_worker="p0",
+        decode_worker="d1",
+        failovers=1,
+    )
+    assert (span.attributes, span.ends) == (summary.known(), ["ABORTED"])
+    lost = {"kind": "resend", "reason": "DECODE_WORKER_LOST", "worker": "d0"}
+    assert span.events == [("failover", lost), ("first_token", {})]
+    assert (accounting.requests_running, accounting.requests_waiting, accounting.totals.generated_tokens) == (0, 0, 2)
+
+
+def test_the_access_line_has_what_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="router.access"):
+        write_access_line(Summary(tenant="t", outcome="refused", code="NOT_FOUND", total_s=1 / 3))
+    (record,) = caplog.records
+    assert record.getMessage() == "tenant=t outcome=refused code=NOT_FOUND total_s=0.3333 failovers=0"
+    assert record.details == {
+        "tenant": "t",
+        "outcome": "refused",
+        "code": "NOT_FOUND",
+        "total_s": 1 / 3,
+        "failovers": 0,
+    }
 
 
 def test_tokens_that_come_together_share_their_gap(accounting: Accounting, clock: Clock) -> None:

@@ -250,6 +250,8 @@ def test_models_and_server_info() -> None:
             assert workers["prefill-0"].role == "prefill"
             assert workers["decode-0"].kv.capacity == 1 << 20
             assert {worker.state for worker in info.workers} == {"ready"}
-            assert info.totals == pb.Totals(requests=1, kv_full_bytes=1000, kv_kept_bytes=100, kv_sent_bytes=SENT_BYTES)
+            sums = {"kv_full_bytes": 1000, "kv_kept_bytes": 100, "kv_sent_bytes": SENT_BYTES}
+            assert info.totals == pb.Totals(requests=1, generated_tokens=3, **sums)
+            assert (info.requests_running, info.requests_waiting) == (0, 0)
 
     run(main)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import logging
 import re
 import socket
 import threading
@@ -18,10 +17,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shared.telemetry.announce import announce
 from shared.telemetry.exporter import MetricsExporter, watch_event_loop
-from shared.telemetry.logs import configure_logging
 from shared.telemetry.metrics import DecodeMetrics, PrefillMetrics, RouterMetrics
 from shared.telemetry.role_metrics import LATENCY_BUCKETS, STAGE_BUCKETS, TOKEN_GAP_BUCKETS, geometric_buckets
+from shared.telemetry.scope import Scope, within
 from shared.version import VERSION
+from tests.unit.shared.recording_span import RecordingSpan
 from tests.unit.shared.scripted import run
 
 UNITS = ("_seconds", "_bytes", "_ratio", "_info")
@@ -123,6 +123,20 @@ def test_stages_are_observed_by_name() -> None:
     assert metrics.registry.get_sample_value("vlcache_stage_seconds_sum", labels) == 0.25
 
 
+def test_stages_of_the_request_at_work_become_spans_of_it() -> None:
+    metrics, span = PrefillMetrics(worker="p1", model="toy"), RecordingSpan()
+    metrics.observe_stage("preprocess", 0.5)
+    with within(Scope(request_id="r", span=span)):
+        metrics.observe_stage("select", 0.25, policy="vl_cache")
+        metrics.observe_stages({"vision_encode": 0.1, "prefill": 0.2, "statistics": 0.3})
+    assert span.stages == [
+        ("select", 0.25, {"policy": "vl_cache"}, 0.0),
+        ("vision_encode", 0.1, {}, pytest.approx(0.5)),
+        ("prefill", 0.2, {}, pytest.approx(0.3)),
+        ("statistics", 0.3, {}, pytest.approx(0.0)),
+    ]
+
+
 @pytest.mark.parametrize(
     ("buckets", "low", "high"),
     [(LATENCY_BUCKETS, 1e-3, 480), (TOKEN_GAP_BUCKETS, 1e-3, 80), (STAGE_BUCKETS, 1e-4, 480)],
@@ -205,20 +219,3 @@ def test_a_service_announces_its_ports_in_one_json_line(capsys: pytest.CaptureFi
         "address": "127.0.0.1:1",
         "metrics": "127.0.0.1:2",
     }
-
-
-def test_log_lines_name_the_process_and_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    root.handlers.clear()
-    try:
-        configure_logging("decode-3", "WARNING")
-        logging.getLogger("some.module").warning("careful")
-        logging.getLogger("some.module").info("chatter")
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
-    printed = capsys.readouterr()
-    assert "decode-3 WARNING some.module: careful" in printed.err
-    assert "chatter" not in printed.err
-    assert printed.out == ""

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import importlib
+import math
 from typing import Any
 
 from vlcache._server_info import ServerInfo, Totals, Worker
@@ -10,6 +12,8 @@ from vlcache.cli.formatting import format_bytes, format_share, format_table, to_
 from vlcache.cli.options import add_service, client_of
 
 TIMEOUT_S = 10.0
+WATCH_PERIOD_S = 1.0
+MIN_PERIOD_S = 0.1
 
 _HEADER = (
     "WORKER",
@@ -32,14 +36,41 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("status", help="show workers and KV bytes", description=__doc__)
     parser.set_defaults(run=run)
     add_service(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    how.add_argument(
+        "--watch",
+        nargs="?",
+        type=_period,
+        const=WATCH_PERIOD_S,
+        metavar="SECONDS",
+        help="show it live until ctrl-C, asking again after so many seconds (default: %(const)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Asks and prints. Raises VlcacheError."""
+    """Asks and prints. Raises VlcacheError; ValueError for `--watch` without rich or without a terminal."""
+    if args.watch is not None:
+        return _watch_module().watch(args)
     with client_of(args, Timeout(total_s=TIMEOUT_S)) as client:
         info = client.info()
     print(_json(info) if args.json else _text(info))
+    return None
+
+
+def _watch_module() -> Any:
+    """The live view; the only part of the client that needs rich."""
+    try:
+        return importlib.import_module("vlcache.cli.watch")
+    except ImportError as error:
+        raise ValueError(f"--watch needs rich: pip install 'vlcache[cli]' ({error})") from error
+
+
+def _period(text: str) -> float:
+    period_s = float(text)
+    if not MIN_PERIOD_S <= period_s < math.inf:
+        raise argparse.ArgumentTypeError(f"at least {MIN_PERIOD_S} seconds, not {text}")
+    return period_s
 
 
 def _json(info: ServerInfo) -> str:

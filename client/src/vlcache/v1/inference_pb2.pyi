@@ -349,14 +349,18 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "workers", "totals")
+    __slots__ = ("version", "workers", "totals", "requests_running", "requests_waiting")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     TOTALS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
     version: str
     workers: _containers.RepeatedCompositeFieldContainer[Worker]
     totals: Totals
-    def __init__(self, version: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., totals: _Optional[_Union[Totals, _Mapping]] = ...) -> None: ...
+    requests_running: int
+    requests_waiting: int
+    def __init__(self, version: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., totals: _Optional[_Union[Totals, _Mapping]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ...) -> None: ...
 
 class Worker(_message.Message):
     __slots__ = ("name", "role", "address", "state", "model", "requests_running", "requests_waiting", "kv")
@@ -393,13 +397,15 @@ class KVBytes(_message.Message):
     def __init__(self, capacity: _Optional[int] = ..., reserved: _Optional[int] = ..., filling: _Optional[int] = ..., active: _Optional[int] = ..., retained: _Optional[int] = ...) -> None: ...
 
 class Totals(_message.Message):
-    __slots__ = ("requests", "kv_full_bytes", "kv_kept_bytes", "kv_sent_bytes")
+    __slots__ = ("requests", "kv_full_bytes", "kv_kept_bytes", "kv_sent_bytes", "generated_tokens")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     KV_FULL_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_KEPT_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     requests: int
     kv_full_bytes: int
     kv_kept_bytes: int
     kv_sent_bytes: int
-    def __init__(self, requests: _Optional[int] = ..., kv_full_bytes: _Optional[int] = ..., kv_kept_bytes: _Optional[int] = ..., kv_sent_bytes: _Optional[int] = ...) -> None: ...
+    generated_tokens: int
+    def __init__(self, requests: _Optional[int] = ..., kv_full_bytes: _Optional[int] = ..., kv_kept_bytes: _Optional[int] = ..., kv_sent_bytes: _Optional[int] = ..., generated_tokens: _Optional[int] = ...) -> None: ...
