@@ -13,6 +13,8 @@ from shared.rpc.options import MAX_CONTROL_BYTES, server_options
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# The name under which `grpc.health.v1` answers that a process lives: whoever restarts processes asks for it.
+LIVE = "live"
 
 
 class RpcServer:
@@ -34,7 +36,7 @@ class RpcServer:
         services: Sequence[str],
         max_request_bytes: int = MAX_CONTROL_BYTES,
     ) -> RpcServer:
-        """Binds and starts; health stays NOT_SERVING until `set_ready`.
+        """Binds and starts; health stays NOT_SERVING until `set_ready`, but that of `LIVE`, which never is.
 
         Args:
             name: Name of this process in error details.
@@ -54,6 +56,7 @@ class RpcServer:
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{port}") from error
         await server.start()
+        await servicer.set(LIVE, SERVING)
         running = cls(server, servicer, f"{host}:{bound}")
         await running.set_ready(False)
         return running
