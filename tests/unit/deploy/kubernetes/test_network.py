@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from tests.unit.deploy.kubernetes.manifests import EVERYTHING, Manifest, Rendered, each_shape, matches, rendered, walk
+from tests.unit.deploy.kubernetes.manifests import (
+    EVERYTHING,
+    SHAPES,
+    Manifest,
+    Rendered,
+    each_shape,
+    matches,
+    rendered,
+    walk,
+)
 
 # Labels of Pods that are not ours, and of their namespaces; ours are all in one.
 NAMESPACE = "vlcache"
@@ -151,7 +160,7 @@ def allows(policies: list[Manifest], way: str, peers: str, pod: Pod, other: Pod,
         return True
     return any(
         any(is_peer(peer, namespace, other) for peer in rule[peers])
-        and any(each["port"] <= port <= each.get("endPort", each["port"]) for each in rule["ports"])
+        and any(each["port"] == port for each in rule["ports"])
         for spec in chosen
         for rule in spec.get(way, [])
     )
@@ -164,6 +173,14 @@ def is_peer(peer: Mapping[str, Any], own_namespace: str, other: Pod) -> bool:
     else:
         inside = matches(peer["namespaceSelector"], {"kubernetes.io/metadata.name": namespace})
     return inside and matches(peer.get("podSelector", {}), labels)
+
+
+def test_policies_name_no_port_at_which_nobody_listens() -> None:
+    listening = {port for shape in SHAPES for each in rendered(shape).containers for port in each.ports.values()}
+    for shape in SHAPES:
+        for policy in rendered(shape).all("NetworkPolicy"):
+            named = {port["port"] for ports in walk(policy["spec"], "ports") for port in ports}
+            assert named <= {*listening, DNS_PORT}, (shape, policy["metadata"]["name"])
 
 
 @pytest.mark.parametrize("name", ["nothing-else", "decode", "redis"])
