@@ -59,7 +59,7 @@ TRIGGER = closed(
 )
 SCALED_OBJECT = closed(
     {
-        "scaleTargetRef": closed({"name": STRING}),
+        "scaleTargetRef": closed({"name": STRING}, kind={"enum": ["Deployment", "StatefulSet"]}),
         "minReplicaCount": COUNT,
         "maxReplicaCount": COUNT,
         "triggers": some(TRIGGER),

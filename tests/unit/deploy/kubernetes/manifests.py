@@ -19,9 +19,11 @@ import yaml
 
 FOLDER = Path(__file__).parents[4] / "deploy" / "kubernetes"
 COMPONENTS = sorted(folder.name for folder in (FOLDER / "components").iterdir())
-# What is rendered: every overlay, and the base with all components that go together.
-EVERYTHING = "everything"
-SHAPES = [*sorted(folder.name for folder in (FOLDER / "overlays").iterdir()), EVERYTHING]
+# What is rendered: every overlay, and the base with all components, once without and once with identities.
+EVERYTHING, SECURED = "everything", "secured"
+IDENTITIES = ("api-tokens", "certificates")
+PLAIN_SHAPES = [*sorted(folder.name for folder in (FOLDER / "overlays").iterdir()), EVERYTHING]
+SHAPES = [*PLAIN_SHAPES, SECURED]
 
 # What the kubelet would say of a Pod.
 FIELDS = {"metadata.name": "pod-0", "status.podIP": "10.0.0.1"}
@@ -30,6 +32,7 @@ REFERENCE = re.compile(r"\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
 
 Manifest = dict[str, Any]
 each_shape = pytest.mark.parametrize("shape", SHAPES)
+each_plain_shape = pytest.mark.parametrize("shape", PLAIN_SHAPES)
 
 
 def kustomize(folder: Path) -> list[Manifest]:
@@ -57,7 +60,7 @@ def kustomization(resources: Sequence[str], components: Sequence[str]) -> list[M
 
 @dataclass(frozen=True)
 class Container:
-    """One container of a Deployment, and its Pod."""
+    """One container of a Deployment or StatefulSet, and its Pod."""
 
     deployment: Manifest
     spec: Manifest
@@ -102,11 +105,16 @@ class Rendered:
         return found
 
     @property
+    def workloads(self) -> list[Manifest]:
+        """What makes Pods."""
+        return [*self.all("Deployment"), *self.all("StatefulSet")]
+
+    @property
     def containers(self) -> list[Container]:
-        """Of all Deployments."""
+        """Of all workloads."""
         return [
             Container(deployment, spec, self._environment(spec))
-            for deployment in self.all("Deployment")
+            for deployment in self.workloads
             for spec in deployment["spec"]["template"]["spec"]["containers"]
         ]
 
@@ -117,10 +125,8 @@ class Rendered:
 
     @property
     def pods(self) -> dict[str, dict[str, str]]:
-        """Labels of the Pods of each Deployment."""
-        return {
-            each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"] for each in self.all("Deployment")
-        }
+        """Labels of the Pods of each workload."""
+        return {each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"] for each in self.workloads}
 
     def _environment(self, spec: Manifest) -> dict[str, str]:
         environment: dict[str, str] = {}
@@ -157,9 +163,11 @@ def mib(quantity: str) -> int:
 @functools.cache
 def rendered(shape: str) -> Rendered:
     """The resources of an overlay, or of everything together."""
-    if shape != EVERYTHING:
-        return Rendered(tuple(kustomize(FOLDER / "overlays" / shape)))
-    return Rendered(tuple(kustomization(["base"], COMPONENTS)))
+    if shape in (EVERYTHING, SECURED):
+        components = [each for each in COMPONENTS if shape == SECURED or each not in IDENTITIES]
+        # what makes identities of Deployments comes last: the others know them as Deployments
+        return Rendered(tuple(kustomization(["base"], sorted(components, key=lambda each: each == "certificates"))))
+    return Rendered(tuple(kustomize(FOLDER / "overlays" / shape)))
 
 
 def matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:

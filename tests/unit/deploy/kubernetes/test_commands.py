@@ -16,7 +16,16 @@ from shared.config import WorkerConfig, parse_config
 from shared.registry.redis_client import PASSWORD_VARIABLE, RedisLocation
 from shared.rpc.server import LIVE
 from shared.version import VERSION
-from tests.unit.deploy.kubernetes.manifests import FIELDS, REFERENCE, Container, cpus, each_shape, mib, rendered
+from tests.unit.deploy.kubernetes.manifests import (
+    FIELDS,
+    REFERENCE,
+    Container,
+    cpus,
+    each_plain_shape,
+    each_shape,
+    mib,
+    rendered,
+)
 
 CONFIGS: dict[str, type[RouterConfig | PrefillConfig | DecodeConfig]] = {
     "vlcache/router": RouterConfig,
@@ -37,7 +46,7 @@ def parse(monkeypatch: pytest.MonkeyPatch):
     return read
 
 
-@each_shape
+@each_plain_shape
 def test_every_argument_is_understood(shape: str, parse) -> None:
     services = rendered(shape).services
     assert {container.image for container in services} == CONFIGS.keys()
@@ -49,7 +58,7 @@ def test_every_argument_is_understood(shape: str, parse) -> None:
     assert len(set(names)) == len(names), "two workers of one Pod are told apart"
 
 
-@each_shape
+@each_plain_shape
 def test_processes_listen_where_the_manifests_say(shape: str, parse) -> None:
     for container in rendered(shape).services:
         config = parse(container)
@@ -64,7 +73,7 @@ def test_processes_listen_where_the_manifests_say(shape: str, parse) -> None:
             assert config.listen.advertise == f"{FIELDS['status.podIP']}:{config.listen.port}"
 
 
-@each_shape
+@each_plain_shape
 def test_probes_ask_what_health_answers(shape: str, parse) -> None:
     for container in rendered(shape).services:
         port = parse(container).listen.port
@@ -74,7 +83,7 @@ def test_probes_ask_what_health_answers(shape: str, parse) -> None:
         assert spec["livenessProbe"]["grpc"] == spec["startupProbe"]["grpc"] == {"port": port, "service": LIVE}
 
 
-@each_shape
+@each_plain_shape
 def test_a_pod_has_the_time_to_drain(shape: str, parse) -> None:
     for container in rendered(shape).services:
         before = container.spec.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
@@ -82,7 +91,7 @@ def test_a_pod_has_the_time_to_drain(shape: str, parse) -> None:
         assert grace_s >= before + parse(container).drain_s + STOP_MARGIN_S, container.name
 
 
-@each_shape
+@each_plain_shape
 def test_workers_and_routers_meet_in_one_registry(shape: str, parse) -> None:
     everything = rendered(shape)
     places, users = set(), {}
@@ -97,14 +106,14 @@ def test_workers_and_routers_meet_in_one_registry(shape: str, parse) -> None:
     assert users == {"router": "router", "prefill": "worker", "decode": "worker"}
 
 
-@each_shape
+@each_plain_shape
 def test_workers_are_told_the_same_model(shape: str, parse) -> None:
     workers = [parse(each) for each in rendered(shape).services if each.image != "vlcache/router"]
     assert len({(config.model, config.revision, config.model_name, config.dtype) for config in workers}) == 1
     assert len(workers) == 2
 
 
-@each_shape
+@each_plain_shape
 def test_memory_and_threads_fit_their_containers(shape: str, parse) -> None:
     for container in rendered(shape).services:
         config, resources = parse(container), container.spec["resources"]
@@ -121,7 +130,7 @@ def test_memory_and_threads_fit_their_containers(shape: str, parse) -> None:
             assert (config.device == "cpu") == ("nvidia.com/gpu" not in resources["limits"])
 
 
-@each_shape
+@each_plain_shape
 def test_sockets_of_arenas_lie_where_a_worker_may_write(shape: str, parse) -> None:
     """A folder that does not exist yet, in a volume: the worker makes it, private; decode workers have it as well."""
     for container in rendered(shape).services:
@@ -145,13 +154,13 @@ def mounted(container: Container) -> dict[Path, str]:
 @each_shape
 def test_every_volume_is_mounted_and_every_mount_has_a_volume(shape: str) -> None:
     everything = rendered(shape)
-    for deployment in everything.all("Deployment"):
+    for deployment in everything.workloads:
         volumes = {each["name"] for each in deployment["spec"]["template"]["spec"].get("volumes", [])}
         mounts = [mounted(each) for each in everything.containers if each.deployment is deployment]
         assert {name for each in mounts for name in each.values()} == volumes
 
 
-@each_shape
+@each_plain_shape
 def test_every_variable_has_a_reader(shape: str) -> None:
     read_by_code = {PASSWORD_VARIABLE, TRITON_CACHE}
     readers: set[str] = set()

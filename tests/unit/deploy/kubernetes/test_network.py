@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from tests.unit.deploy.kubernetes.manifests import (
-    EVERYTHING,
     SHAPES,
     Manifest,
     Rendered,
@@ -50,7 +49,7 @@ def test_every_selector_finds_something(shape: str) -> None:
 @each_shape
 def test_a_deployment_selects_its_own_pods_alone(shape: str) -> None:
     everything = rendered(shape)
-    for deployment in everything.all("Deployment"):
+    for deployment in everything.workloads:
         selector = deployment["spec"]["selector"]
         name = deployment["metadata"]["name"]
         assert [pod for pod, labels in everything.pods.items() if matches(selector, labels)] == [name]
@@ -98,9 +97,8 @@ def ports_of(everything: Rendered, pod: str) -> dict[str, int]:
 def test_nobody_talks_to_whom_he_need_not(shape: str) -> None:
     """All ways between all Pods, ours and others, are tried against the policies."""
     everything = rendered(shape)
-    assert open_ways(everything) == needed_ways(
-        everything, watched=bool(everything.all("PodMonitor")), picked=shape == EVERYTHING
-    )
+    watched, picked = bool(everything.all("PodMonitor")), bool(everything.all("InferencePool"))
+    assert open_ways(everything) == needed_ways(everything, watched=watched, picked=picked)
 
 
 def needed_ways(everything: Rendered, *, watched: bool, picked: bool) -> set[tuple[str, str, int]]:

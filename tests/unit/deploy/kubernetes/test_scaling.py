@@ -11,7 +11,16 @@ import yaml
 from deploy.kubernetes.__main__ import RESOURCE, RULES, as_resource
 from shared.telemetry.metrics import RouterMetrics
 from tests.integration.prometheus_server import SHIPPED
-from tests.unit.deploy.kubernetes.manifests import EVERYTHING, FOLDER, Manifest, each_shape, matches, rendered
+from tests.unit.deploy.kubernetes.manifests import (
+    EVERYTHING,
+    FOLDER,
+    SECURED,
+    Manifest,
+    Rendered,
+    each_shape,
+    matches,
+    rendered,
+)
 
 PAGES = Path(__file__).parents[4] / "docs"
 
@@ -49,18 +58,21 @@ def test_workers_follow_tokens_and_memory_and_never_requests() -> None:
         assert "requests" not in query
 
 
+def scalers_of(everything: Rendered) -> list[Manifest]:
+    """What is scaled, by whatever kind."""
+    scalers = [*everything.all("ScaledObject"), *everything.all("HorizontalPodAutoscaler")]
+    return [each["spec"]["scaleTargetRef"] for each in scalers]
+
+
 @each_shape
 def test_what_scales_has_a_target_without_a_number_of_its_own(shape: str) -> None:
     everything = rendered(shape)
-    targets = {
-        each["spec"]["scaleTargetRef"]["name"]
-        for kind in ("ScaledObject", "HorizontalPodAutoscaler")
-        for each in everything.all(kind)
-    }
-    for deployment in everything.all("Deployment"):
+    targets = {each["name"] for each in scalers_of(everything)}
+    for deployment in everything.workloads:
         assert ("replicas" in deployment["spec"]) != (deployment["metadata"]["name"] in targets)
-    assert targets <= everything.pods.keys()
-    assert targets == ({"router", "prefill", "decode"} if shape in ("monitored", EVERYTHING) else set())
+    for each in scalers_of(everything):
+        everything.named(each.get("kind", "Deployment"), each["name"])
+    assert targets == ({"router", "prefill", "decode"} if shape in ("monitored", EVERYTHING, SECURED) else set())
 
 
 @pytest.mark.parametrize("kind", ["ScaledObject", "HorizontalPodAutoscaler"])
