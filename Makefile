@@ -91,9 +91,10 @@ proto: $(PROTO_VENV)/.stamp ## regenerate the stubs under client/src from proto/
 proto-check: proto ## fail when the committed stubs differ from proto/
 	git diff --exit-code --stat -- client/src/vlcache/v1 client/src/vlcache/worker
 
-docs: setup ## rewrite what is written from code: dashboards, the tables of metrics and of policies
+docs: setup ## rewrite what is written from code or rules: dashboards, tables of metrics and policies, the PrometheusRule
 	$(BIN)/python -m deploy.grafana
 	$(BIN)/python -m deploy.operations
+	$(BIN)/python -m deploy.kubernetes
 	$(BIN)/python -m prefill_worker.compression.catalogue
 
 PROMETHEUS := build/prometheus/usr/bin/prometheus

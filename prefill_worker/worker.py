@@ -173,6 +173,7 @@ class PrefillWorker:
         self.metrics.cache_usage.set_function(lambda: store.used_bytes / self._arena.capacity)
         self.metrics.requests_running.set_function(lambda: scheduler.running)
         self.metrics.requests_waiting.set_function(lambda: scheduler.waiting)
+        self.metrics.outstanding_tokens.set_function(lambda: scheduler.outstanding_tokens)
         self._features, self._prefixes = model.engine.features, model.engine.prefixes
         self.metrics.vision_cache_bytes.set_function(lambda: self._features.used_bytes)
         self.metrics.prefix_cache_bytes.set_function(lambda: self._prefixes.used_bytes)

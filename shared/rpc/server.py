@@ -13,6 +13,8 @@ from shared.rpc.options import MAX_CONTROL_BYTES, Option, server_options
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# The name under which `grpc.health.v1` answers that a process lives: whoever restarts processes asks for it.
+LIVE = "live"
 
 
 class RpcServer:
@@ -37,7 +39,7 @@ class RpcServer:
         guards: Sequence[grpc.aio.ServerInterceptor] = (),
         options: Sequence[Option] = (),
     ) -> RpcServer:
-        """Binds and starts; health stays NOT_SERVING until `set_ready`.
+        """Binds and starts; health stays NOT_SERVING until `set_ready`, but that of `LIVE`, which never is.
 
         Args:
             name: Name of this process in error details.
@@ -64,6 +66,7 @@ class RpcServer:
         except RuntimeError as error:
             raise OSError(f"cannot listen on {where}") from error
         await server.start()
+        await servicer.set(LIVE, SERVING)
         running = cls(server, servicer, f"{host}:{bound}")
         await running.set_ready(False)
         return running

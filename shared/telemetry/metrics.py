@@ -147,6 +147,9 @@ class PrefillMetrics(WorkerMetrics):
     def __init__(self, *, worker: str, model: str) -> None:
         super().__init__(role="prefill", worker=worker, model=model)
         h, c = self._histogram, self._counter
+        self.outstanding_tokens = self._gauge(
+            "outstanding_tokens", "Prompt tokens, visual and text, that wait for the model or are computed"
+        )
         self.attention_mass = h(
             "kv_kept_attention_mass_ratio", "Post-vision attention mass on kept tokens, mean over layers", RATIO_BUCKETS
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import vlcache
+import yaml
 
 from deploy.grafana.picture.__main__ import PictureConfig, collect
 from deploy.local.forks import Forks
@@ -128,6 +129,14 @@ def test_every_process_has_what_an_endpoint_picker_reads(watched: Watched, name:
     samples = watched.server.query(name)
     assert {sample["metric"]["role"] for sample in samples} == {"router", "prefill", "decode"}
     assert len(samples) == 3, "a picker takes any sample of a name"
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_what_workers_are_scaled_on_is_one_number(watched: Watched, role: str) -> None:
+    scaler = yaml.safe_load((ROOT / "deploy/kubernetes/components/autoscaling" / f"{role}.yaml").read_text())
+    (trigger,) = scaler["spec"]["triggers"]
+    (sample,) = watched.server.query(trigger["metadata"]["query"])
+    assert float(sample["value"][1]) >= 0
 
 
 def test_what_was_saved_adds_up(watched: Watched) -> None:

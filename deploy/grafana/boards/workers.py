@@ -68,6 +68,13 @@ WORKERS = Board(
             queries=(Query('sum by (worker) (vlcache_num_requests_waiting{role!="router"})', "{{worker}}"),),
         ),
         Panel(
+            title="Prompt tokens before each prefill worker",
+            text="Waiting for the model or computed: what prefill workers are scaled on.",
+            unit=COUNT,
+            kind="stack",
+            queries=(Query("sum by (worker) (vlcache_outstanding_tokens)", "{{worker}}"),),
+        ),
+        Panel(
             title="Answers that went on elsewhere",
             text="`resend`: a retained parcel was sent again. `reprefill`: the prompt was computed again."
             " `migration`: a worker leaves in good order.",

@@ -21,6 +21,7 @@ GRAFANA = ROOT / "deploy" / "grafana"
 ROLES = (RouterMetrics(worker="r"), PrefillMetrics(worker="p", model="m"), DecodeMetrics(worker="d", model="m"))
 METRICS: dict[str, Description] = {each.name: each for role in ROLES for each in role.described}
 RULES = yaml.safe_load((SHIPPED / "rules.yml").read_text())["groups"][0]["rules"]
+SCALERS = [ROOT / "deploy/kubernetes/components/autoscaling" / f"{role}.yaml" for role in ("prefill", "decode")]
 HISTOGRAM_SUFFIX = re.compile(r"_(bucket|sum|count)$")
 # What Prometheus and `histogram_quantile` add.
 MORE_LABELS = {*FIXED_LABELS, "le", "job", "instance"}
@@ -30,7 +31,8 @@ each_board = pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.ui
 
 def expressions() -> list[str]:
     drawn = [query.expr for board in BOARDS for panel in board.panels for query in panel.queries]
-    return sorted({*drawn, *(rule["expr"] for rule in RULES)})
+    scaled = [yaml.safe_load(file.read_text())["spec"]["triggers"][0]["metadata"]["query"] for file in SCALERS]
+    return sorted({*drawn, *scaled, *(rule["expr"] for rule in RULES)})
 
 
 def read(board: Board) -> dict[str, Any]:

@@ -295,10 +295,34 @@ def test_a_parcel_lives_while_it_is_renewed(loaded: LoadedModel, monkeypatch: py
     run(loaded, body, parcel_lease_s=12.5)
 
 
+def test_tokens_before_the_worker_are_shown(loaded: LoadedModel, gate: Gate) -> None:
+    """What autoscalers look at is what placement looks at."""
+
+    async def body(stack: Stack) -> None:
+        def shown() -> float | None:
+            return stack.worker.metrics.registry.get_sample_value(
+                "vlcache_outstanding_tokens", fixed_labels(stack, loaded)
+            )
+
+        assert shown() == 0
+        call = asyncio.create_task(stack.retained(*PARTS))
+        await until(gate.reached.is_set)
+        assert shown() == stack.worker.info().outstanding_tokens > 0
+        gate.open.set()
+        await call
+        assert shown() == 0
+
+    run(loaded, body)
+
+
+def fixed_labels(stack: Stack, loaded: LoadedModel) -> dict[str, str]:
+    return {"role": "prefill", "worker": stack.worker.name, "model": loaded.identity.name}
+
+
 def test_bytes_are_shown_by_state(loaded: LoadedModel, gate: Gate) -> None:
     async def body(stack: Stack) -> None:
         def shown() -> dict[str, float]:
-            labels = {"role": "prefill", "worker": stack.worker.name, "model": loaded.identity.name}
+            labels = fixed_labels(stack, loaded)
             read = partial(stack.worker.metrics.registry.get_sample_value, "vlcache_kv_resident_bytes")
             return {state: read({**labels, "state": state}) or 0.0 for state in ("filling", "retained")}
 

@@ -9,7 +9,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from shared.errors import ResourceExhaustedError
 from shared.rpc.options import MAX_CONTROL_BYTES
-from shared.rpc.server import NOT_SERVING, SERVING, RpcServer
+from shared.rpc.server import LIVE, NOT_SERVING, SERVING, RpcServer
 from shared.rpc.status import from_rpc_error
 from tests.unit.shared.scripted import SERVICE, call, failure, run, serving
 from tests.unit.shared.test_interceptor import echoing
@@ -26,6 +26,17 @@ def test_health_is_not_serving_until_ready() -> None:
             assert (await health.Check(CHECK)).status == SERVING
             await server.set_ready(False)
             assert (await health.Check(CHECK)).status == NOT_SERVING
+
+    run(main)
+
+
+def test_a_process_lives_before_it_is_ready_and_while_it_drains() -> None:
+    async def main() -> None:
+        async with serving({}) as (server, channel):
+            health = health_pb2_grpc.HealthStub(channel)
+            for ready in (False, True, False):
+                await server.set_ready(ready)
+                assert (await health.Check(health_pb2.HealthCheckRequest(service=LIVE))).status == SERVING
 
     run(main)
 

@@ -28,7 +28,7 @@ UNITS = ("_seconds", "_bytes", "_ratio", "_info")
 # Counts have no unit.
 UNITLESS = {"num_requests_running", "num_requests_waiting", "worker_state", "visual_tokens", "image_pixels"}
 UNITLESS |= {"decode_batch_size", "circuit_state", "tenant_requests_running", "tenant_requests_waiting"}
-UNITLESS |= {"served_models"}
+UNITLESS |= {"served_models", "outstanding_tokens"}
 ROLES = {
     "router": RouterMetrics(worker="r0"),
     "prefill": PrefillMetrics(worker="p0", model="toy"),
