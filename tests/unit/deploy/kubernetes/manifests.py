@@ -82,9 +82,7 @@ class Container:
     @property
     def arguments(self) -> list[str]:
         """As the process gets them: what is not defined stays as it is."""
-        return [
-            REFERENCE.sub(lambda match: self.environment.get(match[1], match[0]), each) for each in self.spec["args"]
-        ]
+        return [expanded(each, self.environment) for each in self.spec["args"]]
 
     @property
     def ports(self) -> dict[str, int]:
@@ -132,8 +130,14 @@ class Rendered:
         environment: dict[str, str] = {}
         for source in spec.get("envFrom", []):
             environment.update(self.named("ConfigMap", source["configMapRef"]["name"])["data"])
-        environment.update((each["name"], _value(each, spec)) for each in spec.get("env", []))
+        for each in spec.get("env", []):
+            environment[each["name"]] = expanded(_value(each, spec), environment)
         return environment
+
+
+def expanded(text: str, environment: Mapping[str, str]) -> str:
+    """With the value of every $(NAME) that is defined by then."""
+    return REFERENCE.sub(lambda match: environment.get(match[1], match[0]), text)
 
 
 def _value(variable: Manifest, spec: Manifest) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from shared.config import WorkerConfig, parse_config
 from shared.registry.redis_client import PASSWORD_VARIABLE, RedisLocation
 from shared.rpc.server import LIVE
 from shared.version import VERSION
+from tests.certificates import Certificates
 from tests.unit.deploy.kubernetes.manifests import (
     FIELDS,
     REFERENCE,
@@ -35,18 +38,40 @@ CONFIGS: dict[str, type[RouterConfig | PrefillConfig | DecodeConfig]] = {
 TRITON_CACHE = "TRITON_CACHE_DIR"
 
 
+# Where components mount Secrets.
+TLS_FOLDER, TOKENS = "/etc/vlcache/tls", "/etc/vlcache/api-tokens/tokens"
+
+
+@pytest.fixture(scope="module")
+def secrets_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
+    """The files of a role's Secrets, by where its arguments say that they are."""
+    folder = tmp_path_factory.mktemp("secrets")
+    certificates = Certificates(folder)
+    (folder / "tokens").write_text(f"team-a {hashlib.sha256(b'token').hexdigest()}\n")
+
+    def files_of(role: str) -> dict[str, str]:
+        tls = certificates.files(role)
+        names = {"tls.crt": tls.cert, "tls.key": tls.key, "ca.crt": tls.ca}
+        return {f"{TLS_FOLDER}/{name}": str(path) for name, path in names.items()} | {TOKENS: str(folder / "tokens")}
+
+    return files_of
+
+
 @pytest.fixture
-def parse(monkeypatch: pytest.MonkeyPatch):
-    """The configuration of a container, read as its process reads it."""
+def parse(monkeypatch: pytest.MonkeyPatch, secrets_of: Callable[[str], dict[str, str]]):
+    """The configuration of a container, read as its process reads it, Secrets included."""
 
     def read(container: Container) -> RouterConfig | PrefillConfig | DecodeConfig:
-        monkeypatch.setattr(sys, "argv", [container.name, *container.arguments])
+        files = secrets_of(container.spec["name"])
+        arguments = [each.partition("=") for each in container.arguments]
+        words = [f"{flag}={files.get(value, value)}" for flag, _, value in arguments]
+        monkeypatch.setattr(sys, "argv", [container.name, *words])
         return parse_config(CONFIGS[container.image], "")
 
     return read
 
 
-@each_plain_shape
+@each_shape
 def test_every_argument_is_understood(shape: str, parse) -> None:
     services = rendered(shape).services
     assert {container.image for container in services} == CONFIGS.keys()
@@ -58,7 +83,7 @@ def test_every_argument_is_understood(shape: str, parse) -> None:
     assert len(set(names)) == len(names), "two workers of one Pod are told apart"
 
 
-@each_plain_shape
+@each_shape
 def test_processes_listen_where_the_manifests_say(shape: str, parse) -> None:
     for container in rendered(shape).services:
         config = parse(container)
@@ -70,7 +95,9 @@ def test_processes_listen_where_the_manifests_say(shape: str, parse) -> None:
             "decode-metrics",
         }
         if isinstance(config, WorkerConfig):
-            assert config.listen.advertise == f"{FIELDS['status.podIP']}:{config.listen.port}"
+            assert config.listen.advertise == f"{container.environment['ADDRESS']}:{config.listen.port}"
+        # one or the other, never neither
+        assert config.allow_plaintext == (config.identity() is None)
 
 
 @each_plain_shape
@@ -83,7 +110,7 @@ def test_probes_ask_what_health_answers(shape: str, parse) -> None:
         assert spec["livenessProbe"]["grpc"] == spec["startupProbe"]["grpc"] == {"port": port, "service": LIVE}
 
 
-@each_plain_shape
+@each_shape
 def test_a_pod_has_the_time_to_drain(shape: str, parse) -> None:
     for container in rendered(shape).services:
         before = container.spec.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
@@ -91,7 +118,7 @@ def test_a_pod_has_the_time_to_drain(shape: str, parse) -> None:
         assert grace_s >= before + parse(container).drain_s + STOP_MARGIN_S, container.name
 
 
-@each_plain_shape
+@each_shape
 def test_workers_and_routers_meet_in_one_registry(shape: str, parse) -> None:
     everything = rendered(shape)
     places, users = set(), {}
@@ -106,14 +133,14 @@ def test_workers_and_routers_meet_in_one_registry(shape: str, parse) -> None:
     assert users == {"router": "router", "prefill": "worker", "decode": "worker"}
 
 
-@each_plain_shape
+@each_shape
 def test_workers_are_told_the_same_model(shape: str, parse) -> None:
     workers = [parse(each) for each in rendered(shape).services if each.image != "vlcache/router"]
     assert len({(config.model, config.revision, config.model_name, config.dtype) for config in workers}) == 1
     assert len(workers) == 2
 
 
-@each_plain_shape
+@each_shape
 def test_memory_and_threads_fit_their_containers(shape: str, parse) -> None:
     for container in rendered(shape).services:
         config, resources = parse(container), container.spec["resources"]
@@ -130,7 +157,7 @@ def test_memory_and_threads_fit_their_containers(shape: str, parse) -> None:
             assert (config.device == "cpu") == ("nvidia.com/gpu" not in resources["limits"])
 
 
-@each_plain_shape
+@each_shape
 def test_sockets_of_arenas_lie_where_a_worker_may_write(shape: str, parse) -> None:
     """A folder that does not exist yet, in a volume: the worker makes it, private; decode workers have it as well."""
     for container in rendered(shape).services:
@@ -160,7 +187,7 @@ def test_every_volume_is_mounted_and_every_mount_has_a_volume(shape: str) -> Non
         assert {name for each in mounts for name in each.values()} == volumes
 
 
-@each_plain_shape
+@each_shape
 def test_every_variable_has_a_reader(shape: str) -> None:
     read_by_code = {PASSWORD_VARIABLE, TRITON_CACHE}
     readers: set[str] = set()

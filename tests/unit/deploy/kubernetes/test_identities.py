@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 
-from tests.unit.deploy.kubernetes.manifests import SECURED, Container, rendered
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from shared.rpc.server import LIVE, SERVING, RpcServer
+from tests.certificates import Certificates
+from tests.unit.deploy.kubernetes.manifests import FIELDS, SECURED, Container, rendered
 
 PAGE = Path(__file__).parents[4] / "docs" / "kubernetes.md"
 TLS_FILES = {"--tls-cert": "tls.crt", "--tls-key": "tls.key", "--tls-ca": "ca.crt"}
@@ -47,11 +54,37 @@ def test_workers_are_reached_at_names_that_a_certificate_can_have() -> None:
         # before a Pod is ready as well: it is in the registry when it is
         assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
         domain = f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc"
-        assert container.environment["ADDRESS"] == f"$(POD_NAME).{domain}"
+        # a variable knows those before it
+        assert container.environment["ADDRESS"] == f"{FIELDS['metadata.name']}.{domain}"
         assert flags_of(container)["--listen.advertise"] == f"$(ADDRESS):{container.ports['grpc']}"
-        names = [each["name"] for each in container.spec["env"]]
-        assert names.index("POD_NAME") < names.index("ADDRESS"), "a variable knows those before it"
         assert f"| `vlcache-{name}-tls` | `spiffe://vlcache/{name}` | `*.{domain}` |" in PAGE.read_text()
+
+
+@pytest.mark.parametrize(("service", "met"), [("prefill", True), ("decode", False)])
+def test_a_wildcard_names_the_workers_of_one_service(tmp_path: Path, service: str, met: bool) -> None:
+    async def main() -> None:
+        certificates = Certificates(tmp_path)
+        worker = certificates.identity("prefill", hosts=["*.prefill.vlcache.svc"])
+        server = await RpcServer.start(
+            name="p",
+            host="127.0.0.1",
+            port=0,
+            register=lambda server: None,
+            services=[],
+            credentials=worker.server_credentials(demand_client_cert=True),
+        )
+        # what a name server would say of prefill-0.prefill.vlcache.svc
+        options = [("grpc.ssl_target_name_override", f"{service}-0.{service}.vlcache.svc")]
+        async with grpc.aio.secure_channel(server.address, certificates.channel("router"), options=options) as channel:
+            call = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=LIVE), timeout=10)
+            if met:
+                assert (await call).status == SERVING
+            else:
+                with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
+                    await call
+        await server.stop(0)
+
+    asyncio.run(main())
 
 
 def test_no_probe_speaks_grpc_to_a_port_that_wants_tls() -> None:
