@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import time
@@ -25,7 +26,7 @@ STAGES = {
     "Prefill": ["preprocess", "prefill_queue", "vision_encode", "prefill", "statistics", "select", "transfer"],
     "sequence": ["install", "decode_queue", "decode"],
 }
-# The clocks of the processes of one machine are one, but a process may be late to see that its call has ended.
+# The clocks of the processes of one machine are one, but a thread may be late to see that a call or a stage has ended.
 LATE_S = 0.05
 SHORT = vlcache.Sampling(max_new_tokens=12, ignore_eos=True)
 LONG = vlcache.Sampling(max_new_tokens=400, ignore_eos=True)
@@ -173,7 +174,7 @@ def test_an_answer_is_one_tree_of_spans(told: Told, request_id: str) -> None:
         assert call == "Generate" or parent.parent_id == root.span_id
         stages = [one(spans, name) for name in STAGES[call]]
         assert all((each.service, each.parent_id) == (service, parent.span_id) for each in stages)
-        assert [each.start_s for each in stages] == sorted(each.start_s for each in stages)
+        assert all(before.start_s <= after.start_s + LATE_S for before, after in itertools.pairwise(stages))
     assert len(spans) == len(STAGES) + sum(map(len, STAGES.values()))
 
 
