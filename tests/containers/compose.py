@@ -12,8 +12,10 @@ from tests.containers.machine import BASE, BUILD_S, Machine
 log = logging.getLogger("containers")
 
 # deploy/docker/debian.yml says why: no registry is reached from here, and Debian has no Grafana.
-FILES = ("--file", "docker-compose.yml", "--file", "deploy/docker/debian.yml", "--profile", "cpu")
+FILES = ("-f", "docker-compose.yml", "-f", "deploy/docker/debian.yml", "--profile", "cpu")
 PATIENCE_S = 180.0
+# stop_grace_period of the services
+GRACE_S = 40
 
 
 class Compose:
@@ -45,10 +47,14 @@ class Compose:
 
     def stop(self) -> None:
         """Stops everything as its grace periods allow."""
+        for container in self._replicas():
+            self._machine.podman("stop", f"--time={GRACE_S}", container, timeout_s=PATIENCE_S)
         self._run("stop")
 
     def down(self) -> None:
         """Stops what runs, and removes it with its volumes and its network."""
+        for container in self._replicas():
+            self._machine.podman("rm", "--force", container)
         self._run("down", "--volumes")
 
     def containers(self, service: str = "") -> list[str]:
@@ -56,13 +62,21 @@ class Compose:
         wanted = [f"--filter=label=com.docker.compose.service={service}"] if service else []
         return self._machine.podman("ps", "--all", "--quiet", "--no-trunc", *wanted).split()
 
+    def name(self, container: str) -> str:
+        """What podman-compose calls a container."""
+        return self._machine.inspect(container)["Name"]
+
     def wait_healthy(self, count: int) -> None:
         """Until the health checks of so many containers succeed, run here for want of a timer that runs them."""
         wait_until(lambda: len(self.containers()) == count, f"there are not {count} containers")
         for container in self.containers():
-            name = self._machine.inspect(container)["Name"]
-            wait_until(lambda container=container: self._is_healthy(container), f"{name} is not healthy")
+            name = self.name(container)
+            wait_until(lambda name=name: self._is_healthy(name), f"{name} is not healthy")
             log.info("%s is healthy", name)
+
+    def _replicas(self) -> list[str]:
+        """Those beyond the first of each service: podman-compose stops and removes as many as the file has."""
+        return [name for name in map(self.name, self.containers()) if not name.endswith("_1")]
 
     def _is_healthy(self, container: str) -> bool:
         return self._machine.succeeds("podman", "healthcheck", "run", container)

@@ -61,9 +61,7 @@ runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 conmon_env_vars = ["PATH={path}", "CONTAINERS_CONF={run}/containers.conf", "CONTAINERS_STORAGE_CONF={run}/storage.conf"]
-static_dir = "{run}/static"
 tmp_dir = "{run}/libpod"
-volume_path = "{run}/volumes"
 [network]
 network_backend = "netavark"
 network_config_dir = "{run}/networks"
@@ -97,6 +95,10 @@ class Machine:
             # Unix sockets lie below, and their paths are short
             self._run = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="vlcache-podman-")))
             STORE.mkdir(parents=True, exist_ok=True)
+            # What Podman remembers beside the images, with folders of an earlier run in it. It cannot live elsewhere:
+            # a container's end is noted by a Podman that is told of the store only.
+            for memory in ("libpod", "volumes"):
+                shutil.rmtree(STORE / "storage" / memory, ignore_errors=True)
             (self._run / "containers.conf").write_text(CONTAINERS_CONF.format(run=self._run, path=PLACES))
             (self._run / "storage.conf").write_text(STORAGE_CONF.format(run=self._run, store=STORE, driver="overlay"))
             self._pip.write(self._run / "pip.conf")

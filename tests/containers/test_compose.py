@@ -128,10 +128,11 @@ def test_answers_survive_a_container_that_dies_and_it_comes_back(machine: Machin
 
 def test_everything_drains_and_nothing_is_left(machine: Machine, service: Compose) -> None:
     """The last one: it takes the service down."""
-    ids = service.containers()
+    names = [service.name(container) for container in service.containers()]
     service.stop()
-    ended = {machine.inspect(container)["Name"]: machine.inspect(container)["State"] for container in ids}
-    assert {name: state["ExitCode"] for name, state in ended.items()} == dict.fromkeys(ended, 0)
+    states = [(name, machine.inspect(name)["State"]) for name in names]
+    ended = [(name, state["Status"], state["ExitCode"]) for name, state in states]
+    assert ended == [(name, "exited", 0) for name in names]
     service.down()
     assert service.containers() == []
     assert machine.podman("volume", "ls", "--quiet") == ""

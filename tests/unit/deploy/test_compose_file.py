@@ -19,9 +19,10 @@ from router.config import RouterConfig
 from shared.config import parse_config
 from shared.registry.redis_client import PASSWORD_VARIABLE, RedisLocation
 from shared.rpc.probe import ProbeConfig
+from tests.containers.compose import FILES
 from tests.integration.prometheus_server import ROOT, SHIPPED
 from tests.integration.redis_server import ROUTER_ACL, WORKER_ACL
-from tests.unit.deploy.compose_file import FILE, HOSTNAME, arguments, read
+from tests.unit.deploy.compose_file import FILE, HOSTNAME, VARIABLE, arguments, read
 from tests.unit.deploy.dockerfile import of
 
 OVERRIDE = ROOT / "deploy" / "docker" / "debian.yml"
@@ -97,15 +98,13 @@ def test_replicas_of_a_worker_are_told_apart(name: str, tmp_path: Path, monkeypa
 @each_worker
 def test_folders_that_are_written_are_mounted_and_belong_to_the_user_in_the_image(name: str) -> None:
     service = SERVICES[name]
-    (folders,) = re.findall(
-        r"install --directory --mode 0700 --owner 10001 --group 10001 (.*)", of("service", "RUN")[0]
-    )
+    (folders,) = re.findall(r"--mode 0700 --owner 10001 --group 10001 ([^&]*) &&", of("service", "RUN")[0])
     (home,) = re.findall(r"HF_HOME=(\S+)", " ".join(of(service["build"]["target"], "ENV")))
     assert home in folders.split()
     named = {target for target, source in mounts(name).items() if source in DOCUMENT["volumes"]}
     assert named == set(folders.split())
     assert service["read_only"]
-    assert service["tmpfs"] == ["/tmp"]
+    assert service["tmpfs"] == ["/tmp:exec" if name.endswith("-gpu") else "/tmp"]
 
 
 @pytest.mark.parametrize("suffix", ["", "-gpu"])
@@ -198,3 +197,12 @@ def test_the_override_names_services_of_the_file() -> None:
     targets = {each["build"]["target"] for each in override.values() if "build" in each}
     text = (OVERRIDE.parent / "debian.Dockerfile").read_text()
     assert targets == set(re.findall(r"^FROM \$\{BASE\} AS (\w+)$", text, re.MULTILINE))
+
+
+def test_the_operators_page_says_how_to_start_it_and_names_every_variable() -> None:
+    _, _, rest = (ROOT / "docs" / "operations.md").read_text().partition("\n## Containers\n")
+    page, _, _ = rest.partition("\n## ")
+    # as the test of the containers does
+    assert f"\ndocker compose {' '.join(FILES)} up " in page
+    for name, _, _ in VARIABLE.findall(FILE.read_text()):
+        assert re.search(rf"\b{name}\b", page), name
