@@ -52,6 +52,8 @@ RUN_FOLDERS = ("/run/containers", "/run/netns", "/run/runc")
 # How Podman announces a step of a build.
 STEP = re.compile(r"(\[\d+/\d+\] )?(STEP|COMMIT)")
 LAST_LINES = 40
+# At the end: in which containers are removed that depend on each other.
+ROUNDS = 10
 
 CONTAINERS_CONF = """
 [containers]
@@ -68,7 +70,7 @@ network_config_dir = "{run}/networks"
 """
 STORAGE_CONF = """
 [storage]
-driver = "{driver}"
+driver = "overlay"
 graphroot = "{store}/storage"
 runroot = "{run}/storage"
 """
@@ -100,7 +102,7 @@ class Machine:
             for memory in ("libpod", "volumes"):
                 shutil.rmtree(STORE / "storage" / memory, ignore_errors=True)
             (self._run / "containers.conf").write_text(CONTAINERS_CONF.format(run=self._run, path=PLACES))
-            (self._run / "storage.conf").write_text(STORAGE_CONF.format(run=self._run, store=STORE, driver="overlay"))
+            (self._run / "storage.conf").write_text(STORAGE_CONF.format(run=self._run, store=STORE))
             self._pip.write(self._run / "pip.conf")
             self._holder = self._open_namespaces()
             exits.callback(self._close_namespaces)
@@ -249,8 +251,11 @@ class Machine:
         self._holder.communicate()
 
     def _remove_everything(self) -> None:
-        # those that others depend on are refused, or gone, while these end
-        while left := self.podman("ps", "--all", "--external", "--quiet").split():
+        for _ in range(ROUNDS):
+            left = self.podman("ps", "--all", "--external", "--quiet").split()
+            if not left:
+                break
+            # those that others depend on are refused, or gone, while these end
             self.succeeds("podman", "rm", "--force", "--depend", "--ignore", "--time=1", *left)
         self.podman("volume", "prune", "--force")
         self.podman("network", "prune", "--force")
