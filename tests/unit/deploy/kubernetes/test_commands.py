@@ -19,6 +19,7 @@ from shared.registry.redis_client import PASSWORD_VARIABLE, RedisLocation
 from shared.rpc.server import LIVE
 from shared.version import VERSION
 from tests.certificates import Certificates
+from tests.unit.deploy import dockerfile
 from tests.unit.deploy.kubernetes.manifests import (
     FIELDS,
     REFERENCE,
@@ -138,6 +139,14 @@ def test_workers_are_told_the_same_model(shape: str, parse) -> None:
     workers = [parse(each) for each in rendered(shape).services if each.image != "vlcache/router"]
     assert len({(config.model, config.revision, config.model_name, config.dtype) for config in workers}) == 1
     assert len(workers) == 2
+
+
+def test_the_bundled_model_lies_where_the_images_have_it(parse) -> None:
+    for container in rendered("cpu").services:
+        if isinstance(config := parse(container), WorkerConfig):
+            (folder,) = dockerfile.of(container.spec["name"], "WORKDIR")
+            copied = dict(each.split() for each in dockerfile.of(container.spec["name"], "COPY") if "--" not in each)
+            assert config.model == f"{folder}/{copied['models/shapes_vlm/checkpoint']}"
 
 
 @each_shape
