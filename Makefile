@@ -32,7 +32,7 @@ GRPCIO_TOOLS := grpcio-tools==1.74.0
 # xdist would put files of few tests last, which are the slow ones.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo serve test heavy chaos test-containers test-matrix lint format typecheck proto proto-check docs prometheus bench-gpu train-model clean
+.PHONY: help setup demo serve test heavy chaos fuzz test-containers test-matrix lint format typecheck proto proto-check docs prometheus bench-gpu train-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -56,13 +56,16 @@ serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C dr
 	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT) $(WORKERS) $(if $(SECURE),--secure)
 
 test: setup ## the test suite, in JOBS processes (TESTS=folder or file: a part of it)
-	$(PYTEST) -m "not chaos and not heavy and not containers" $(TESTS)
+	$(PYTEST) -m "not chaos and not heavy and not containers and not fuzz" $(TESTS)
 
 heavy: setup ## what takes long and fails seldom: ten model families, benchmarks, every kernel for every target (minutes)
 	$(PYTEST) -m heavy $(TESTS)
 
 chaos: setup ## real processes killed, stopped and drained under load: nothing may be lost (minutes)
 	$(PYTEST) -m chaos $(TESTS)
+
+fuzz: setup ## strange manifests, requests and images, FUZZ_S seconds of each kind (20)
+	$(PYTEST) -m fuzz tests/fuzz
 
 test-containers: setup ## build the images and run the compose file in containers of Podman; needs root (minutes)
 	$(BIN)/python -m pytest -m containers -o log_cli=true -o log_cli_level=INFO $(or $(TESTS),tests/containers)

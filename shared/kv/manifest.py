@@ -17,6 +17,8 @@ from shared.request.sampling import Sampling
 FORMAT_VERSION = 1
 MAX_LOGICAL_LENGTH = 1 << 24
 MAX_TABLE_ROWS = 1 << 27
+# sums of many small numbers
+MAX_MASS = 1.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,7 @@ class Manifest:
         heads = self.layout.num_layers * self.layout.num_kv_heads
         _require(0 < self.logical_length <= MAX_LOGICAL_LENGTH, "logical length out of range")
         _require(len(self.num_kept) == heads, "one kept count per layer and KV head is needed")
+        self._check_shares()
         self._check_eviction()
         self._check_kept()
         if self.encoding is not None:
@@ -197,6 +200,15 @@ class Manifest:
     @property
     def _empty_layers(self) -> frozenset[int]:
         return self.eviction.empty_layers if self.eviction is not None else frozenset()
+
+    def _check_shares(self) -> None:
+        """They are only reported, but by whoever computes with them."""
+        for share in (self.requested_retention, self.realised_retention):
+            _require(0 <= share <= 1, "a retention lies in [0, 1]")
+        _require(
+            len(self.layer_attention_mass) in (0, self.layout.num_layers), "one attention mass per layer is needed"
+        )
+        _require(all(0 <= mass <= MAX_MASS for mass in self.layer_attention_mass), "an attention mass lies in [0, 1]")
 
     def _check_kept(self) -> None:
         heads, empty = self.layout.num_kv_heads, self._empty_layers

@@ -217,7 +217,7 @@ def test_greedy_and_sampled_sequences_share_a_batch(single: Recorded, pool: Pool
         for row, (each, prompt) in enumerate(zip(batch, prompts, strict=True)):
             # the prompt, the first token, and one more per step
             assert tokens[row].token == sample(single.logits[row], each.sampling, prompt.num_tokens + 1 + step)
-        assert tokens[0] == int(single.logits[0].argmax())
+        assert tokens[0].token == int(single.logits[0].argmax())
         advance(batch, tokens)
 
 

@@ -145,7 +145,7 @@ def test_the_sender_hands_over_and_renews_without_a_call(loaded: LoadedModel, sh
             report = await sender.send(parcel, ticket)
         assert report == dataclasses.replace(report, transport="local", sent_bytes=0)
         assert metrics.labelled(metrics.transfer_bytes, transport="local")._value.get() == 0
-        assert not sender._channels
+        assert not sender._lines
         await answers(served, token, shipment)
 
     run(loaded, body)

@@ -238,7 +238,7 @@ def test_the_first_token_stands_right_after_the_prompt(
 
 
 def with_first_token(compute: PrefillCompute, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefill_worker.opening.sample", lambda *_: token)
+    monkeypatch.setattr("shared.model.sampler.sample", lambda *_: token)
 
 
 EOS = tokenizer().eos_token_id
