@@ -32,7 +32,7 @@ GRPCIO_TOOLS := grpcio-tools==1.74.0
 # xdist would put files of few tests last, which are the slow ones.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo serve test heavy chaos fuzz test-containers test-matrix lint format typecheck proto proto-check docs prometheus bench-gpu train-model clean
+.PHONY: help setup demo serve test heavy chaos fuzz test-containers test-matrix lint format typecheck proto proto-check docs sbom prometheus bench-gpu train-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -104,6 +104,9 @@ docs: setup ## rewrite what is written from code or rules: dashboards, tables of
 	$(BIN)/python -m prefill_worker.compression.catalogue
 
 PROMETHEUS := build/prometheus/usr/bin/prometheus
+
+sbom: setup ## the packages that services run on, with versions and licences, as CycloneDX: sbom.json
+	$(BIN)/python -m deploy.sbom -o sbom.json
 
 prometheus: ## unpack a Prometheus into build/ for the tests that need one, unless the machine has it (Debian, Ubuntu)
 	@command -v promtool >/dev/null || test -x $(PROMETHEUS) || { mkdir -p build/prometheus && \
