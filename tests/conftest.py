@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,10 @@ if not GPU_DRIVER.exists():
 
 settings.register_profile("vlcache", deadline=None)
 settings.load_profile("vlcache")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a suite that was started in the background ignores ctrl-C, and so would the processes that it tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
