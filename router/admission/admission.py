@@ -117,9 +117,11 @@ class Admission:
             DeadlineExceededError: The client's deadline came first.
         """
         since_s = self._accounting.clock()
-        # what it has lost it was accepted by; others may be on their way. A parcel may as well be computed elsewhere
-        waits = (avoid or begun is not None) and (begun is None or begun.holder is None)
-        workers_by_s = asyncio.get_running_loop().time() + self._comeback_s if waits else 0.0
+        has_lost_one = bool(avoid) or begun is not None
+        # where nobody takes a parcel, its prompt may still be computed elsewhere, at once
+        resends = begun is not None and begun.holder is not None
+        comeback_s = self._comeback_s if has_lost_one and not resends else 0.0
+        workers_by_s = asyncio.get_running_loop().time() + comeback_s
         lease = await self._wait_for_lease(_Ask(request, avoid, deadline, begun, workers_by_s))
         self._accounting.admitted(
             self._accounting.clock() - since_s,
