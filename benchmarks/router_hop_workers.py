@@ -149,10 +149,12 @@ class Direct(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: N802
         """See the proto."""
         yield pb.GenerateResponse(started=pb.Started(request_id=request.request_id, model=MODEL.name))
-        for number in range(request.sampling.max_new_tokens):
+        last = request.sampling.max_new_tokens - 1
+        for number in range(last + 1):
             await self._steps.wait()
-            yield pb.GenerateResponse(delta=pb.Delta(token_ids=[number], text=self._steps.stamp))
-        yield pb.GenerateResponse(finished=pb.Finished(reason=pb.FINISH_REASON_LENGTH))
+            reason = pb.FINISH_REASON_LENGTH if number == last else pb.FINISH_REASON_UNSPECIFIED
+            yield pb.GenerateResponse(delta=pb.Delta(token_ids=[number], text=self._steps.stamp, finish_reason=reason))
+        yield pb.GenerateResponse(finished=pb.Finished())
 
 
 def _info(role: str) -> worker_pb2.WorkerInfo:

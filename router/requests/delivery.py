@@ -88,7 +88,7 @@ class Delivery:
         self._account.finished()
         usage = self._usage or pb.Usage()
         usage.generated_tokens = len(self.token_ids)
-        finished = pb.Finished(reason=self.reason, usage=usage, seed=seed, placement=placement)
+        finished = pb.Finished(usage=usage, seed=seed, placement=placement)
         return pb.GenerateResponse(finished=finished)
 
     def _pass_on(
@@ -97,6 +97,7 @@ class Delivery:
         self._account.tokens(len(token_ids))
         self.token_ids.extend(token_ids)
         self.reason = reason
-        if not (token_ids or text):
+        if not (token_ids or text or reason):
             return ()
-        return (pb.GenerateResponse(delta=pb.Delta(token_ids=token_ids, text=text, logprobs=logprobs)),)
+        delta = pb.Delta(token_ids=token_ids, text=text, logprobs=logprobs, finish_reason=reason)
+        return (pb.GenerateResponse(delta=delta),)

@@ -67,6 +67,8 @@ class Sampling:
             InvalidRequestError: A value is out of its range.
         """
         has = message.HasField
+        _require(message.n <= 1, "n > 1 is not served yet")
+        _require(not has("constraint"), "constraints are not served yet")
         return cls(
             max_new_tokens=message.max_new_tokens if has("max_new_tokens") else default_max_new_tokens,
             temperature=message.temperature,

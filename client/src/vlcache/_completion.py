@@ -75,6 +75,7 @@ class Collector:
         self._logprobs: list[Logprobs] = []
         self._compression: Compressed | None = None
         self._transfer: Transferred | None = None
+        self._finish_reason = FinishReason.UNSPECIFIED
         self._finished: Finished | None = None
         self._end_s = 0.0
 
@@ -92,6 +93,7 @@ class Collector:
                 self._texts.append(event.text)
                 self._token_ids.extend(event.token_ids)
                 self._logprobs.extend(event.logprobs)
+                self._finish_reason = event.finish_reason or self._finish_reason
                 self._arrivals_s.extend([at_s] * len(event.token_ids))
             case Compressed():
                 self._compression = event
@@ -110,7 +112,7 @@ class Collector:
             model=self._model,
             text="".join(self._texts),
             token_ids=tuple(self._token_ids),
-            finish_reason=self._finished.reason,
+            finish_reason=self._finish_reason,
             usage=self._finished.usage,
             compression=self._compression,
             transfer=self._transfer,

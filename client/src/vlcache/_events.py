@@ -93,12 +93,14 @@ class Logprobs:
 class Delta:
     """A piece of the answer. `text` holds complete characters only and may be empty while one is still open.
 
-    `logprobs` has one entry for each token where `Sampling.logprobs` asked for them.
+    `logprobs` has one entry for each token where `Sampling.logprobs` asked for them. `finish_reason` is set in the last
+    piece.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprobs, ...] = ()
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,6 @@ class Transferred:
 class Finished:
     """The last event. `seed` draws the same answer again."""
 
-    reason: FinishReason
     usage: Usage
     seed: int
     placement: Placement
@@ -181,7 +182,12 @@ def _delta(message: inference_pb2.Delta) -> Delta:
         Logprobs(token=_logprob(each.token), top=tuple(_logprob(likely) for likely in each.top))
         for each in message.logprobs
     )
-    return Delta(text=message.text, token_ids=tuple(message.token_ids), logprobs=tuple(logprobs))
+    return Delta(
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(logprobs),
+        finish_reason=_REASONS.get(message.finish_reason, FinishReason.UNSPECIFIED) if message.finish_reason else None,
+    )
 
 
 def _logprob(message: inference_pb2.TokenLogprob) -> TokenLogprob:
@@ -212,7 +218,6 @@ def _transferred(message: inference_pb2.Transfer) -> Transferred:
 
 def _finished(message: inference_pb2.Finished) -> Finished:
     return Finished(
-        reason=_REASONS.get(message.reason, FinishReason.UNSPECIFIED),
         usage=Usage(
             prompt_tokens=message.usage.prompt_tokens,
             visual_tokens=message.usage.visual_tokens,

@@ -21,8 +21,8 @@ def started(request_id: str = "r1") -> pb.GenerateResponse:
     return pb.GenerateResponse(started=pb.Started(request_id=request_id, model="shapes-vlm"))
 
 
-def delta(text: str, *token_ids: int) -> pb.GenerateResponse:
-    return pb.GenerateResponse(delta=pb.Delta(text=text, token_ids=token_ids))
+def delta(text: str, *token_ids: int, reason: pb.FinishReason = 0) -> pb.GenerateResponse:
+    return pb.GenerateResponse(delta=pb.Delta(text=text, token_ids=token_ids, finish_reason=reason))
 
 
 def compression() -> pb.GenerateResponse:
@@ -48,7 +48,6 @@ def transfer() -> pb.GenerateResponse:
 def finished(generated_tokens: int = 3) -> pb.GenerateResponse:
     return pb.GenerateResponse(
         finished=pb.Finished(
-            reason=pb.FINISH_REASON_STOP,
             usage=pb.Usage(prompt_tokens=128, visual_tokens=100, generated_tokens=generated_tokens),
             seed=2**63 + 1,
             placement=pb.Placement(prefill_worker="p0", decode_worker="d0"),
@@ -57,7 +56,8 @@ def finished(generated_tokens: int = 3) -> pb.GenerateResponse:
 
 
 def whole_answer() -> list[Step]:
-    return [started(), delta("a ", 5), compression(), transfer(), delta("red", 6), delta(" dot", 7), finished()]
+    last = delta(" dot", 7, reason=pb.FINISH_REASON_STOP)
+    return [started(), delta("a ", 5), compression(), transfer(), delta("red", 6), last, finished()]
 
 
 def status_details(

@@ -38,8 +38,8 @@ def test_events_arrive_typed_and_in_order(service, client):
         visual_tokens=100,
     )
     assert events[3] == vlcache.Transferred(transport="memory", sent_bytes=300_000, seconds=0.002)
+    assert events[-2] == Delta(text=" dot", token_ids=(7,), finish_reason=FinishReason.STOP)
     assert events[-1] == vlcache.Finished(
-        reason=FinishReason.STOP,
         usage=vlcache.Usage(prompt_tokens=128, visual_tokens=100, generated_tokens=3),
         seed=2**63 + 1,
         placement=vlcache.Placement(prefill_worker="p0", decode_worker="d0"),
@@ -191,8 +191,6 @@ def test_a_stream_without_finished_is_an_error(service, client):
 
 
 def test_events_and_reasons_of_a_newer_service_are_tolerated(service, client):
-    last = finished(1)
-    last.finished.reason = 99
-    service.attempts = [[pb.GenerateResponse(), started(), delta("a", 1), last]]
+    service.attempts = [[pb.GenerateResponse(), started(), delta("a", 1, reason=99), finished(1)]]
     completion = client.generate("?")
     assert (completion.text, completion.finish_reason) == ("a", FinishReason.UNSPECIFIED)

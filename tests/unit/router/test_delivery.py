@@ -57,9 +57,10 @@ def test_every_token_and_report_arrives_exactly_once(answer: list[int], runs: li
     )
 
 
-def test_an_end_without_a_token_is_no_event() -> None:
+def test_an_end_without_a_token_is_said_all_the_same() -> None:
     seen = delivery()
-    assert seen.on_update(decode_pb2.SequenceUpdate(finish_reason=pb.FINISH_REASON_STOP)) == ()
+    (event,) = seen.on_update(decode_pb2.SequenceUpdate(finish_reason=pb.FINISH_REASON_STOP))
+    assert event.delta == pb.Delta(finish_reason=pb.FINISH_REASON_STOP)
     assert seen.reason == pb.FINISH_REASON_STOP
 
 

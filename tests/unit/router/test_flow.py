@@ -36,7 +36,8 @@ def test_events_come_in_order_and_carry_what_the_workers_said() -> None:
             assert text_of(events) == "ABC"
             assert events[0].started == pb.Started(request_id="r-1", model="toy")
             finished = events[-1].finished
-            assert finished.reason == pb.FINISH_REASON_LENGTH
+            deltas = [each.delta for each in events if each.HasField("delta")]
+            assert [each.finish_reason for each in deltas] == [0, 0, pb.FINISH_REASON_LENGTH]
             assert finished.usage == pb.Usage(prompt_tokens=50, visual_tokens=40, generated_tokens=3)
             assert finished.seed == 7
             assert finished.placement == pb.Placement(prefill_worker="prefill-0", decode_worker="decode-0")
@@ -90,7 +91,7 @@ def test_first_token_that_ends_the_answer_releases_the_reservation() -> None:
             b.prefill[0].script = lambda _: [first_token("no", pb.FINISH_REASON_STOP), compression()]
             events = await b.answer()
             assert kinds(events) == ["started", "delta", "compression", "finished"]
-            assert events[-1].finished.reason == pb.FINISH_REASON_STOP
+            assert events[1].delta.finish_reason == pb.FINISH_REASON_STOP
             assert events[-1].finished.usage.generated_tokens == 1
             await b.idle()
             assert b.decode[0].releases == [b"token-1"]
@@ -164,7 +165,8 @@ def test_several_tokens_in_one_update_and_an_end_without_any() -> None:
             b.decode[0].script = script
             events = await b.answer()
             deltas = [event.delta for event in events if event.HasField("delta")]
-            assert deltas == [pb.Delta(token_ids=[1], text="A"), pb.Delta(token_ids=[2, 3], text="xy")]
+            said = [pb.Delta(token_ids=[1], text="A"), pb.Delta(token_ids=[2, 3], text="xy")]
+            assert deltas == [*said, pb.Delta(finish_reason=pb.FINISH_REASON_STOP)]
             assert events[-1].finished.usage.generated_tokens == 3
 
     run(main)
