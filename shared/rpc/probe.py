@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shared.config import parse_config
+from shared.rpc.identity import channel_credentials
+from shared.rpc.security import Tls
 from shared.rpc.server import SERVING
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """Whom to ask."""
+class ProbeConfig(Tls):
+    """Whom to ask, and in which name: a process with certificates answers to those of its CA."""
 
     address: str = "127.0.0.1:50051"
     """host:port of the process; by default the port at which the images listen."""
@@ -27,7 +30,7 @@ def probe(config: ProbeConfig) -> None:
     Raises:
         SystemExit: It does not, or does not answer; the text says which.
     """
-    with grpc.insecure_channel(config.address) as channel:
+    with contextlib.closing(_channel(config)) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=config.timeout_s
@@ -36,6 +39,13 @@ def probe(config: ProbeConfig) -> None:
             raise SystemExit(f"{config.address}: {error.code().name}") from error
     if answer.status != SERVING:
         raise SystemExit(f"{config.address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}")
+
+
+def _channel(config: ProbeConfig) -> grpc.Channel:
+    identity = config.identity()
+    if identity is None:
+        return grpc.insecure_channel(config.address)
+    return grpc.secure_channel(config.address, channel_credentials(identity.current()))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from shared.rpc.identity import Identity, TlsFiles
 
 
 @dataclass(frozen=True, kw_only=True)
-class Security:
-    """Part of the configuration of every service."""
+class Tls:
+    """Who a process is."""
 
     roles: ClassVar[tuple[str, ...]] = ()
     """What its certificate must name."""
@@ -24,8 +24,6 @@ class Security:
     """PEM file of its private key."""
     tls_ca: Path | None = None
     """PEM file of the CA that signs the certificates of all services."""
-    allow_plaintext: bool = False
-    """Listen without TLS on other addresses than loopback, where others may read along and call."""
 
     def __post_init__(self) -> None:
         given = [flag is not None for flag in (self.tls_cert, self.tls_key, self.tls_ca)]
@@ -43,6 +41,14 @@ class Security:
         if self.tls_cert is None or self.tls_key is None or self.tls_ca is None:
             return None
         return Identity(TlsFiles(cert=self.tls_cert, key=self.tls_key, ca=self.tls_ca), self.roles)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Security(Tls):
+    """Part of the configuration of every service."""
+
+    allow_plaintext: bool = False
+    """Listen without TLS on other addresses than loopback, where others may read along and call."""
 
     def check_host(self, host: str) -> None:
         """Checks that nobody listens in plaintext where others are.

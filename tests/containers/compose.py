@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tests.containers.machine import BASE, BUILD_S, Machine
 
@@ -21,8 +21,14 @@ GRACE_S = 40
 class Compose:
     """Commands on the services of the compose file."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, *files: str, more: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            files: More of them, over those that are always there.
+            more: Variables of those.
+        """
         self._machine = machine
+        self._files = ("-f", "docker-compose.yml", *(word for file in files for word in ("-f", file)), *FILES[2:])
         self._settings = {
             "VLCACHE_REDIS_PASSWORD": secrets.token_hex(16),
             "BASE": BASE,
@@ -30,13 +36,14 @@ class Compose:
             "TORCH_INDEX": "",
             # answers are compared token by token, whatever batches they shared
             "DTYPE": "fp32",
+            **(more or {}),
         }
 
     def build(self) -> None:
         """All images, one after the other; what older sources left of images goes a day later."""
         options = f"--podman-build-args={' '.join(self._machine.build_options)}"
         self._machine.follow(
-            "podman-compose", *FILES, options, "--parallel=1", "build", more=self._settings, timeout_s=BUILD_S
+            "podman-compose", *self._files, options, "--parallel=1", "build", more=self._settings, timeout_s=BUILD_S
         )
         self._machine.podman("image", "prune", "--force", "--filter=until=24h")
 
@@ -83,7 +90,7 @@ class Compose:
 
     def _run(self, *arguments: str) -> None:
         log.info("podman-compose %s", " ".join(arguments))
-        self._machine.run("podman-compose", *FILES, *arguments, more=self._settings, timeout_s=PATIENCE_S)
+        self._machine.run("podman-compose", *self._files, *arguments, more=self._settings, timeout_s=PATIENCE_S)
 
 
 def wait_until(met: Callable[[], object], otherwise: str, timeout_s: float = PATIENCE_S) -> None:

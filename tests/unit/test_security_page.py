@@ -50,7 +50,16 @@ def test_every_flag_of_the_page_is_one() -> None:
     known = set()
     for config in SERVICES.values():
         known |= {"--" + name.replace("_", "-") for name in config.__dataclass_fields__}
-    of_others = {"--listen.host", "--listen.port", "--hosts", "--ca-file", "--image"}
+    of_others = {
+        "--listen.host",
+        "--listen.port",
+        "--hosts",
+        "--ca-file",
+        "--image",
+        "--profile",
+        "--build",
+        "--detach",
+    }
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", PAGE))
     assert {"--tls-cert", "--api-tokens", "--demand-client-cert", "--allow-plaintext"} <= mentioned
     assert mentioned - of_others <= known

@@ -16,14 +16,15 @@ import yaml
 from tests.integration.prometheus_server import ROOT
 
 FILE = ROOT / "docker-compose.yml"
+SECURE = ROOT / "deploy" / "docker" / "secure.yml"
 # ${NAME}, ${NAME:-default}, ${NAME:?complaint}
 VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)(?::([-?])([^}]*))?\}")
 # What a container is called.
 HOSTNAME = "3f2a9c0d1e5b"
 
 
-def read(values: Mapping[str, str]) -> dict[str, Any]:
-    """The document with `values` for variables and defaults for others, and `$$` as the dollar that it stands for.
+def read(values: Mapping[str, str], file: Path = FILE) -> dict[str, Any]:
+    """The document of `file` with `values` for variables, defaults for others, and `$$` as the dollar it stands for.
 
     Raises:
         KeyError: A variable has neither.
@@ -33,7 +34,7 @@ def read(values: Mapping[str, str]) -> dict[str, Any]:
         name, kind, default = found.groups()
         return values.get(name, default) if kind == "-" else values[name]
 
-    return yaml.safe_load(VARIABLE.sub(value, FILE.read_text()).replace("$$", "$"))
+    return yaml.safe_load(VARIABLE.sub(value, file.read_text()).replace("$$", "$"))
 
 
 def arguments(service: Mapping[str, Any], folder: Path) -> list[str]:
@@ -42,6 +43,7 @@ def arguments(service: Mapping[str, Any], folder: Path) -> list[str]:
     echo = "import json, sys; print(json.dumps(sys.argv[1:]))"
     python.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{echo}' \"$@\"\n")
     python.chmod(stat.S_IRWXU)
-    environment = {**service["environment"], "HOSTNAME": HOSTNAME, "PATH": f"{folder}:/usr/bin:/bin"}
+    hostname = service.get("hostname", HOSTNAME)
+    environment = {**service["environment"], "HOSTNAME": hostname, "PATH": f"{folder}:/usr/bin:/bin"}
     command = [*service["entrypoint"], *service.get("command", [])]
     return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)

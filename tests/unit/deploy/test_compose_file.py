@@ -22,7 +22,7 @@ from shared.rpc.probe import ProbeConfig
 from tests.containers.compose import FILES
 from tests.integration.prometheus_server import ROOT, SHIPPED
 from tests.integration.redis_server import ROUTER_ACL, WORKER_ACL
-from tests.unit.deploy.compose_file import FILE, HOSTNAME, VARIABLE, arguments, read
+from tests.unit.deploy.compose_file import FILE, HOSTNAME, SECURE, VARIABLE, arguments, read
 from tests.unit.deploy.dockerfile import of
 
 OVERRIDE = ROOT / "deploy" / "docker" / "debian.yml"
@@ -56,7 +56,7 @@ def mounts(name: str) -> dict[str, str]:
     return {target: source for source, target, *_ in (each.split(":") for each in SERVICES[name]["volumes"])}
 
 
-@pytest.mark.parametrize("file", [FILE, OVERRIDE], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [FILE, OVERRIDE, SECURE], ids=lambda file: file.name)
 def test_the_file_is_what_the_compose_specification_wants(file: Path) -> None:
     command = shutil.which("check-jsonschema", path=sysconfig.get_path("scripts"))
     assert command is not None
