@@ -64,8 +64,8 @@ heavy: setup ## what takes long and fails seldom: ten model families, benchmarks
 chaos: setup ## real processes killed, stopped and drained under load: nothing may be lost (minutes)
 	$(PYTEST) -m chaos $(TESTS)
 
-fuzz: setup ## strange manifests, requests and images, FUZZ_S seconds of each kind (20)
-	$(PYTEST) -m fuzz tests/fuzz
+fuzz: setup ## strange manifests, requests, images and calls of whole services, FUZZ_S seconds of each kind (20)
+	$(PYTEST) -m fuzz --timeout 0 tests/fuzz
 
 test-containers: setup ## build the images and run the compose file in containers of Podman; needs root (minutes)
 	$(BIN)/python -m pytest -m containers -o log_cli=true -o log_cli_level=INFO $(or $(TESTS),tests/containers)

@@ -29,6 +29,7 @@ from shared.kv.transport.early_stream import EarlyStream
 from shared.kv.transport.grpc_stream import GrpcTransport
 from shared.kv.transport.local import LocalReceiver, LocalTransport
 from shared.kv.transport.memory import MemoryTransport
+from shared.registry.address import split_address
 from shared.rpc.identity import Identity
 from shared.rpc.line import Line
 from shared.rpc.options import client_options
@@ -62,10 +63,14 @@ class Ticket:
         """Reads a message.
 
         Raises:
-            InvalidRequestError: The lease has no length.
+            InvalidRequestError: The lease has no length, or nobody can be reached at such an address.
         """
         if not 0 < message.lease_s < math.inf:
             raise InvalidRequestError("a ticket needs a lease of some seconds", reason="LEASE")
+        try:
+            split_address(message.decode_address)
+        except ValueError as error:
+            raise InvalidRequestError(str(error), reason="ADDRESS") from error
         return cls(
             decode_worker=message.decode_worker,
             address=message.decode_address,

@@ -8,6 +8,8 @@ from prefill_worker.compression.policy import TokenBudget
 from shared.request.params import FLOOR_SHARE
 
 FLOOR = float(FLOOR_SHARE)
+# Smaller ones differ by less than a token of the longest prompt.
+LEAST_RATIO = 1e-12
 # Remainders are compared as integers: floating-point noise must not decide a tie.
 REMAINDER_SCALE = 1 << 20
 BISECTION_STEPS = 100
@@ -120,15 +122,18 @@ def water_fill(densities: Sequence[float], mean: float, low: float) -> list[floa
     """Shares clip(c * d_l, low, 1) with mean `mean`; c by bisection (the mean grows with c).
 
     Args:
-        densities: Positive.
+        densities: Not negative; only their ratios matter, and none below `LEAST_RATIO` of the largest.
         mean: In [low, 1].
         low: Smallest share.
     """
+    # they may be as small as numbers can be, where their reciprocals are none, and then all zero
+    largest = max(densities) or 1.0
+    ratios = [max(LEAST_RATIO, density / largest) for density in densities]
 
     def shares(c: float) -> list[float]:
-        return [min(1.0, max(low, c * density)) for density in densities]
+        return [min(1.0, max(low, c * ratio)) for ratio in ratios]
 
-    below, above = 0.0, 1.0 / min(densities)
+    below, above = 0.0, 1.0 / min(ratios)
     for _ in range(BISECTION_STEPS):
         middle = (below + above) / 2
         if sum(shares(middle)) < mean * len(densities):

@@ -180,12 +180,18 @@ async def serving(loaded: LoadedModel, *, build: BuildEngine = build_engine, **s
         await worker.close()
 
 
-def run(loaded: LoadedModel, body: Callable[[Served], Awaitable[None]], **settings: Any) -> None:
+def run(
+    loaded: LoadedModel,
+    body: Callable[[Served], Awaitable[None]],
+    *,
+    timeout_s: float | None = TIMEOUT_S,
+    **settings: Any,
+) -> None:
     """Runs a test against a fresh worker; afterwards nothing may be held and no task may be left."""
 
     async def main() -> None:
         async with serving(loaded, **settings) as served:
-            await asyncio.wait_for(body(served), TIMEOUT_S)
+            await asyncio.wait_for(body(served), timeout_s)
         await check_none_is_left()
 
     asyncio.run(main())

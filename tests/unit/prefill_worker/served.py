@@ -159,7 +159,9 @@ async def failure(call: Awaitable[Any]) -> ServiceError:
     raise AssertionError("the call succeeded")
 
 
-def run(loaded: LoadedModel, body: Callable[[Stack], Awaitable[None]], **settings: Any) -> None:
+def run(
+    loaded: LoadedModel, body: Callable[[Stack], Awaitable[None]], *, timeout_s: float | None = 20, **settings: Any
+) -> None:
     """Runs a test against a fresh worker named p."""
 
     async def main(sockets: Path) -> None:
@@ -174,7 +176,7 @@ def run(loaded: LoadedModel, body: Callable[[Stack], Awaitable[None]], **setting
                     info = await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest())
                     stack = Stack(worker, stub, info, servers)
                     stack.sink = await stack.decode_worker()
-                    await asyncio.wait_for(body(stack), 20)
+                    await asyncio.wait_for(body(stack), timeout_s)
             finally:
                 await worker.drain(5)
                 await server.stop(0)

@@ -116,7 +116,7 @@ def test_the_request_asks_for_it() -> None:
     for explain in (True, False):
         compression = public.CompressionParams(policy="vl_cache", explain=explain)
         message = pb.PrefillRequest(
-            request=public.GenerateRequest(compression=compression), ticket=pb.Ticket(lease_s=1)
+            request=public.GenerateRequest(compression=compression), ticket=pb.Ticket(decode_address="d:1", lease_s=1)
         )
         job = PrefillJob.from_proto(message, epoch="e", vocabulary=300, default_max_new_tokens=8, default_retention=0.1)
         assert job.explain is explain

@@ -128,6 +128,25 @@ def test_an_encoded_parcel_is_what_is_sent_and_counted(loaded: LoadedModel) -> N
     run(loaded, body)
 
 
+@pytest.mark.parametrize("retention", [5e-324, 1e-300, 1e-9])
+def test_the_smallest_budgets_are_served_by_every_policy(loaded: LoadedModel, retention: float) -> None:
+    async def body(stack: Stack) -> None:
+        for policy in CHOICES:
+            if policy == "kv_sharer":
+                continue
+            request = stack.request(encoded(picture(1)), QUESTION)
+            request.request.compression.policy = policy
+            request.request.compression.retention = retention
+            # more than any policy decodes ahead
+            request.request.sampling.max_new_tokens = 64
+            events = await stack.prefill(request)
+            kept = next(event.compression for event in events if event.HasField("compression"))
+            assert 0 < kept.kept_bytes < kept.full_bytes, policy
+            await stack.release(request.parcel)
+
+    run(loaded, body, timeout_s=60)
+
+
 @pytest.mark.parametrize(
     ("parts", "changes", "code"),
     [
@@ -141,8 +160,18 @@ def test_an_encoded_parcel_is_what_is_sent_and_counted(loaded: LoadedModel) -> N
             {"ticket": pb.Ticket(decode_address="127.0.0.1:1", transport="grpc", lease_s=30)},
             grpc.StatusCode.UNAVAILABLE,
         ),
-        (("hi",), {"ticket": pb.Ticket(transport="pigeon", lease_s=30)}, grpc.StatusCode.FAILED_PRECONDITION),
-        (("hi",), {"ticket": pb.Ticket(transport="grpc")}, grpc.StatusCode.INVALID_ARGUMENT),
+        (
+            ("hi",),
+            {"ticket": pb.Ticket(decode_address="d:1", transport="pigeon", lease_s=30)},
+            grpc.StatusCode.FAILED_PRECONDITION,
+        ),
+        (("hi",), {"ticket": pb.Ticket(decode_address="d:1", transport="grpc")}, grpc.StatusCode.INVALID_ARGUMENT),
+        (("hi",), {"ticket": pb.Ticket(transport="grpc", lease_s=30)}, grpc.StatusCode.INVALID_ARGUMENT),
+        (
+            ("hi",),
+            {"ticket": pb.Ticket(decode_address="unix:/tmp/d", transport="grpc", lease_s=30)},
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
         (("hi",), {"request": wired(bits=5)}, grpc.StatusCode.INVALID_ARGUMENT),
         (("hi",), {"request": wired(key_channels=2)}, grpc.StatusCode.INVALID_ARGUMENT),
         (("hi",), {"parcel": b"s" * 15}, grpc.StatusCode.INVALID_ARGUMENT),

@@ -130,7 +130,7 @@ def test_any_value_is_taken_or_refused(name: str, value: object) -> None:
 
 def prefill_request(**compression: object) -> pb.PrefillRequest:
     message = public.GenerateRequest(request_id="r", compression=public.CompressionParams(**compression))
-    return pb.PrefillRequest(request=message, attempt=2, ticket=pb.Ticket(lease_s=30))
+    return pb.PrefillRequest(request=message, attempt=2, ticket=pb.Ticket(decode_address="d:1", lease_s=30))
 
 
 def read_job(message: pb.PrefillRequest) -> PrefillJob:
