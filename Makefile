@@ -10,6 +10,8 @@ TORCH_INDEX ?=
 TRANSFORMERS ?= transformers
 HOST ?= 127.0.0.1
 PORT ?= 50051
+# OpenAI's chat API over HTTP: a port, or 0 for a free one
+HTTP_PORT ?=
 # processes that share the test suite
 JOBS ?= 2
 # split: a prefill worker and a decode worker; both: one process in both roles, for a single GPU
@@ -44,7 +46,7 @@ $(STAMP): pyproject.toml client/pyproject.toml $(wildcard shared/kernels/native/
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "vlcache needs Python >= 3.10"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3-venv is missing: apt install python3-venv"; exit 1; }
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(BIN)/pip install -q --disable-pip-version-check -e 'client[images]' -e '.[worker,dev]' $(TRANSFORMERS)
+	$(BIN)/pip install -q --disable-pip-version-check -e 'client[images]' -e '.[worker,http,dev]' $(TRANSFORMERS)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -e '.[kernels]'
 	$(BIN)/python -m shared.kernels.native
 	@touch $@
@@ -52,8 +54,8 @@ $(STAMP): pyproject.toml client/pyproject.toml $(wildcard shared/kernels/native/
 demo: setup ## start router and workers (ROLE=both: one), ask about sample images, print answers and bytes, stop
 	$(BIN)/python -m deploy.local demo $(WORKERS)
 
-serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C drains it; SECURE=1: TLS and a token)
-	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT) $(WORKERS) $(if $(SECURE),--secure)
+serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C drains it; HTTP_PORT=8000; SECURE=1: TLS and a token)
+	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT) $(WORKERS) $(if $(HTTP_PORT),--http-port $(HTTP_PORT)) $(if $(SECURE),--secure)
 
 test: setup ## the test suite, in JOBS processes (TESTS=folder or file: a part of it)
 	$(PYTEST) -m "not chaos and not heavy and not containers and not fuzz" $(TESTS)

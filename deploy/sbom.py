@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 PROJECT = "vlcache-server"
 # what a service may be installed with; the other extras are for development
-EXTRAS = ("worker", "video", "traces")
+EXTRAS = ("worker", "http", "video", "traces")
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 

@@ -29,7 +29,13 @@ async def _serve(config: RouterConfig) -> None:
     stopped = asyncio.create_task(stop_signal())
     router = Router(config)
     await router.start()
-    announce(name=config.name, role="router", address=router.address, metrics_address=router.metrics_address)
+    announce(
+        name=config.name,
+        role="router",
+        address=router.address,
+        metrics_address=router.metrics_address,
+        http_address=router.http_address,
+    )
     await stopped
     log.info("draining")
     if not await router.stop():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -9,6 +10,7 @@ from typing import ClassVar
 from router.admission.api_tokens import read_tokens
 from router.admission.tenants import TenantLimits
 from router.admission.waiting import RoomLimits
+from router.http_extra import http_server
 from router.placement.catalogue import POLICIES, PlacementName
 from shared.config import Listen, ServiceConfig
 from shared.registry.location import open_registry
@@ -16,6 +18,8 @@ from shared.rpc.identity import ROUTER
 from shared.rpc.options import MIB
 
 STAGE_TIMEOUTS = ("prefill_timeout_s", "transfer_timeout_s", "token_timeout_s")
+
+URL_HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
 NOT_NEGATIVE = (
     "max_failovers",
@@ -40,6 +44,14 @@ class RouterConfig(ServiceConfig):
     redis://[user@]host:port[/db][?prefix=...], rediss:// for TLS. A password is best left to VLCACHE_REDIS_PASSWORD."""
     listen: Listen = field(default_factory=Listen)
     """Where clients and scrapers reach this router."""
+    http_port: int | None = None
+    """Port of OpenAI's chat API over HTTP, on the host of `listen`; 0 picks a free one, and without it there is none.
+    Needs the extra `http`."""
+    http_timeout_s: float = 600.0
+    """Seconds that a request over HTTP may take in all; its client has no way to say so itself."""
+    image_url_hosts: tuple[str, ...] = ()
+    """Hosts from which images are fetched that requests over HTTP name by URL, each `name` or `name:port`; never from
+    addresses that are not public. Without any, images come in data: URIs alone."""
     api_tokens: Path | None = None
     """File of the tokens that clients need, one per line: a tenant, and the SHA-256 of a token in hexadecimal. It is
     read again when it changes. Absent, everybody who can connect is a client."""
@@ -109,7 +121,15 @@ class RouterConfig(ServiceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_callers()
-        for name in (*STAGE_TIMEOUTS, "poll_interval_s", "poll_timeout_s", "control_timeout_s", "queue_timeout_s"):
+        self._check_http()
+        for name in (
+            *STAGE_TIMEOUTS,
+            "http_timeout_s",
+            "poll_interval_s",
+            "poll_timeout_s",
+            "control_timeout_s",
+            "queue_timeout_s",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
         for name in NOT_NEGATIVE:
@@ -131,6 +151,15 @@ class RouterConfig(ServiceConfig):
             raise ValueError(f"placement must be one of {', '.join(POLICIES)}, not {self.placement!r}")
         if not self.name:
             raise ValueError("name must not be empty")
+
+    def _check_http(self) -> None:
+        if self.http_port is not None:
+            if not 0 <= self.http_port <= 65535:
+                raise ValueError(f"a port lies between 0 and 65535, not {self.http_port}")
+            http_server()
+        for host in self.image_url_hosts:
+            if not URL_HOST.fullmatch(host):
+                raise ValueError(f"image_url_hosts are names like images.example.org or host:8080, not {host!r}")
 
     def _check_callers(self) -> None:
         self.check_host(self.listen.host)

@@ -19,12 +19,14 @@ from router.admission.waiting import Rooms
 from router.background import Background
 from router.config import RouterConfig
 from router.health import follow_workers
+from router.http_extra import http_server
 from router.placement.catalogue import POLICIES
 from router.requests.finished import FinishedAnswers
 from router.requests.generations import Generations
 from router.requests.means import Limits, Means
 from router.requests.migration import Migration
 from router.requests.parcels import Parcels
+from router.requests.reception import Reception
 from router.service import SERVICE_NAME, InferenceServicer
 from router.shadow import Shadow
 from router.workers.client import WorkerClient
@@ -105,6 +107,7 @@ class Router:
         self._migration = Migration(self.table, self.generations.running, self._background)
         self._parcels = parcels
         self._finished = FinishedAnswers()
+        self._reception = Reception(self.generations, self._finished, self.shadow, self.accounting, self._callers)
         self._running = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
@@ -114,9 +117,7 @@ class Router:
             OSError: A port cannot be bound.
         """
         listen = self._config.listen
-        servicer = InferenceServicer(
-            self.generations, self._finished, self.shadow, self.table, self.accounting, self._callers
-        )
+        servicer = InferenceServicer(self._reception, self.table, self.accounting)
         async with contextlib.AsyncExitStack() as stack:
             exporter = MetricsExporter(self.metrics.registry, host=listen.host, port=listen.metrics_port)
             stack.enter_context(exporter)
@@ -136,6 +137,7 @@ class Router:
             stack.push_async_callback(self.table.close)
             stack.push_async_callback(self._background.settle, SETTLE_S)
             stack.push_async_callback(self._server.stop, 0)
+            self.http_address = await self._serve_http(stack)
             await stack.enter_async_context(_running(self.table.run()))
             await stack.enter_async_context(_running(break_silence(self.table, self._config.token_timeout_s)))
             await stack.enter_async_context(_running(self._migration.run()))
@@ -180,6 +182,26 @@ class Router:
             control_timeout_s=config.control_timeout_s,
             identity=self._identity,
         )
+
+    async def _serve_http(self, stack: contextlib.AsyncExitStack) -> str:
+        """Where HTTP is served; empty where it is not."""
+        config = self._config
+        if config.http_port is None:
+            return ""
+        server = await http_server().HttpServer.start(
+            self._reception,
+            self.table,
+            host=config.listen.host,
+            port=config.http_port,
+            timeout_s=config.http_timeout_s,
+            image_url_hosts=config.image_url_hosts,
+            is_ready=lambda: bool(self.table.served_models()) and not self.generations.draining,
+            identity=self._identity,
+            demand_client_cert=config.demand_client_cert,
+        )
+        stack.push_async_callback(server.stop)
+        address: str = server.address
+        return address
 
     def _credentials(self) -> grpc.ServerCredentials | None:
         if self._identity is None:

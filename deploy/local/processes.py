@@ -27,6 +27,8 @@ class Announcement:
     role: str
     address: str
     metrics_address: str
+    http_address: str = ""
+    """Empty where no HTTP is served."""
 
     @classmethod
     def parse(cls, line: bytes) -> Announcement | None:
@@ -35,7 +37,13 @@ class Announcement:
             said = json.loads(line)
             if said["event"] != "listening":
                 return None
-            return cls(name=said["name"], role=said["role"], address=said["address"], metrics_address=said["metrics"])
+            return cls(
+                name=said["name"],
+                role=said["role"],
+                address=said["address"],
+                metrics_address=said["metrics"],
+                http_address=said.get("http", ""),
+            )
         except (ValueError, KeyError, TypeError):
             return None
 

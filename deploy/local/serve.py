@@ -30,6 +30,8 @@ async def run_serve(stack: Stack) -> int:
     for service in stack.services:
         where = f"{service.address:<21} http://{service.metrics_address}/metrics"
         print(f"  {service.role:<8} {service.name:<{width}} {where}")
+    if stack.base_url:
+        print(f"OpenAI's chat API is at {stack.base_url}")
     print(f"try\n  {example(stack.address, stack.credentials)}\nctrl-C drains and stops", flush=True)
     await asyncio.Event().wait()
     return 0

@@ -37,6 +37,8 @@ class StackConfig:
     """Address that the router binds; the workers stay on 127.0.0.1."""
     port: int = 0
     """gRPC port of the router; 0 picks a free one."""
+    http_port: int | None = None
+    """Port of OpenAI's chat API at the router; 0 picks a free one, and without it there is none."""
     model: str = str(CHECKPOINT)
     """Checkpoint: a directory, or a Hugging Face hub id."""
     model_name: str = "shapes-vlm"
@@ -164,6 +166,12 @@ class Stack:
         return self.services[0].address
 
     @property
+    def base_url(self) -> str:
+        """Where OpenAI's clients reach it; empty where it serves no HTTP."""
+        http = self.services[0].http_address
+        return f"{'https' if self.credentials else 'http'}://{http}/v1" if http else ""
+
+    @property
     def log_dir(self) -> Path:
         """Where the logs of all children are, while the stack is up."""
         return Path(self._folder.name)
@@ -263,6 +271,8 @@ class Stack:
 
     async def _start_router(self, workers: list[str]) -> None:
         flags = ["--name", "router", "--registry", self._config.registry or "static://" + ",".join(workers)]
+        if self._config.http_port is not None:
+            flags += ["--http-port", str(self._config.http_port)]
         flags += ["--listen.host", self._config.host, *self._security("router"), *self._config.router_flags]
         child = await self._child(self._modules.router, "router", flags, roles=1, port=self._config.port)
         self._routers.append(child)

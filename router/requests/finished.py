@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import xxhash
@@ -62,7 +62,7 @@ class FinishedAnswers:
         self._answers: OrderedDict[tuple[str, str], _Answer] = OrderedDict()
         self._nbytes = 0
 
-    def find(self, key: Key | None) -> AsyncIterator[pb.GenerateResponse] | None:
+    def find(self, key: Key | None) -> AsyncGenerator[pb.GenerateResponse, None] | None:
         """The events of the answer to the same request; None when it has none yet.
 
         Raises:
@@ -114,6 +114,6 @@ class FinishedAnswers:
             self._nbytes -= self._answers.popitem(last=False)[1].nbytes
 
 
-async def _repeat(answer: _Answer) -> AsyncIterator[pb.GenerateResponse]:
+async def _repeat(answer: _Answer) -> AsyncGenerator[pb.GenerateResponse, None]:
     for event in answer.events:
         yield pb.GenerateResponse.FromString(event)

@@ -75,6 +75,11 @@ class Generations:
         """Whether a request is in flight."""
         return bool(self._running)
 
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._draining
+
     def running(self) -> list[Generation]:
         """The requests in flight."""
         return list(self._running.values())

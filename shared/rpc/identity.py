@@ -45,6 +45,8 @@ class Material:
     roles: frozenset[str]
     context: ssl.SSLContext
     """Of a client."""
+    server: ssl.SSLContext
+    """Of a server that is none of gRPC's."""
 
     @classmethod
     def read(cls, files: TlsFiles, roles: Iterable[str]) -> Material:
@@ -60,7 +62,7 @@ class Material:
             wanted = " and ".join(f"{ROLE_URI}{role}" for role in missing)
             raise ValueError(f"the certificate {files.cert} is not for this service: it does not name {wanted}")
         cert, key, ca = (_bytes(file) for file in (files.cert, files.key, files.ca))
-        return cls(cert=cert, key=key, ca=ca, roles=named, context=client)
+        return cls(cert=cert, key=key, ca=ca, roles=named, context=client, server=server)
 
 
 class Identity:

@@ -52,6 +52,11 @@ class RunningStack:
         return self._stack.address
 
     @property
+    def base_url(self) -> str:
+        """Of OpenAI's clients."""
+        return self._stack.base_url
+
+    @property
     def services(self) -> list[Announcement]:
         """Where everything listens, the router first."""
         return self._stack.services

@@ -48,7 +48,7 @@ def test_an_image_runs_its_service_as_nobody_special(image: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "extras"), [("router", []), ("decode", ["worker"]), ("prefill", ["worker", "video"])]
+    ("image", "extras"), [("router", ["http"]), ("decode", ["worker"]), ("prefill", ["worker", "video"])]
 )
 def test_an_image_has_the_packages_of_its_service(image: str, extras: list[str]) -> None:
     installed = " ".join(of(image, "RUN"))

@@ -12,6 +12,7 @@ from vlcache.v1 import inference_pb2 as pb
 
 from router.admission.callers import Callers
 from router.requests.finished import FinishedAnswers
+from router.requests.reception import Reception
 from router.service import InferenceServicer
 from shared import errors
 from shared.rpc.status import from_rpc_error
@@ -144,8 +145,8 @@ def test_before_the_first_event_was_asked_for() -> None:
 
     async def main() -> None:
         async with bench() as b:
-            parts = (b.router.generations, FinishedAnswers(), b.router.shadow, b.router.table, b.router.accounting)
-            servicer = InferenceServicer(*parts, Callers(None))
+            parts = (b.router.generations, FinishedAnswers(), b.router.shadow, b.router.accounting, Callers(None))
+            servicer = InferenceServicer(Reception(*parts), b.router.table, b.router.accounting)
             context: Any = Context()
             servicer.Generate(ask(request_id="early"), context)
             with pytest.raises(errors.DuplicateRequestError):
