@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -34,6 +35,22 @@ class Served:
         """The response to a request."""
         return await self.client.post(CHAT, json=chat(**fields), headers=headers)
 
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection for what no client would send."""
+        host, _, port = self.bench.router.http_address.rpartition(":")
+        return await asyncio.open_connection(host, int(port))
+
+    async def say(self, sent: bytes) -> bytes:
+        """What comes back first over a new connection; nothing where it is closed."""
+        reader, writer = await self.connect()
+        try:
+            writer.write(sent)
+            return await asyncio.wait_for(reader.read(4096), 10)
+        except ConnectionError:
+            return b""
+        finally:
+            writer.close()
+
     @contextlib.asynccontextmanager
     async def asking(self, **fields: Any) -> AsyncIterator[httpx.Response]:
         """A stream that is read while open."""
@@ -50,6 +67,12 @@ async def served(
         url = f"http://{b.router.http_address}"
         async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as client:
             yield Served(b, client)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Looks again and again, for what nobody is told of."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
 
 
 def events_of(text: str) -> list[Any]:
