@@ -19,7 +19,7 @@ from shared.rpc.options import MIB
 
 STAGE_TIMEOUTS = ("prefill_timeout_s", "transfer_timeout_s", "token_timeout_s")
 
-URL_HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+URL_HOST = re.compile(r"[A-Za-z0-9._-]+(?::[0-9]{1,5})?")
 
 NOT_NEGATIVE = (
     "max_failovers",
