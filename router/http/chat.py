@@ -68,7 +68,6 @@ class ChatCompletions:
 
     async def _answer(self, asked: ChatRequest, tenant: str, metadata: Metadata, exchange: Exchange) -> None:
         answer = await self._open(asked, tenant, metadata, exchange)
-        exchange.request_id = answer.request_id
         try:
             async with contextlib.aclosing(answer.events):
                 await _write(answer, asked, exchange)
@@ -84,7 +83,11 @@ class ChatCompletions:
         except ServiceError as error:
             self._reception.refused(error, tenant=tenant, request_id=exchange.request_id)
             raise
-        return self._reception.open(message, self._timeout_s, tenant=tenant, metadata=metadata)
+        try:
+            return self._reception.open(message, self._timeout_s, tenant=tenant, metadata=metadata)
+        finally:
+            # the one that was made for it, which the log has also where it is refused
+            exchange.request_id = valid_id(message.request_id)
 
 
 async def _write(answer: Answer, asked: ChatRequest, exchange: Exchange) -> None:

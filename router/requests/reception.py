@@ -21,7 +21,6 @@ from shared.telemetry.span import Metadata
 class Answer:
     """Of one request: its events, and how to end it when its client has left."""
 
-    request_id: str
     events: AsyncGenerator[pb.GenerateResponse, None]
     close: Callable[[], None]
     """Idempotent; leaves nothing behind on any worker."""
@@ -72,10 +71,10 @@ class Reception:
         key = Key.of(message, tenant)
         events = self._find(key, tenant)
         if events is not None:
-            return Answer(message.request_id, events, lambda: None)
+            return Answer(events, lambda: None)
         generation = self._generations.open(message, timeout_s, tenant=tenant, metadata=metadata)
         events = self._finished.record(key, self._shadow.follow(generation))
-        return Answer(generation.request.request_id, events, generation.close)
+        return Answer(events, generation.close)
 
     def refused(self, error: ServiceError, *, tenant: str, request_id: str) -> None:
         """A request was turned away before it could be opened."""

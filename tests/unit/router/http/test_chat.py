@@ -9,12 +9,14 @@ from typing import Any
 
 import grpc
 import httpx
+import openai
 import pytest
 from vlcache.worker.v1 import decode_pb2
 
 from router.http import chat as chat_module
 from router.http.server import HttpServer
 from shared import errors
+from shared.telemetry.span import NO_SPAN
 from tests.unit.router.fakes import (
     KEPT_BYTES,
     FakeDecode,
@@ -28,7 +30,7 @@ from tests.unit.router.fakes import (
     served_model,
     transfer,
 )
-from tests.unit.router.http.served import CHAT, error_of, events_of, served, until
+from tests.unit.router.http.served import CHAT, chat, error_of, events_of, served, until
 
 CHOICE = {"index": 0, "message": {"role": "assistant", "content": "ABC", "refusal": None}}
 
@@ -268,6 +270,7 @@ def test_whose_a_request_is_and_what_a_tenant_may() -> None:
             asking = asyncio.create_task(s.ask({"vlcache-tenant": "red"}))
             await s.prefill.requests.reaches(1)
             refused = await s.ask({"vlcache-tenant": "red"})
+            assert len(refused.headers["x-request-id"]) == 32
             assert (refused.status_code, error_of(refused)["code"]) == (429, "tenant_concurrency")
             assert s.bench.metric("tenant_requests_running", tenant="red") == 1
             assert (await s.ask({"vlcache-tenant": "a/b"})).status_code == 400
@@ -380,6 +383,40 @@ def test_many_at_once() -> None:
             whole = [response.json()["choices"][0]["message"]["content"] for response in responses[::2]]
             assert set(whole) == {"ABC"}
             assert {len(events_of(response.text)) for response in responses[1::2]} == {4}
+
+    run(main)
+
+
+def test_the_retries_of_openais_client_wait_as_long_as_they_are_told() -> None:
+    async def main() -> None:
+        async with served(tenant_rate=10.0, tenant_burst=1) as s:
+            url, http = f"http://{s.bench.router.http_address}/v1", httpx.AsyncClient(trust_env=False)
+            hello: Any = chat()
+            async with openai.AsyncOpenAI(base_url=url, api_key="none", http_client=http, max_retries=1) as client:
+                for _ in range(4):
+                    await client.chat.completions.create(model="toy", **hello)
+                with pytest.raises(openai.RateLimitError):
+                    await client.with_options(max_retries=0).chat.completions.create(model="toy", **hello)
+            refused = s.bench.metric("tenant_requests_refused_total", tenant="default", reason="TENANT_RATE")
+            assert refused == 4
+
+    run(main)
+
+
+def test_the_trace_of_a_client_goes_on() -> None:
+    class Tracer:
+        def begin(self, name: str, metadata: Any, attributes: Any) -> Any:
+            begun.append((name, dict(metadata)["traceparent"], attributes["request_id"]))
+            return NO_SPAN
+
+    begun: list[tuple[str, str, str]] = []
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+    async def main() -> None:
+        async with served() as s:
+            s.bench.router.generations._tracer = Tracer()  # type: ignore[assignment]
+            await s.ask({"traceparent": parent, "x-request-id": "r-1"})
+            assert begun == [("Generate", parent, "r-1")]
 
     run(main)
 
