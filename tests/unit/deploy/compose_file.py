@@ -17,6 +17,7 @@ from tests.integration.prometheus_server import ROOT
 
 FILE = ROOT / "docker-compose.yml"
 SECURE = ROOT / "deploy" / "docker" / "secure.yml"
+HTTP = ROOT / "deploy" / "docker" / "http.yml"
 # ${NAME}, ${NAME:-default}, ${NAME:?complaint}
 VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)(?::([-?])([^}]*))?\}")
 # What a container is called.

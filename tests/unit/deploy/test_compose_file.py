@@ -22,7 +22,7 @@ from shared.rpc.probe import ProbeConfig
 from tests.containers.compose import FILES
 from tests.integration.prometheus_server import ROOT, SHIPPED
 from tests.integration.redis_server import ROUTER_ACL, WORKER_ACL
-from tests.unit.deploy.compose_file import FILE, HOSTNAME, SECURE, VARIABLE, arguments, read
+from tests.unit.deploy.compose_file import FILE, HOSTNAME, HTTP, SECURE, VARIABLE, arguments, read
 from tests.unit.deploy.dockerfile import of
 
 OVERRIDE = ROOT / "deploy" / "docker" / "debian.yml"
@@ -56,13 +56,22 @@ def mounts(name: str) -> dict[str, str]:
     return {target: source for source, target, *_ in (each.split(":") for each in SERVICES[name]["volumes"])}
 
 
-@pytest.mark.parametrize("file", [FILE, OVERRIDE, SECURE], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [FILE, OVERRIDE, SECURE, HTTP], ids=lambda file: file.name)
 def test_the_file_is_what_the_compose_specification_wants(file: Path) -> None:
     command = shutil.which("check-jsonschema", path=sysconfig.get_path("scripts"))
     assert command is not None
     checked = [command, "--builtin-schema", "vendor.compose-spec", str(file)]
     done = subprocess.run(checked, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_http_is_off_unless_its_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert configuration("router", tmp_path, monkeypatch).http_port is None
+    override = read({PASSWORD_VARIABLE: "0123abcd"}, HTTP)["services"]["router"]
+    _, module, *flags = arguments({**SERVICES["router"], **override}, tmp_path)
+    monkeypatch.setattr("sys.argv", [module, *flags])
+    port = parse_config(CONFIGS[module], "").http_port
+    assert override["ports"] == [f"127.0.0.1:{port}:{port}"]
 
 
 def test_there_is_no_password_unless_somebody_thinks_of_one() -> None:

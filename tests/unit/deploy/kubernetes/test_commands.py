@@ -90,7 +90,8 @@ def test_processes_listen_where_the_manifests_say(shape: str, parse) -> None:
         config = parse(container)
         ports = container.ports
         assert config.listen.host == "0.0.0.0"
-        assert set(ports.values()) == {config.listen.port, config.listen.metrics_port}
+        http = {config.http_port} if isinstance(config, RouterConfig) and config.http_port is not None else set()
+        assert set(ports.values()) == {config.listen.port, config.listen.metrics_port, *http}
         assert {name for name, port in ports.items() if port == config.listen.metrics_port} <= {
             "metrics",
             "decode-metrics",

@@ -108,6 +108,8 @@ def needed_ways(everything: Rendered, *, watched: bool, picked: bool) -> set[tup
     }
     workers = sorted({*roles["prefill"], *roles["decode"]})
     ways = {("client", "router", CLIENTS_PORT)}
+    if (http := ports_of(everything, "router").get("http")) is not None:
+        ways.add(("client", "router", http))
     ways |= {("router", pod, 50051) for pod in roles["prefill"]}
     ways |= {(source, pod, 50052) for source in ("router", *roles["prefill"]) for pod in roles["decode"]}
     ways |= {(source, "redis", 6379) for source in ("router", *workers)}
