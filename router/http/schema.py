@@ -12,7 +12,7 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 # Commas and brackets of a body, those of its texts included: what has more is all structure, and takes the one loop of
 # this process for seconds.
-MAX_STRUCTURE = 400_000
+MAX_STRUCTURE = 200_000
 
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]

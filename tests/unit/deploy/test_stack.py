@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import vlcache
 
@@ -148,7 +149,7 @@ import asyncio, sys
 from deploy.local.serve import ServeConfig, run_serve
 from deploy.local.stack import Modules, run_stack
 modules = {FAKES!r}
-sys.exit(asyncio.run(run_stack(ServeConfig(port=0), run_serve, interrupted=0, modules=modules)))
+sys.exit(asyncio.run(run_stack(ServeConfig(port=0, http_port=0), run_serve, interrupted=0, modules=modules)))
 """
 
 
@@ -170,6 +171,9 @@ def test_serve_says_where_everything_is_and_drains_on_a_signal(number: signal.Si
         ]
         with vlcache.Client(address) as client:
             assert client.generate("hello").text == "ABC"
+        (base_url,) = (line.split()[-1] for line in lines if line.startswith("OpenAI's chat API"))
+        with httpx.Client(trust_env=False) as client:
+            assert [model["id"] for model in client.get(f"{base_url}/models").json()["data"]] == ["toy"]
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (0, "", "")
