@@ -16,6 +16,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from shared.kv.layout import KVLayout
+from shared.kv.manifest import FORMAT_VERSION
 from shared.model.attention import DECODE_ATTENTION, PREFILL_ATTENTION
 from shared.model.packing import pack_linears
 from shared.model.progress import on_terminal
@@ -77,9 +78,9 @@ def load_decode_model(path: Path, *, dtype: torch.dtype, device: torch.device) -
 
 
 def compatibility_hash(path: Path, layout: KVLayout) -> str:
-    """Hex digest of everything two workers must share to exchange KV: architecture, weights, layout."""
+    """Hex digest of all that two workers must share to exchange KV: architecture, weights, layout, form of parcels."""
     digest = _checkpoint_digest(path)
-    digest.update(repr(layout).encode())
+    digest.update(f"{FORMAT_VERSION} {layout!r}".encode())
     return digest.hexdigest()
 
 

@@ -118,6 +118,14 @@ def test_two_copies_of_a_checkpoint_are_compatible(tiny_checkpoint: Path, tmp_pa
     assert first == compatibility_hash(copied(tiny_checkpoint, tmp_path), LAYOUT)
 
 
+def test_workers_that_write_parcels_in_another_form_are_not_compatible(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = compatibility_hash(tiny_checkpoint, LAYOUT)
+    monkeypatch.setattr("shared.model.loading.FORMAT_VERSION", 99)
+    assert compatibility_hash(tiny_checkpoint, LAYOUT) != first
+
+
 def test_other_weights_settings_or_layouts_are_not_compatible(tiny_checkpoint: Path, tmp_path: Path) -> None:
     hashes = {compatibility_hash(tiny_checkpoint, LAYOUT)}
     bf16 = KVLayout(num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="bfloat16")
