@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from decode_worker.engine import EagerEngine
 from decode_worker.eviction.kinds import opened
 from decode_worker.kv_pool.base import Allocation, KVPool, growth_of
-from decode_worker.sequence import Sequence
+from decode_worker.sequence import Sequence, resumed
 from shared.errors import ResourceExhaustedError
 from shared.kv.manifest import Manifest
 from shared.model.sampler import Drawn
@@ -124,7 +124,7 @@ class LocalDecoding:
                 return
             self._waiting.popleft()
             kv = self._pool.install(allocation, manifest.num_kept, rows, tokens, eviction)
-            sequence = Sequence.from_manifest(manifest, kv, frozenset())
+            sequence = Sequence.from_manifest(manifest, kv, resumed(manifest, frozenset()))
             sequence.last_token = track.last_fed
             self._running.append(_Running(track=track, sequence=sequence, allocation=allocation))
 

@@ -12,7 +12,7 @@ from typing import Any
 from vlcache.v1 import inference_pb2 as public
 
 from decode_worker.eviction.kinds import opened
-from decode_worker.kv_pool.base import KVPool, SequenceKV
+from decode_worker.kv_pool.base import KVPool
 from decode_worker.kv_pool.seen_rows import SeenRows
 from decode_worker.parcel_reader import plain_body
 from decode_worker.parking import Parking
@@ -20,7 +20,7 @@ from decode_worker.promise import Promise
 from decode_worker.replay import tokens_to_replay
 from decode_worker.reservations import Reservation, Reservations
 from decode_worker.scheduler import DecodeScheduler, NewToken, StepOutcome
-from decode_worker.sequence import Sequence
+from decode_worker.sequence import Sequence, resumed
 from decode_worker.token_outbox import Subscription, TokenOutbox
 from shared.errors import (
     AbortedError,
@@ -31,6 +31,8 @@ from shared.errors import (
     UnavailableError,
 )
 from shared.kv.manifest import Manifest
+from shared.model.grammar import Grammar
+from shared.model.grammars import Grammars
 from shared.model.identity import ModelIdentity
 from shared.model.text_stream import TextStream
 from shared.model.wave_order import in_body_order
@@ -62,6 +64,7 @@ class DecodeRunner:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._metrics = metrics
+        self._grammars = Grammars(tokenizer, vocabulary=identity.vocabulary, eos_token_ids=eos_token_ids)
         self._joined: dict[Sequence, Reservation] = {}
         self._scheduler: DecodeScheduler
         # copies parcels into the pool, so that neither the event loop nor a step waits for memory
@@ -118,15 +121,15 @@ class DecodeRunner:
 
         Raises:
             DataLossError: The digest does not match.
-            InvalidRequestError: An encoded body contradicts its manifest.
+            InvalidRequestError: An encoded body contradicts its manifest, or its answer the constraint.
             AbortedError: The reservation ended meanwhile.
         """
         started = time.monotonic()
-        work = partial(self._copy, reservation, manifest, body, verify=verify, in_waves=in_waves)
-        kv = await run_to_end(self._install_thread, work)
+        grammar = await self._grammars.of(manifest.sampling.constraint)
+        work = partial(self._copy, reservation, manifest, body, grammar, verify=verify, in_waves=in_waves)
+        sequence = await run_to_end(self._install_thread, work)
         if reservation.ended:
             raise AbortedError("the request was released during its transfer", reason="RELEASED")
-        sequence = Sequence.from_manifest(manifest, kv, self._eos_token_ids, reservation.scope)
         sampling = manifest.sampling
         reservation.text = TextStream(self._tokenizer, sampling.stop, min_tokens=sampling.min_new_tokens)
         for token in manifest.generated:
@@ -193,7 +196,9 @@ class DecodeRunner:
             self._pass_on(self._joined[new_token.sequence], new_token)
         for sequence in outcome.failed:
             self.end(self._joined[sequence], InternalError("the decode step failed; the worker's log has the details"))
-        for sequence in (*outcome.left, *outcome.failed):
+        for sequence, error in outcome.refused:
+            self.end(self._joined[sequence], error)
+        for sequence in (*outcome.left, *outcome.failed, *(sequence for sequence, _ in outcome.refused)):
             self._let_go(self._joined.pop(sequence), "evicted")
         for sequence in outcome.outgrown:
             self._let_go(self._joined.pop(sequence), "outgrown")
@@ -211,18 +216,28 @@ class DecodeRunner:
         """Ends the threads of a drained worker."""
         self._scheduler.close()
         self._install_thread.shutdown()
+        self._grammars.close()
 
     def check_integrity(self) -> None:
         """Asserts that every extent has an owner, and that rows at rest are those that their evictions know."""
         self._reservations.check_integrity()
+        self._grammars.check_integrity()
         for held in self._reservations:
             eviction = held.eviction_at_rest
             if eviction is not None:
                 eviction.check_integrity()
 
     def _copy(
-        self, reservation: Reservation, manifest: Manifest, body: memoryview, *, verify: bool, in_waves: bool
-    ) -> SequenceKV:
+        self,
+        reservation: Reservation,
+        manifest: Manifest,
+        body: memoryview,
+        grammar: Grammar | None,
+        *,
+        verify: bool,
+        in_waves: bool,
+    ) -> Sequence:
+        sampler = resumed(manifest, self._eos_token_ids, grammar)
         if in_waves:
             body = in_body_order(manifest, body)
         if manifest.encoding is not None:
@@ -236,7 +251,7 @@ class DecodeRunner:
             manifest.check_digest(body)
         if eviction is not None and not eviction.rows.scores.isfinite().all():
             raise InvalidRequestError("a score is not a number", reason="PARCEL_SCORES")
-        return kv
+        return Sequence.from_manifest(manifest, kv, sampler, reservation.scope)
 
     def _join_when_ready(self, reservation: Reservation) -> None:
         if reservation.sequence is None or reservation.subscription is None:

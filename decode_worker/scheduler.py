@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from decode_worker.engine import DecodeEngine
 from decode_worker.sequence import FinishReason, Sequence
+from shared.errors import ServiceError
 from shared.model.logprobs import Logprobs
 from shared.telemetry.metrics import DecodeMetrics
 from shared.telemetry.scope import within
@@ -44,13 +45,14 @@ class StepOutcome:
     """What happened in a step, or between two of them.
 
     The step thread no longer touches the sequences in `left` (asked to, or finished), `outgrown` (no room for their
-    next token) and `failed`.
+    next token), `failed`, and `refused` (nothing may follow, for the reason beside them).
     """
 
     tokens: list[NewToken] = field(default_factory=list)
     left: list[Sequence] = field(default_factory=list)
     outgrown: list[Sequence] = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
+    refused: list[tuple[Sequence, ServiceError]] = field(default_factory=list)
 
 
 class DecodeScheduler:
@@ -191,16 +193,21 @@ class DecodeScheduler:
         self._metrics.step_seconds.observe(time.monotonic() - started)
         self._metrics.batch_size.observe(len(batch))
         new_tokens = []
+        refused: list[tuple[Sequence, ServiceError]] = []
         for sequence, each in zip(batch, drawn, strict=True):
             if sequence.known:
                 new_tokens += self._recall(sequence, 1)
                 continue
+            if each.refusal is not None:
+                refused.append((sequence, each.refusal))
+                continue
             sequence.accept(each)
             new_tokens.append(NewToken(sequence, each.token, sequence.finish_reason, logprobs=each.logprobs))
         finished = [sequence for sequence in batch if sequence.finish_reason]
-        outgrown = [sequence for sequence in batch if sequence.kv.full and not sequence.finish_reason]
-        self._let_go([*finished, *outgrown])
-        return StepOutcome(tokens=new_tokens, left=finished, outgrown=outgrown)
+        going = {new.sequence for new in new_tokens if not new.sequence.finish_reason}
+        outgrown = [sequence for sequence in batch if sequence.kv.full and sequence in going]
+        self._let_go([*finished, *outgrown, *(sequence for sequence, _ in refused)])
+        return StepOutcome(tokens=new_tokens, left=finished, outgrown=outgrown, refused=refused)
 
     def _replay(self, sequence: Sequence) -> StepOutcome:
         """One pass, as large as a batch and the sequence's room allow."""

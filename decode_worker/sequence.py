@@ -10,6 +10,7 @@ from vlcache.v1 import inference_pb2 as public
 
 from decode_worker.kv_pool.base import SequenceKV
 from shared.kv.manifest import Manifest
+from shared.model.grammar import Grammar
 from shared.model.sampler import Drawn, Sampler
 from shared.request.sampling import Sampling
 from shared.telemetry.scope import NOBODY, Scope
@@ -42,13 +43,8 @@ class Sequence:
     finish_reason: FinishReason = field(default=public.FINISH_REASON_UNSPECIFIED)
 
     @classmethod
-    def from_manifest(
-        cls, manifest: Manifest, kv: SequenceKV, eos_token_ids: frozenset[int], scope: Scope = NOBODY
-    ) -> Sequence:
-        """A sequence that goes on after the tokens that came with the parcel."""
-        sampler = Sampler(manifest.sampling, eos_token_ids, manifest.prompt_token_ids)
-        for token in manifest.generated:
-            sampler.push(token)
+    def from_manifest(cls, manifest: Manifest, kv: SequenceKV, sampler: Sampler, scope: Scope = NOBODY) -> Sequence:
+        """A sequence that goes on after the tokens that came with the parcel, which the sampler was told."""
         return cls(
             kv=kv,
             sampler=sampler,
@@ -90,7 +86,7 @@ class Sequence:
     def accept(self, drawn: Drawn) -> None:
         """Takes the token that a step produced."""
         self._advance(drawn.token)
-        if drawn.token in self.sampler.eos_token_ids and not self.sampling.ignore_eos:
+        if self.sampler.ended:
             self.finish_reason = public.FINISH_REASON_STOP
         elif self.generated >= self.sampling.max_new_tokens:
             self.finish_reason = public.FINISH_REASON_LENGTH
@@ -100,3 +96,16 @@ class Sequence:
         self.last_token = token
         self.next_position += 1
         self.generated += 1
+
+
+def resumed(manifest: Manifest, eos_token_ids: frozenset[int], grammar: Grammar | None = None) -> Sampler:
+    """What goes on drawing an answer after the tokens that came with its parcel.
+
+    Raises:
+        InvalidRequestError: These break the sampling's constraint.
+    """
+    sampler = Sampler(manifest.sampling, eos_token_ids, manifest.prompt_token_ids, grammar)
+    for token in manifest.generated:
+        sampler.push(token)
+    sampler.check()
+    return sampler

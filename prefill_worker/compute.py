@@ -220,7 +220,13 @@ class PrefillCompute:
     def _opening(self, job: PrefillJob, prompt: Prompt) -> Opening:
         eos_token_ids, position = self._spec.eos_token_ids, prompt.next_position
         return Opening(
-            self._tokenizer, job.sampling, eos_token_ids, position, job.delivered, _tokens_to_punish(job, prompt)
+            self._tokenizer,
+            job.sampling,
+            eos_token_ids,
+            position,
+            job.delivered,
+            _tokens_to_punish(job, prompt),
+            job.grammar,
         )
 
     def _look_ahead(

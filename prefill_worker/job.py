@@ -17,6 +17,7 @@ from prefill_worker.opening import DrawnToken
 from shared.errors import InvalidRequestError
 from shared.kv.manifest import TransferId
 from shared.kv.secret import SECRET_BYTES
+from shared.model.grammar import Grammar
 from shared.request.params import Budget, Guard, Wire
 from shared.request.sampling import Sampling
 
@@ -27,7 +28,7 @@ class PrefillJob:
 
     `delivered` is how the answer begins, where a lost attempt has delivered some of it. `parcel` is the secret under
     which its parcel is retained, empty where it is not. `explain` says which tokens were kept, `cancelled` stops it at
-    the next layer.
+    the next layer. `grammar` is that of the sampling's constraint, once it is compiled.
     """
 
     transfer: TransferId
@@ -42,6 +43,7 @@ class PrefillJob:
     wire: Wire = field(default_factory=Wire)
     guard: Guard = field(default_factory=Guard)
     explain: bool = False
+    grammar: Grammar | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from vlcache.v1 import inference_pb2 as public
 
+from shared.model.grammar import Grammar
 from shared.model.sampler import Drawn, Sampler
 from shared.model.text_stream import TextStream
 from shared.request.sampling import Sampling
@@ -33,6 +34,7 @@ class Opening:
     Args:
         delivered: How the answer begins, as a lost attempt has told it: these are taken as if they had been drawn.
         prompt_tokens: See `Sampler`.
+        grammar: See `Sampler`.
 
     Attributes:
         tokens: What was drawn so far.
@@ -47,23 +49,30 @@ class Opening:
         next_position: int,
         delivered: Sequence[int] = (),
         prompt_tokens: Sequence[int] = (),
+        grammar: Grammar | None = None,
     ) -> None:
         self._delivered = delivered
         self._next_position = next_position
         self._tokenizer = tokenizer
-        self._sampler = Sampler(sampling, eos_token_ids, prompt_tokens)
+        self._sampler = Sampler(sampling, eos_token_ids, prompt_tokens, grammar)
         self._text = TextStream(tokenizer, sampling.stop, min_tokens=sampling.min_new_tokens)
         self.tokens: list[int] = []
         self.ended = False
 
     def draw(self, logits: torch.Tensor) -> DrawnToken:
-        """The next token from its logits [vocab] fp32."""
+        """The next token from its logits [vocab] fp32.
+
+        Raises:
+            InvalidRequestError: The constraint allows none.
+        """
         drawn = self._next(logits)
+        if drawn.refusal is not None:
+            raise drawn.refusal
         token = drawn.token
         self.tokens.append(token)
         self._sampler.push(token)
         text = self._text.push(token)
-        reason = self._reason(token)
+        reason = self._reason()
         self.ended = bool(reason)
         if reason:
             text += self._text.finish()
@@ -76,8 +85,8 @@ class Opening:
             return Drawn(self._delivered[number])
         return self._sampler.draw(logits, self._next_position + number)
 
-    def _reason(self, token: int) -> public.FinishReason:
-        if self._text.stopped or (token in self._sampler.eos_token_ids and not self._sampler.sampling.ignore_eos):
+    def _reason(self) -> public.FinishReason:
+        if self._text.stopped or self._sampler.ended:
             return public.FINISH_REASON_STOP
         if len(self.tokens) == self._sampler.sampling.max_new_tokens:
             return public.FINISH_REASON_LENGTH

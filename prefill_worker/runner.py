@@ -1,4 +1,4 @@
-"""The life of one prefill: preprocess -> room for the parcel -> model thread -> transfer."""
+"""The life of one prefill: [constraint ->] preprocess -> room for the parcel -> model thread -> transfer."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from shared.errors import DuplicateRequestError, UnavailableError, at_stage
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest
 from shared.kv.transport.early_stream import EarlyStream
+from shared.model.grammars import Grammars
 from shared.request.params import Budget
 from shared.telemetry.metrics import PrefillMetrics
 from shared.telemetry.scope import current
@@ -52,6 +53,7 @@ class PrefillRunner:
         sender: KVSender,
         layout: KVLayout,
         metrics: PrefillMetrics,
+        grammars: Grammars,
     ) -> None:
         self._preprocessing = preprocess
         self._compute = compute
@@ -62,6 +64,7 @@ class PrefillRunner:
         self._shipper = ParcelShipper(sender, retained, metrics)
         self._layout = layout
         self._metrics = metrics
+        self._grammars = grammars
         # waits for bytes and sums them up while the model thread computes the next prompt
         self._parcel_thread = ThreadPoolExecutor(1, thread_name_prefix="parcel")
         self._jobs: dict[tuple[str, int], tuple[PrefillJob, asyncio.Task[None]]] = {}
@@ -135,10 +138,12 @@ class PrefillRunner:
         """Ends the threads of a drained worker."""
         self._parcel_thread.shutdown()
         self._scheduler.close()
+        self._grammars.close()
 
     def check_integrity(self) -> None:
         """Asserts that an idle worker holds nothing but what it retains."""
         self._store.check_integrity()
+        self._grammars.check_integrity()
         self._retained.check_integrity(idle=not self._jobs)
         if not self._jobs:
             assert self._retained.filling_bytes == 0, "a slot outlived its request"
@@ -159,6 +164,8 @@ class PrefillRunner:
     async def _run_stages(self, job: PrefillJob, emit: Callable[[Event | None], None]) -> None:
         with at_stage("preprocess"):
             check_policy(job.policy, self._layout)
+            # first of all: what is refused has cost nothing
+            job = replace(job, grammar=await self._grammars.of(job.sampling.constraint))
             prompt = await self._preprocess(job)
             if job.explain:
                 check_explainable(prompt.shape.num_tokens + job.policy.look_ahead, self._layout)

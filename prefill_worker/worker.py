@@ -35,6 +35,7 @@ from shared.kv.arena import Arena
 from shared.kv.arena_socket import ArenaServer
 from shared.kv.transport.local import LocalReceiver
 from shared.model.checkpoint import Checkpoint, open_checkpoint
+from shared.model.grammars import Grammars
 from shared.model.identity import ModelIdentity
 from shared.model.loading import load_prefill_model
 from shared.model.processor import load_processor
@@ -151,6 +152,7 @@ class PrefillWorker:
             sender=self._sender,
             layout=model.spec.layout,
             metrics=self.metrics,
+            grammars=Grammars(tokenizer, vocabulary=model.identity.vocabulary, eos_token_ids=model.spec.eos_token_ids),
         )
         self.servicer = PrefillServicer(
             name=config.name,

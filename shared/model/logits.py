@@ -1,7 +1,7 @@
 """Changes to logits before a token is drawn: bias, a least length, and penalties for what was said before.
 
-In this order, as vLLM has it. Repetition penalty: CTRL (Keskar et al., 2019); presence and frequency penalties: as in
-OpenAI's API, on the counts of the answer alone.
+In this order, as vLLM has it; a constraint (`constraint.py`) comes after them. Repetition penalty: CTRL (Keskar et al.,
+2019); presence and frequency penalties: as in OpenAI's API, on the counts of the answer alone.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from shared.errors import InvalidRequestError
+from shared.model.constraint import Constrained
+from shared.model.grammar import Grammar
 from shared.model.logits import LogitChanges
 from shared.model.logprobs import Logprobs
 from shared.request.sampling import Sampling
@@ -18,24 +21,36 @@ from shared.request.sampling import Sampling
 
 @dataclass(frozen=True)
 class Drawn:
-    """A token, with what was asked about its probability."""
+    """A token, with what was asked about its probability; or why there is none, and the answer can only fail."""
 
     token: int
     logprobs: Logprobs | None = None
+    refusal: InvalidRequestError | None = None
 
 
 class Sampler:
     """Draws the tokens of one answer, of which it is told every one, drawn here or elsewhere."""
 
-    def __init__(self, sampling: Sampling, eos_token_ids: Collection[int], prompt_tokens: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        eos_token_ids: Collection[int],
+        prompt_tokens: Iterable[int] = (),
+        grammar: Grammar | None = None,
+    ) -> None:
         """Of an answer without tokens.
 
         Args:
             prompt_tokens: See `LogitChanges`.
+            grammar: Of the sampling's constraint.
         """
+        assert (grammar is None) == (sampling.constraint is None), "a constraint was not compiled"
         self.sampling = sampling
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.ended = False
+        """Whether the answer has ended by itself, with the last token that was pushed."""
         self._changes = LogitChanges(sampling, eos_token_ids, prompt_tokens)
+        self._constrained = Constrained(grammar, sampling, eos_token_ids) if grammar else None
 
     @property
     def takes_highest(self) -> bool:
@@ -45,6 +60,19 @@ class Sampler:
     def push(self, token: int) -> None:
         """The answer goes on with `token`."""
         self._changes.push(token)
+        self.ended = token in self.eos_token_ids and not self.sampling.ignore_eos
+        if self._constrained is not None:
+            self._constrained.push(token)
+            self.ended = self.ended or self._constrained.ended
+
+    def check(self) -> None:
+        """Looks whether what was pushed can have been drawn.
+
+        Raises:
+            InvalidRequestError: It breaks the sampling's constraint.
+        """
+        if self._constrained is not None:
+            self._constrained.check()
 
     def draw(self, logits: torch.Tensor, position: int) -> Drawn:
         """The next token; it is not pushed.
@@ -54,6 +82,11 @@ class Sampler:
             position: Position of the token to be drawn.
         """
         changed = self._changes.apply(logits) if self.sampling.changes_logits else logits
+        if self._constrained is not None:
+            try:
+                changed = self._constrained.apply(changed, logits)
+            except InvalidRequestError as error:
+                return Drawn(token=0, refusal=error)
         token = sample(changed, self.sampling, position)
         if self.sampling.logprobs is None:
             return Drawn(token)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vlcache.v1 import inference_pb2 as pb
 
 from shared.errors import InvalidRequestError
+from shared.request.constraint import Constraint
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256
@@ -24,7 +25,7 @@ class Sampling:
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep every token. The random number of a step depends on
     (`seed`, position) alone. The penalties and `logit_bias`, pairs of a token id and what is added to its logit,
     change logits before all that (`shared/model/logits.py`). `logprobs` are how many most likely tokens are reported
-    in each place; None reports nothing.
+    in each place; None reports nothing. What `constraint` does not allow is never drawn.
     """
 
     max_new_tokens: int
@@ -40,6 +41,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_new_tokens: int = 0
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
@@ -68,7 +70,6 @@ class Sampling:
         """
         has = message.HasField
         _require(message.n <= 1, "n > 1 is not served yet")
-        _require(not has("constraint"), "constraints are not served yet")
         return cls(
             max_new_tokens=message.max_new_tokens if has("max_new_tokens") else default_max_new_tokens,
             temperature=message.temperature,
@@ -83,6 +84,7 @@ class Sampling:
             logit_bias=tuple(sorted(message.logit_bias.items())),
             min_new_tokens=message.min_new_tokens,
             logprobs=message.logprobs if has("logprobs") else None,
+            constraint=Constraint.from_proto(message.constraint) if has("constraint") else None,
         )
 
     def to_proto(self) -> pb.SamplingParams:
@@ -101,16 +103,17 @@ class Sampling:
             logit_bias=dict(self.logit_bias),
             min_new_tokens=self.min_new_tokens,
             logprobs=self.logprobs,
+            constraint=self.constraint.to_proto() if self.constraint else None,
         )
 
     @property
     def takes_highest(self) -> bool:
         """Whether the next token is the one of the highest logit, whatever was said before."""
-        return self.temperature == 0 and not self.changes_logits
+        return self.temperature == 0 and not self.changes_logits and self.constraint is None
 
     @property
     def changes_logits(self) -> bool:
-        """Whether logits are changed before a token is drawn."""
+        """Whether logits are changed before a token is drawn, by more than a constraint."""
         return bool(self.counts_answer or self.reads_prompt or self.logit_bias or self.min_new_tokens)
 
     @property

@@ -12,7 +12,7 @@ import torch
 from decode_worker.engine import EagerEngine
 from decode_worker.kv_pool.seen_rows import SeenRows
 from decode_worker.kv_pool.slabs import SlabPool
-from decode_worker.sequence import Sequence
+from decode_worker.sequence import Sequence, resumed
 from prefill_worker.prompt import Prompt
 from shared.kv.manifest import Manifest
 from shared.request.params import Budget
@@ -63,7 +63,7 @@ class Decoding:
         allocation = self._pool.allocate(self._pool.sequence_bytes(manifest.num_kept, STEPS))
         kept = body[: manifest.body_bytes]
         kv = self._pool.install(allocation, manifest.num_kept, kept, STEPS, seen=SeenRows.of(manifest))
-        return manifest, Sequence.from_manifest(manifest, kv, frozenset())
+        return manifest, Sequence.from_manifest(manifest, kv, resumed(manifest, frozenset()))
 
 
 def evicted_of(manifest: Manifest) -> Evicted:

@@ -1,8 +1,9 @@
 """What a caller chooses: time limits, retries, sampling and compression. Values only, checked when made."""
 
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ MAX_SEED = 2**64 - 1
 MAX_TOKEN_ID = 2**32 - 1
 MAX_REPETITION_PENALTY = 10
 MAX_LOGPROBS = 20
+MAX_ASCII = 127
+MAX_CONSTRAINT_BYTES = 64 << 10
 MAX_RESIDUAL = 2**32 - 1
 BudgetScope = Literal["cache", "visual"]
 # the server's default is the cache: what is left out stays absent on the wire
@@ -124,6 +127,12 @@ class Sampling:
     logit_bias: added to the logits of tokens by their ids, each in [-100, 100].
     min_new_tokens: the answer does not end by itself with fewer tokens.
     logprobs: report log-probabilities: of each token, and of so many most likely ones in its place, at most 20.
+    json_schema: the answer is a JSON value that this schema, a text or a dict, allows.
+    regex: the whole answer matches this regular expression.
+    grammar: the answer is a sentence of this grammar, in the notation of Lark.
+    choices: the answer is one of these texts.
+
+    At most one of the last four is given. An answer that max_new_tokens or a stop string ends may be cut short.
 
     Raises ValueError when a value is out of its range.
     """
@@ -141,6 +150,10 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_new_tokens: int = 0
     logprobs: int | None = None
+    json_schema: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choices: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         _check(
@@ -158,6 +171,30 @@ class Sampling:
         _check(not isinstance(self.stop, str), "stop must be a tuple of strings, got one string")
         _check(all(self.stop), "stop strings must not be empty")
         self._check_changes()
+        self._check_constraint()
+
+    def _check_constraint(self) -> None:
+        given = [name for name in ("json_schema", "regex", "grammar", "choices") if getattr(self, name) is not None]
+        _check(len(given) <= 1, f"give at most one of json_schema, regex, grammar and choices, got {', '.join(given)}")
+        # a lone string would be a choice between its characters
+        _check(not isinstance(self.choices, str), "choices must be a sequence of strings, got one string")
+        _check(self.choices is None or (len(self.choices) > 0 and all(self.choices)), "choices must be texts")
+        kind, text = self._constraint or ("", "-")
+        _check(0 < len(text.encode()) <= MAX_CONSTRAINT_BYTES, f"{kind} has 1 to {MAX_CONSTRAINT_BYTES} bytes")
+        if kind == "json_schema":
+            _check_schema(text)
+
+    @property
+    def _constraint(self) -> tuple[str, str] | None:
+        """The field of the contract, and what is in it."""
+        if self.json_schema is not None:
+            schema = self.json_schema
+            return "json_schema", schema if isinstance(schema, str) else json.dumps(schema)
+        if self.choices is not None:
+            return "regex", "|".join(map(_literal, self.choices))
+        if self.regex is not None:
+            return "regex", self.regex
+        return None if self.grammar is None else ("grammar", self.grammar)
 
     def _check_changes(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
@@ -190,7 +227,23 @@ class Sampling:
             logit_bias=self.logit_bias,
             min_new_tokens=self.min_new_tokens,
             logprobs=self.logprobs,
+            constraint=inference_pb2.Constraint(**dict([self._constraint])) if self._constraint else None,
         )
+
+
+def _check_schema(text: str) -> None:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"json_schema is no JSON: {error}") from error
+    _check(isinstance(schema, dict), "json_schema must be a JSON object")
+
+
+def _literal(text: str) -> str:
+    """The regular expression of one text: whatever could mean more, or end a line, by its number."""
+    return "".join(
+        char if char.isalnum() or char in " _" or ord(char) > MAX_ASCII else f"\\x{ord(char):02x}" for char in text
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from shared.kv.arena import Arena
 from shared.kv.manifest import Manifest, TransferId
 from shared.kv.secret import SECRET_BYTES
 from shared.kv.transport.base import Parcel, SendReport
+from shared.model.grammars import Grammars
 from shared.request.params import Budget
 from shared.request.sampling import Sampling
 from shared.telemetry.metrics import PrefillMetrics
@@ -91,6 +92,7 @@ class Pieces:
             sender=self,  # type: ignore[arg-type]
             layout=LAYOUT,
             metrics=self.metrics,
+            grammars=Grammars(None, vocabulary=1, eos_token_ids=()),
         )
 
     async def build(self, messages: Any, *, max_new_tokens: int, tenant: str) -> Prompt:

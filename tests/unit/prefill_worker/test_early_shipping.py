@@ -35,6 +35,7 @@ from shared.kv.manifest import Manifest, TransferId
 from shared.kv.transport import early_stream
 from shared.kv.transport.base import Parcel, SendReport
 from shared.kv.transport.grpc_stream import GrpcTransport
+from shared.model.grammars import Grammars
 from shared.model.identity import ModelIdentity
 from shared.model.loading import load_spec
 from shared.request.params import Budget, Wire
@@ -70,6 +71,7 @@ class Prefills:
             sender=self.sender,
             layout=self.layout,
             metrics=self.metrics,
+            grammars=Grammars(None, vocabulary=1, eos_token_ids=()),
         )
 
     async def build(self, messages: Any, *, max_new_tokens: int, tenant: str) -> Prompt:

@@ -16,7 +16,7 @@ from decode_worker.eviction.kinds import opened
 from decode_worker.graph_engine import GraphEngine
 from decode_worker.kv_pool.base import growth_of
 from decode_worker.parcel_reader import plain_body
-from decode_worker.sequence import Sequence
+from decode_worker.sequence import Sequence, resumed
 from prefill_worker.calibrate import Calibration, CalibrationConfig, calibrate, read_prompts
 from prefill_worker.compression.layer_sharing import SharedPair
 from prefill_worker.compression.policies.kv_sharer import KVSharer
@@ -103,7 +103,7 @@ def installed(pool: Pool, manifest: Manifest, body: memoryview) -> Sequence:
     rows, eviction = opened(manifest, plain_body(manifest, body, verify=True) if manifest.encoding else body)
     nbytes = pool.sequence_bytes(manifest.num_kept, growth_of(STEPS, eviction))
     kv = pool.install(pool.allocate(nbytes), manifest.num_kept, rows, STEPS, eviction)
-    return Sequence.from_manifest(manifest, kv, frozenset())
+    return Sequence.from_manifest(manifest, kv, resumed(manifest, frozenset()))
 
 
 @pytest.mark.parametrize("lender_of", SHARINGS.values(), ids=SHARINGS)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from vlcache._channel import DEFAULT_ADDRESS
@@ -92,6 +93,21 @@ def _add_sampling(group: Any) -> None:
     group.add_argument("--top-k", type=int)
     group.add_argument("--seed", type=int)
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
+    form = group.add_mutually_exclusive_group()
+    form.add_argument(
+        "--json-schema", type=_text_or_file, metavar="FILE|TEXT", help="the answer is JSON that this schema allows"
+    )
+    form.add_argument("--regex", help="the whole answer matches this regular expression")
+
+
+def _text_or_file(text: str) -> str:
+    """A schema as it is, or what the file of this name has."""
+    if text.lstrip().startswith("{"):
+        return text
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a JSON object nor a file that can be read") from error
 
 
 def _parameter(text: str) -> tuple[str, Any]:
@@ -113,6 +129,8 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         top_k=args.top_k,
         seed=args.seed,
         stop=tuple(args.stop),
+        json_schema=args.json_schema,
+        regex=args.regex,
     )
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from decode_worker.engine import forward
 from decode_worker.eviction.kinds import opened
 from decode_worker.kv_pool.base import SequenceKV, growth_of
-from decode_worker.sequence import Sequence
+from decode_worker.sequence import Sequence, resumed
 from shared.kv.eviction import Eviction
 from shared.kv.manifest import Manifest, TransferId
 from shared.request.sampling import Sampling
@@ -58,7 +58,7 @@ class RuledShipment:
         rows, eviction = opened(manifest, memoryview(self.body))
         allocation = pool.allocate(pool.sequence_bytes(self.num_kept, growth_of(room, eviction)))
         kv = pool.install(allocation, self.num_kept, rows, room, eviction)
-        return Sequence.from_manifest(manifest, kv, frozenset())
+        return Sequence.from_manifest(manifest, kv, resumed(manifest, frozenset()))
 
 
 class TwinDecoding:
