@@ -23,7 +23,13 @@ from shared.request.constraint import REASON, Constraint
 
 # What a grammar may cost while it is followed. A mask is computed between two steps of everybody's batch, so it ends
 # after some milliseconds; a state of the lexer takes one or two KiB, in each answer.
-LIMITS = LLParserLimits(step_lexer_fuel=50_000, step_max_items=20_000, max_lexer_states=10_000, verbose_errors=False)
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=250_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    max_lexer_states=10_000,
+    verbose_errors=False,
+)
 # Whitespace between the parts of a JSON value: none, a space, or a line break with indentation. Never more: a model
 # that has nothing to say could go on with it for ever.
 JSON_DEFAULTS: JsonCompileOptions = {"whitespace_pattern": r"( |\n {0,16})?"}
@@ -111,7 +117,7 @@ class Matcher:
         known = np.unpackbits(bits, count=min(vocabulary, 8 * len(bits)), bitorder="little")
         found[: len(known)] = known
         if not found.any():
-            raise _left("no token of this model goes on with it")
+            raise _left(_reason(""))
         return found
 
 
@@ -131,11 +137,8 @@ class Grammar:
         matcher = LLMatcher(tokens, _notation(constraint), log_level=0, limits=LIMITS)
         # a grammar that is too complex for its first token shows here, before anything is spent on its answer
         found = not matcher.is_error() and any(matcher.compute_bitmask())
-        error = matcher.get_error()
-        if error and not error.startswith("NoExtension"):
-            raise _refused(constraint, _reason(error))
-        if not found or error:
-            raise _refused(constraint, "no answer meets it")
+        if not found or matcher.is_error():
+            raise _refused(constraint, _reason(matcher.get_error()))
         return cls(matcher)
 
     def matcher(self) -> Matcher:
@@ -158,6 +161,8 @@ def _notation(constraint: Constraint) -> str:
 
 def _reason(error: str) -> str:
     """The sentence of a report in which the library also draws, and says where it was in its own notation."""
+    if not error or error.startswith("NoExtension"):
+        return "this model can say nothing that meets it"
     named = re.search(r"^error: (.+)$", error, re.MULTILINE)
     first = error.split("\n", 1)[0]
     reason = named.group(1) if named else re.sub(r"^at \d+\(\d+\): ", "", first)

@@ -26,14 +26,17 @@ class Question:
 
 
 def greedy_and_seeded(count: int, *, tokens: int = TOKENS) -> list[Question]:
-    """`count` questions about images: a third greedy, a third with a temperature, a third that minds what was said."""
+    """`count` questions about images: greedy ones, with a temperature, minding what was said, and of a given form."""
     greedy = vlcache.Sampling(max_new_tokens=tokens, ignore_eos=True)
     seeded = vlcache.Sampling(max_new_tokens=tokens, ignore_eos=True, temperature=1.5, seed=77)
     minding = vlcache.Sampling(
         max_new_tokens=tokens, ignore_eos=True, repetition_penalty=1.3, frequency_penalty=0.01, logprobs=2
     )
+    formed = vlcache.Sampling(
+        max_new_tokens=tokens, ignore_eos=True, temperature=1.5, seed=78, regex="([a-z]{2,5} [0-9]*\\.)*"
+    )
     samples = draw_samples(seed=990_031, count=count)
-    return [Question(sample, (greedy, seeded, minding)[number % 3]) for number, sample in enumerate(samples)]
+    return [Question(sample, (greedy, seeded, minding, formed)[number % 4]) for number, sample in enumerate(samples)]
 
 
 class Answer:

@@ -16,12 +16,18 @@ from shared.kv.encoding import Encoding
 from shared.kv.eviction import SCORE_BYTES, HeavyHitters
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest
+from shared.request.constraint import Constraint
 from shared.request.sampling import Sampling
 from tests.unit.decode_worker.parcels import manifest_of
 
 CORPUS = Path(__file__).parent / "corpus"
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32")
 NUM_KEPT = (3, 4, 5, 6)
+CONSTRAINTS = (
+    Constraint("json_schema", '{"type": "object", "properties": {"a": {"type": "integer"}}}'),
+    Constraint("regex", "(red|blue) [0-9]{1,3}"),
+    Constraint("grammar", 'start: "a" start | "b"'),
+)
 
 
 def found(kind: str) -> list[bytes]:
@@ -43,6 +49,7 @@ def manifests() -> list[Manifest]:
         dataclasses.replace(plain, encoding=encoding, body_bytes=encoding.body_bytes(LAYOUT, NUM_KEPT)),
         dataclasses.replace(plain, eviction=hitters, body_bytes=scored),
         dataclasses.replace(plain, sampling=minding, prompt_token_ids=(1, 5, 9)),
+        *(dataclasses.replace(plain, sampling=Sampling(max_new_tokens=8, constraint=each)) for each in CONSTRAINTS),
     ]
 
 
@@ -56,6 +63,7 @@ def requests() -> list[pb.GenerateRequest]:
         compression=pb.CompressionParams(policy="vl_cache", retention=0.2, min_retention=0.1),
     )
     whole.compression.parameters["shared_heads"] = False
+    whole.sampling.constraint.CopyFrom(CONSTRAINTS[0].to_proto())
     plain = pb.GenerateRequest(messages=[pb.Message(role="user", parts=[pb.Part(text="Hello")])])
     return [whole, plain]
 

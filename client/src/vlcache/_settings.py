@@ -13,7 +13,6 @@ MAX_SEED = 2**64 - 1
 MAX_TOKEN_ID = 2**32 - 1
 MAX_REPETITION_PENALTY = 10
 MAX_LOGPROBS = 20
-MAX_ASCII = 127
 MAX_CONSTRAINT_BYTES = 64 << 10
 MAX_RESIDUAL = 2**32 - 1
 BudgetScope = Literal["cache", "visual"]
@@ -240,10 +239,8 @@ def _check_schema(text: str) -> None:
 
 
 def _literal(text: str) -> str:
-    """The regular expression of one text: whatever could mean more, or end a line, by its number."""
-    return "".join(
-        char if char.isalnum() or char in " _" or ord(char) > MAX_ASCII else f"\\x{ord(char):02x}" for char in text
-    )
+    """The regular expression of one text: whatever could mean more, or end a line, stands there as its number."""
+    return "".join(char if char.isalnum() or char in " _" or char > "\x7f" else f"\\x{ord(char):02x}" for char in text)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,10 +91,11 @@ def test_every_option_reaches_the_service(service, vlcache, tmp_path):
     wire = "--wire-bits 4 --key-channels 0.6 --wire-group 64 --wire-residual 0"
     sampling = "--max-new-tokens 7 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 11 --stop . --stop !"
     who = "--tenant team-a --priority -3"
+    form = ("--regex", "red|blue")
     words = f"{settings} {wire} {sampling} {who}".split()
     film = paths[0].with_name("c.mp4")
     film.write_bytes(b"film")
-    assert vlcache("ask", *images, "--video", str(film), "Which?", *scope, *words, "--timeout", "9")[0] == 0
+    assert vlcache("ask", *images, "--video", str(film), "Which?", *scope, *form, *words, "--timeout", "9")[0] == 0
 
     (request,) = service.requests
     parts = request.messages[0].parts
@@ -108,8 +109,19 @@ def test_every_option_reaches_the_service(service, vlcache, tmp_path):
     sent = request.sampling
     assert (sent.max_new_tokens, sent.temperature, sent.top_p, sent.top_k, sent.seed) == (7, 0.5, 0.9, 4, 11)
     assert list(sent.stop) == [".", "!"]
+    assert sent.constraint == pb.Constraint(regex="red|blue")
     assert (service.tenants, request.priority) == (["team-a"], -3)
     assert 8 < service.remaining_s[0] < 9.2
+
+
+def test_a_schema_is_a_file_or_a_text(service, vlcache, tmp_path):
+    schema = '{"type": "integer"}'
+    file = tmp_path / "schema.json"
+    file.write_text(schema)
+    for given in (schema, str(file)):
+        service.attempts = [whole_answer()]
+        assert vlcache("ask", "Which?", "--json-schema", given)[0] == 0
+    assert [request.sampling.constraint.json_schema for request in service.requests] == [schema] * 2
 
 
 def test_without_options_the_service_decides(service, vlcache):
@@ -171,6 +183,8 @@ def test_an_unreadable_image_is_an_error(service, vlcache):
         (["--top-k", "many"], "top-k"),
         (["--tenant", "team a"], "tenant"),
         (["--priority", "101"], "priority"),
+        (("--json-schema", "/nowhere.json"), "neither a JSON object nor a file"),
+        (("--json-schema", "{"), "json_schema is no JSON"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(service, vlcache, capsys, options, hint):

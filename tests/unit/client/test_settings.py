@@ -1,5 +1,7 @@
 import dataclasses
+import json
 import math
+import re
 
 import pytest
 from vlcache import Compression, RetryPolicy, Sampling, Timeout, Wire
@@ -37,6 +39,15 @@ WRONG = [
     (Wire, {"residual": 2**32}),
     (Compression, {"budget_scope": "text"}),
     (Compression, {"min_retention": 0}),
+    (Sampling, {"json_schema": "{"}),
+    (Sampling, {"json_schema": "[]"}),
+    (Sampling, {"json_schema": "[" * 50_000}),
+    (Sampling, {"regex": ""}),
+    (Sampling, {"regex": "a" * 70_000}),
+    (Sampling, {"choices": []}),
+    (Sampling, {"choices": "yes"}),
+    (Sampling, {"choices": ["yes", ""]}),
+    (Sampling, {"regex": "a", "grammar": "start: /a/"}),
     (Compression, {"min_retention": 1.5}),
     (Compression, {"max_dropped_attention": -0.1}),
     (Compression, {"max_dropped_attention": math.nan}),
@@ -93,6 +104,24 @@ def test_every_setting_reaches_its_field():
     assert strictest.HasField("max_dropped_attention")
     assert Compression(max_dropped_attention=0.03).to_proto().max_dropped_attention == 0.03
     assert Compression(explain=True).to_proto().explain
+
+
+def test_a_form_reaches_its_field():
+    schema = {"type": "integer"}
+    assert json.loads(Sampling(json_schema=schema).to_proto().constraint.json_schema) == schema
+    assert Sampling(json_schema='{"a": 1}').to_proto().constraint.json_schema == '{"a": 1}'
+    assert Sampling(regex="a|b").to_proto().constraint.regex == "a|b"
+    assert Sampling(grammar="start: /a/").to_proto().constraint.grammar == "start: /a/"
+    assert not Sampling().to_proto().HasField("constraint")
+
+
+def test_choices_are_a_regular_expression_that_means_nothing_else():
+    choices = ["a.b", "(x|y)", "new\nline", "50 %", "über", "\\d"]
+    regex = Sampling(choices=choices).to_proto().constraint.regex
+    for choice in choices:
+        assert re.fullmatch(regex, choice)
+    for other in ("aXb", "x", "newXline", "5", ""):
+        assert not re.fullmatch(regex, other)
 
 
 def test_a_parameter_that_is_no_json_value_is_refused():

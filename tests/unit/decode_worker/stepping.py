@@ -28,7 +28,7 @@ class Engine:
         self.replays: list[int] = []
         self.permits = threading.Semaphore(0)
         self.stepping = threading.Semaphore(0)
-        self.answers: dict[Sequence, list[int]] = {}
+        self.answers: dict[Sequence, list[int | Drawn]] = {}
         self.error: Exception | None = None
 
     def step(self, batch: list[Sequence]) -> list[Drawn]:
@@ -37,13 +37,17 @@ class Engine:
         self._fail()
         for each in batch:
             each.kv.appended += 1
-        return [Drawn(self.answers[each].pop(0) if self.answers.get(each) else 1) for each in batch]
+        return [self._drawn(each) for each in batch]
 
     def replay(self, each: Sequence, number: int) -> None:
         self._permitted()
         self.replays.append(number)
         self._fail()
         each.kv.appended += number
+
+    def _drawn(self, each: Sequence) -> Drawn:
+        answer = self.answers[each].pop(0) if self.answers.get(each) else 1
+        return answer if isinstance(answer, Drawn) else Drawn(answer)
 
     def _permitted(self) -> None:
         self.stepping.release()
