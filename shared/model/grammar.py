@@ -25,9 +25,8 @@ from shared.request.constraint import REASON, Constraint
 # after some milliseconds; a state of the lexer takes one or two KiB, in each answer.
 LIMITS = LLParserLimits(
     initial_lexer_fuel=250_000,
-    step_lexer_fuel=50_000,
     step_max_items=20_000,
-    max_lexer_states=10_000,
+    max_lexer_states=30_000,
     verbose_errors=False,
 )
 # Whitespace between the parts of a JSON value: none, a space, or a line break with indentation. Never more: a model

@@ -29,7 +29,7 @@ def run_python(service, tmp_path):
     return run
 
 
-SAYS = ["a red dot", "stop", "a red dot", "a red dot", "shapes-vlm"]
+SAYS = ["a red dot", "stop", "a red dot", "a red dot", "a red dot", "shapes-vlm"]
 
 
 @pytest.mark.parametrize(("program", "says"), list(zip(README_PROGRAMS, SAYS, strict=True)))
