@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from vlcache.cli.formatting import format_bytes
+from vlcache.formatting import format_bytes
 
 from benchmarks.overload.chart import overload_chart
 from benchmarks.placement.chart import placement_chart

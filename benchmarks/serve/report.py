@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlcache.cli.formatting import format_bytes
+from vlcache.formatting import format_bytes
 
 from benchmarks.report import table
 

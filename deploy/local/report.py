@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from vlcache import Completion
-from vlcache.cli.formatting import format_bytes, format_ms, format_share
+from vlcache.formatting import format_bytes, format_ms, format_share
 
 INDENT = " " * 8
 

@@ -1,10 +1,14 @@
 """Client of vlcache, the service that serves vision-language models with compressed KV transfer.
 
+print(ask("What is in the picture?", "photo.jpg"))
+
 with Client("127.0.0.1:50051") as client:
     completion = client.generate("What is in the picture?", images=["photo.jpg"])
     print(completion.text, completion.compression.kept_bytes)
 """
 
+from vlcache._ask import ask
+from vlcache._async_ask import ask_async
 from vlcache._async_client import AsyncClient
 from vlcache._async_stream import AsyncStream
 from vlcache._channel import DEFAULT_ADDRESS
@@ -44,6 +48,7 @@ from vlcache._events import (
 from vlcache._kept import ImageGrid, Kept
 from vlcache._messages import Image, ImageSource, Message, Video, VideoSource
 from vlcache._openai import ChatMessage
+from vlcache._request import Request
 from vlcache._server_info import KVBytes, Model, ServerInfo, Totals, Worker
 from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout, Tls, Wire
 from vlcache._stream import Stream
@@ -82,6 +87,7 @@ __all__ = [
     "NotFound",
     "PermissionDenied",
     "Placement",
+    "Request",
     "ResourceExhausted",
     "RetryPolicy",
     "Sampling",
@@ -102,4 +108,6 @@ __all__ = [
     "VlcacheError",
     "Wire",
     "Worker",
+    "ask",
+    "ask_async",
 ]

@@ -2,9 +2,9 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 import grpc
 
@@ -14,9 +14,11 @@ from vlcache._channel import DEFAULT_ADDRESS, channel_credentials, channel_optio
 from vlcache._completion import Completion
 from vlcache._errors import error_from_rpc
 from vlcache._exchange import Exchange
+from vlcache._many import CONCURRENCY, OnError, answer_many
 from vlcache._messages import ImageSource, VideoSource, build_request
 from vlcache._openai import ChatMessage, as_messages
 from vlcache._readiness import POLL_INTERVAL_S, Readiness
+from vlcache._request import Request
 from vlcache._server_info import Model, ServerInfo, models_from_proto, server_info_from_proto
 from vlcache._settings import Compression, RetryPolicy, Sampling, Timeout, Tls
 from vlcache._stream import Stream
@@ -145,6 +147,51 @@ class Client:
         # the span that the caller is in now, wherever the stream is read
         ask = functools.partial(self._stub.Generate, metadata=(*self._metadata, *trace_metadata()))
         return Stream(ask, exchange)
+
+    @overload
+    def generate_many(
+        self,
+        requests: Iterable[Request],
+        *,
+        concurrency: int = CONCURRENCY,
+        progress: bool = False,
+        on_error: Literal["raise"] = "raise",
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate_many(
+        self,
+        requests: Iterable[Request],
+        *,
+        concurrency: int = CONCURRENCY,
+        progress: bool = False,
+        on_error: Literal["return"],
+    ) -> list[Completion | Exception]: ...
+
+    def generate_many(
+        self,
+        requests: Iterable[Request],
+        *,
+        concurrency: int = CONCURRENCY,
+        progress: bool = False,
+        on_error: OnError = "raise",
+    ) -> list[Completion] | list[Completion | Exception]:
+        """The answers to all requests, in their order.
+
+        concurrency: requests in flight at most.
+        progress: shows a bar on a terminal's stderr or in a notebook; it needs rich (`pip install 'vlcache[cli]'`).
+        on_error: "raise" the first error, which cancels the others, as ctrl-C does; or "return" errors in the places of
+            their answers. Either way a request that may pass later is tried again first, see `RetryPolicy`.
+
+        Errors are those of `stream`, and ValueError for an option out of its range.
+        """
+        return answer_many(
+            lambda request: self.stream(**request.options()),
+            requests,
+            concurrency=concurrency,
+            progress=progress,
+            on_error=on_error,
+        )
 
     def models(self) -> tuple[Model, ...]:
         """The models that can be asked."""

@@ -1,8 +1,12 @@
 """A whole answer, put together from its events and timed as they are read."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from vlcache._display import to_html, to_markdown
+from vlcache._drawing import picture_module
 from vlcache._events import (
     Compressed,
     Delta,
@@ -15,6 +19,8 @@ from vlcache._events import (
     Transferred,
     Usage,
 )
+from vlcache._messages import Image, ImageSource
+from vlcache._summary import kv_texts, latencies_text, tokens_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +41,7 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A finished answer.
+    """A finished answer. `str()` of it is its text; a notebook shows it with what was kept and how long it took.
 
     request_id, model: which request, answered by which model.
     text, token_ids: the answer, and the tokens that were generated for it.
@@ -61,6 +67,38 @@ class Completion:
     seed: int
     placement: Placement
     logprobs: tuple[Logprobs, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+    def summary(self) -> str:
+        """Tokens, KV bytes and latencies in one line."""
+        return " | ".join(self._facts())
+
+    def explain(self, images: Sequence[ImageSource] = (), question: str = "") -> Any:
+        """The picture of what was kept for it: a `PIL.Image.Image`, which a notebook shows.
+
+        images: those that were asked about, in their order.
+        question: what was asked, to be written above them.
+
+        Raises ValueError unless the request said `Compression(explain=True)`, when nothing was dropped yet, or without
+        Pillow; OSError when an image cannot be read.
+        """
+        return picture_module().draw(question, self, [Image(source).read() for source in images])
+
+    def _facts(self) -> list[str]:
+        timings = self.timings
+        latencies = latencies_text(timings.ttft_s, timings.ttst_s, timings.itl_s)
+        return [tokens_text(self.usage), *kv_texts(self.compression, self.transfer), latencies]
+
+    def _repr_html_(self) -> str:
+        return to_html([self.text], self._facts(), self._kept_share())
+
+    def _repr_markdown_(self) -> str:
+        return to_markdown([self.text], self._facts(), self._kept_share())
+
+    def _kept_share(self) -> float | None:
+        return None if self.compression is None else self.compression.realised_retention
 
 
 class Collector:

@@ -8,7 +8,7 @@ import grpc
 import pytest
 from PIL import Image
 from vlcache.cli import main
-from vlcache.cli.formatting import format_bytes, format_table
+from vlcache.formatting import format_bytes, format_table
 from vlcache.v1 import inference_pb2 as pb
 
 from tests.unit.client.service import (

@@ -5,6 +5,9 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from vlcache.cli.options import add_json
+from vlcache.formatting import to_json
+
 
 def add_command(commands: Any) -> None:
     """Adds the command and its options to the parser."""
@@ -15,6 +18,7 @@ def add_command(commands: Any) -> None:
         "--hosts", nargs="+", metavar="HOST", help="names and addresses of the services (default: this machine's own)"
     )
     parser.add_argument("--days", type=int, metavar="N", help="how long certificates are valid (default: 90)")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -22,8 +26,8 @@ def run(args: argparse.Namespace) -> None:
     if args.days is not None and args.days < 1:
         raise ValueError(f"--days must be at least 1, not {args.days}")
     chosen = {name: value for name, value in (("hosts", args.hosts), ("days", args.days)) if value is not None}
-    for file in _authority_module().make_certificates(Path(args.folder), **chosen):
-        print(file)
+    files = [str(file) for file in _authority_module().make_certificates(Path(args.folder), **chosen)]
+    print(to_json({"files": files}) if args.json else "\n".join(files))
 
 
 def _authority_module() -> Any:

@@ -10,14 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from vlcache._server_info import KVBytes, ServerInfo, Totals, Worker
-from vlcache.cli.formatting import format_bytes, format_share
+from vlcache.formatting import format_bytes, format_share
 
 STATE_STYLES = {"ready": "green", "draining": "yellow", "unreachable": "red"}
 # In the order in which memory passes through them; told apart without colours, too.
 KV_MARKS = {"reserved": ("▒", "blue"), "filling": ("▓", "magenta"), "active": ("█", "green"), "retained": ("▚", "cyan")}
 FREE_MARK = ("·", "dim")
 # On a narrower terminal these columns make room for the names and the bars.
-FROM_WIDTH = {"MODEL": 100, "IN USE": 80, "ROLE": 60}
+FROM_WIDTH = {"ADDRESS": 130, "MODEL": 100, "IN USE": 80, "ROLE": 60}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +85,11 @@ class Dashboard:
             return
         info = self._heard.info
         yield Text()
-        yield _workers(info.workers, width)
+        yield workers_table(info.workers, width)
         yield Text()
         yield _sums(info.totals, self._rates)
         yield Text()
-        yield _legend()
+        yield legend("ctrl-C ends")
 
     def _headline(self) -> Text:
         line = Text(f"vlcache at {self._address}  ", style="bold", no_wrap=True, overflow="ellipsis")
@@ -105,7 +105,8 @@ class Dashboard:
         return line.append(f"  {rate} tokens/s", style="cyan")
 
 
-def _workers(workers: tuple[Worker, ...], width: int) -> Table:
+def workers_table(workers: tuple[Worker, ...], width: int) -> Table:
+    """A row for each worker; narrow terminals have fewer columns."""
     shown = [name for name in _COLUMNS if width >= FROM_WIDTH.get(name, 0)]
     table = Table(box=None, expand=True, pad_edge=False, header_style="bold dim")
     for name in shown:
@@ -120,7 +121,7 @@ def _workers(workers: tuple[Worker, ...], width: int) -> Table:
     return table
 
 
-_COLUMNS = ("WORKER", "ROLE", "STATE", "MODEL", "RUN", "WAIT", "KV MEMORY", "IN USE")
+_COLUMNS = ("WORKER", "ROLE", "STATE", "MODEL", "ADDRESS", "RUN", "WAIT", "KV MEMORY", "IN USE")
 
 
 def _cells(worker: Worker) -> Iterator[RenderableType]:
@@ -128,6 +129,7 @@ def _cells(worker: Worker) -> Iterator[RenderableType]:
     yield worker.role
     yield Text(worker.state, style=STATE_STYLES.get(worker.state, ""))
     yield worker.model
+    yield worker.address
     yield str(worker.requests_running)
     yield str(worker.requests_waiting)
     yield MemoryBar(worker.kv)
@@ -184,8 +186,9 @@ def _bytes_rate(per_second: float) -> str:
     return f"{format_bytes(round(per_second))}/s"
 
 
-def _legend() -> Text:
+def legend(note: str = "") -> Text:
+    """What the marks of the bars mean."""
     line = Text("KV memory: ", no_wrap=True, overflow="ellipsis")
     for state, (mark, style) in KV_MARKS.items():
         line.append(f"{mark} {state}  ", style=style)
-    return line.append("· free   ctrl-C ends", style="dim")
+    return line.append(f"· free   {note}".rstrip(), style="dim")

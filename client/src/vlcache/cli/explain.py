@@ -2,14 +2,15 @@
 
 import argparse
 import dataclasses
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
+from vlcache._drawing import picture_module
 from vlcache._settings import Timeout
-from vlcache.cli.ask import summary
-from vlcache.cli.options import add_question, client_of, compression_of, sampling_of
+from vlcache.cli.options import add_json, add_question, client_of, compression_of, sampling_of
+from vlcache.cli.terminal import say_cost
+from vlcache.formatting import to_json
 
 
 def add_command(commands: Any) -> None:
@@ -18,6 +19,7 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(run=run)
     add_question(parser)
     parser.add_argument("-o", "--out", default="explain.png", metavar="FILE", help="the picture (default: %(default)s)")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -26,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     Raises VlcacheError, OSError for an unreadable image or picture, ValueError for a bad option, for an answer of which
     nothing was dropped, and without Pillow.
     """
-    picture = _picture_module()
+    picture_module()  # before anything is asked
     images = [Path(path).read_bytes() for path in args.image]
     with client_of(args, Timeout(total_s=args.timeout), tenant=args.tenant) as client:
         completion = client.generate(
@@ -37,14 +39,11 @@ def run(args: argparse.Namespace) -> None:
             compression=dataclasses.replace(compression_of(args), explain=True),
             priority=args.priority,
         )
-    print(completion.text, flush=True)
-    picture.draw(args.question, completion, images).save(args.out, optimize=True)
-    print(f"{summary(completion)}\n{args.out}", file=sys.stderr)
-
-
-def _picture_module() -> Any:
-    """What draws; the only part of the client that needs Pillow."""
-    try:
-        return importlib.import_module("vlcache.explain.picture")
-    except ImportError as error:
-        raise ValueError(f"drawing needs Pillow: pip install 'vlcache[explain]' ({error})") from error
+    if not args.json:
+        print(completion.text, flush=True)
+    completion.explain(images, args.question).save(args.out, optimize=True)
+    if args.json:
+        print(to_json({**dataclasses.asdict(completion), "picture": args.out}))
+    else:
+        say_cost(completion)
+        print(args.out, file=sys.stderr)

@@ -24,13 +24,23 @@ def add_service(parser: Any) -> None:
     group.add_argument("--key-file", metavar="FILE", help="its key")
 
 
+def add_json(parser: Any) -> None:
+    """Output for programs."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
 def client_of(args: argparse.Namespace, timeout: Timeout, **more: Any) -> Client:
     """The client that was asked for. Raises ValueError for a bad option, OSError for a file that cannot be read."""
-    token = os.environ.get(TOKEN_VARIABLE) or None
-    return Client(args.address, timeout=timeout, token=token, tls=_tls(args), **more)
+    return Client(args.address, timeout=timeout, **identity_of(args), **more)
 
 
-def _tls(args: argparse.Namespace) -> Tls | None:
+def identity_of(args: argparse.Namespace) -> dict[str, Any]:
+    """How the service and the caller know each other: options of either client."""
+    return {"token": os.environ.get(TOKEN_VARIABLE) or None, "tls": tls_of(args)}
+
+
+def tls_of(args: argparse.Namespace) -> Tls | None:
+    """How the service is known; None for plaintext."""
     if args.ca_file is None and args.cert_file is None and args.key_file is None:
         return None
     return Tls(ca=args.ca_file, cert=args.cert_file, key=args.key_file)
@@ -40,6 +50,11 @@ def add_question(parser: Any) -> None:
     """The question, its images, who is asked, and all settings."""
     parser.add_argument("question")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="may be repeated")
+    add_settings(parser)
+
+
+def add_settings(parser: Any) -> None:
+    """Who is asked, and all settings of a request."""
     add_service(parser)
     parser.add_argument("--model", default="", help="needed only when several are served")
     parser.add_argument(
@@ -93,11 +108,35 @@ def _add_sampling(group: Any) -> None:
     group.add_argument("--top-k", type=int)
     group.add_argument("--seed", type=int)
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    group.add_argument("--min-new-tokens", type=int, default=0, metavar="N", help="the answer does not end before")
+    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="P", help="in [-2, 2]")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="P", help="in [-2, 2]")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P", help="in (0, 10]")
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        default=[],
+        type=_token_bias,
+        metavar="TOKEN=BIAS",
+        help="added to the logit of a token by its id, in [-100, 100]; may be repeated",
+    )
+    group.add_argument(
+        "--logprobs", type=int, metavar="N", help="log-probabilities of tokens and the N likeliest ones, with --json"
+    )
     form = group.add_mutually_exclusive_group()
     form.add_argument(
         "--json-schema", type=_text_or_file, metavar="FILE|TEXT", help="the answer is JSON that this schema allows"
     )
     form.add_argument("--regex", help="the whole answer matches this regular expression")
+
+
+def _token_bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TOKEN=BIAS") from None
 
 
 def _text_or_file(text: str) -> str:
@@ -129,6 +168,13 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         top_k=args.top_k,
         seed=args.seed,
         stop=tuple(args.stop),
+        ignore_eos=args.ignore_eos,
+        min_new_tokens=args.min_new_tokens,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        repetition_penalty=args.repetition_penalty,
+        logit_bias=dict(args.logit_bias),
+        logprobs=args.logprobs,
         json_schema=args.json_schema,
         regex=args.regex,
     )

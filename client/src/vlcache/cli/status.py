@@ -4,12 +4,14 @@ import argparse
 import dataclasses
 import importlib
 import math
+import sys
 from typing import Any
 
 from vlcache._server_info import ServerInfo, Totals, Worker
 from vlcache._settings import Timeout
-from vlcache.cli.formatting import format_bytes, format_share, format_table, to_json
 from vlcache.cli.options import add_service, client_of
+from vlcache.cli.terminal import views_for
+from vlcache.formatting import format_bytes, format_share, format_table, to_json
 
 TIMEOUT_S = 10.0
 WATCH_PERIOD_S = 1.0
@@ -54,7 +56,12 @@ def run(args: argparse.Namespace) -> None:
         return _watch_module().watch(args)
     with client_of(args, Timeout(total_s=TIMEOUT_S)) as client:
         info = client.info()
-    print(_json(info) if args.json else _text(info))
+    if args.json:
+        print(_json(info))
+    elif (views := views_for(sys.stdout)) is not None:
+        views.show(views.status_view(info, _totals_line(info.totals)))
+    else:
+        print(_text(info))
     return None
 
 

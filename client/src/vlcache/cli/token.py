@@ -10,6 +10,8 @@ import sys
 from typing import Any
 
 from vlcache._caller import caller_metadata
+from vlcache.cli.options import add_json
+from vlcache.formatting import to_json
 
 TOKEN_BYTES = 32
 
@@ -19,11 +21,16 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("token", help="make a token for a tenant", description=__doc__)
     parser.set_defaults(run=run)
     parser.add_argument("tenant", help="1 to 64 of [A-Za-z0-9._-]")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Makes and prints. Raises ValueError when that is no tenant's name."""
     caller_metadata(args.tenant, None)
     token = secrets.token_urlsafe(TOKEN_BYTES)
-    print(args.tenant, hashlib.sha256(token.encode()).hexdigest(), file=sys.stderr)
+    line = f"{args.tenant} {hashlib.sha256(token.encode()).hexdigest()}"
+    if args.json:
+        print(to_json({"tenant": args.tenant, "token": token, "line": line}))
+        return
+    print(line, file=sys.stderr)
     print(token)

@@ -7,12 +7,12 @@ from PIL import Image
 from vlcache._completion import Completion
 from vlcache._events import Compressed, Guard
 from vlcache._kept import Kept
-from vlcache.cli.formatting import format_bytes, format_share
 from vlcache.explain.budget import budget_height, draw_budget
 from vlcache.explain.canvas import INK, QUIET, RULE, Canvas, line_height, wrapped
 from vlcache.explain.mosaic import Mosaic
 from vlcache.explain.overlay import open_image
 from vlcache.explain.shares import layer_budgets
+from vlcache.formatting import format_bytes, format_share
 
 WIDTH, MARGIN, GAP = 1200, 40, 40
 _ROOM = WIDTH - 2 * MARGIN
@@ -25,6 +25,7 @@ _CHART = 420
 def draw(question: str, completion: Completion, images: Sequence[bytes]) -> Image.Image:
     """The picture, RGB, 1200 pixels wide.
 
+    question: what was asked; may be empty.
     completion: the answer to a request that said `explain`.
     images: the encoded files that were asked about, in their order.
 
@@ -61,7 +62,10 @@ def _kept_of(completion: Completion) -> tuple[Compressed, Kept]:
             "ask for a longer answer, or let the policy look less far ahead"
         )
     if compressed.kept is None:
-        raise ValueError("the service does not say which tokens it kept: it is older than this client")
+        raise ValueError(
+            "the answer does not say which tokens were kept: ask with Compression(explain=True); "
+            "a service that then says nothing is older than this client"
+        )
     if any(not grid.tokens for grid in compressed.kept.images):
         raise ValueError(
             "the model reads an image as several views that overlap, so its tokens are no grid over the image: "
@@ -76,7 +80,7 @@ Line = tuple[str, int, tuple[int, int, int]]
 
 def _header(question: str, completion: Completion, compressed: Compressed, kept: Kept) -> list[Line]:
     return [
-        *((line, _QUESTION, INK) for line in wrapped(question, _QUESTION, _ROOM, 2)),
+        *((line, _QUESTION, INK) for line in wrapped(question, _QUESTION, _ROOM, 2) if line),
         *((line, _ANSWER, QUIET) for line in wrapped(completion.text, _ANSWER, _ROOM, 2)),
         *((line, _NOTE, QUIET) for line in wrapped(_facts(completion, compressed, kept), _NOTE, _ROOM, 2)),
     ]

@@ -1,4 +1,4 @@
-"""How the commands write numbers, tables and JSON."""
+"""How numbers, tables and JSON are written, by commands and summaries alike."""
 
 import dataclasses
 import json
