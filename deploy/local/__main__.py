@@ -33,7 +33,7 @@ def _job(config: ServeConfig | DemoConfig) -> tuple[Callable[[Stack], Coroutine[
     """What to do with the stack, and the exit code when a signal ends it."""
     if isinstance(config, DemoConfig):
         return functools.partial(run_demo, config=config, samples=load_samples(config.samples)), EXIT_INTERRUPTED
-    return run_serve, 0
+    return functools.partial(run_serve, config=config), 0
 
 
 if __name__ == "__main__":

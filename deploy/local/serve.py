@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
 import os
 import shlex
 import shutil
@@ -21,20 +23,35 @@ class ServeConfig(StackConfig):
 
     port: int = 50051
     """gRPC port of the router; 0 picks a free one."""
+    json: bool = False
+    """Say where everything is as one line of JSON."""
 
 
-async def run_serve(stack: Stack) -> int:
+async def run_serve(stack: Stack, config: ServeConfig) -> int:
     """Says where everything is, then waits until it is cancelled."""
-    print(f"vlcache listens at {stack.address}, logs in {stack.log_dir}")
+    print(_document(stack) if config.json else _text(stack), flush=True)
+    await asyncio.Event().wait()
+    return 0
+
+
+def _document(stack: Stack) -> str:
+    services = [dataclasses.asdict(service) for service in stack.services]
+    document = {"address": stack.address, "log_dir": str(stack.log_dir), "services": services}
+    if stack.credentials is not None:
+        document |= {"token": stack.credentials.token, "ca_file": str(stack.credentials.ca)}
+    return json.dumps(document)
+
+
+def _text(stack: Stack) -> str:
+    lines = [f"vlcache listens at {stack.address}, logs in {stack.log_dir}"]
     width = max(len(service.name) for service in stack.services)
     for service in stack.services:
         where = f"{service.address:<21} http://{service.metrics_address}/metrics"
-        print(f"  {service.role:<8} {service.name:<{width}} {where}")
+        lines.append(f"  {service.role:<8} {service.name:<{width}} {where}")
     if stack.base_url:
-        print(f"OpenAI's chat API is at {stack.base_url}")
-    print(f"try\n  {example(stack.address, stack.credentials)}\nctrl-C drains and stops", flush=True)
-    await asyncio.Event().wait()
-    return 0
+        lines.append(f"OpenAI's chat API is at {stack.base_url}")
+    lines += ["try", f"  {example(stack.address, stack.credentials)}", "ctrl-C drains and stops"]
+    return "\n".join(lines)
 
 
 def example(address: str, credentials: Credentials | None = None) -> str:

@@ -145,11 +145,13 @@ def killed(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 SERVE = f"""
-import asyncio, sys
+import asyncio, functools, sys
 from deploy.local.serve import ServeConfig, run_serve
 from deploy.local.stack import Modules, run_stack
 modules = {FAKES!r}
-sys.exit(asyncio.run(run_stack(ServeConfig(port=0, http_port=0), run_serve, interrupted=0, modules=modules)))
+config = ServeConfig(port=0, http_port=0)
+job = functools.partial(run_serve, config=config)
+sys.exit(asyncio.run(run_stack(config, job, interrupted=0, modules=modules)))
 """
 
 

@@ -31,8 +31,8 @@ class Workload:
     images: files that every question is about.
     image_size: width and height in pixels of generated images, which differ from request to request.
     num_images: generated images of a request, where there are no files.
-    prompts: instead of all that a file of JSON lines `{"prompt": ..., "images": [FILE, ...], "max_new_tokens": N}`; only
-        `prompt` must be there, images are found beside the file, and it begins anew when it is too short.
+    prompts: instead of all that, a file of JSON lines `{"prompt": ..., "images": [FILE, ...], "max_new_tokens": N}`.
+        Only `prompt` must be there, images are found beside the file, and it begins anew when it is too short.
     base: what requests have in common: model, sampling, compression, priority.
     seed: of words and images.
 

@@ -12,8 +12,8 @@ from typing import Any
 
 LAUNCHER = "deploy.local"
 _MISSING = (
-    "only the client is installed in this environment, not the service: in a checkout of vlcache run `make setup`, then "
-    "`.venv/bin/vlcache serve`; of a service that runs elsewhere the other commands take the --address"
+    "only the client is installed in this environment, not the service: in a checkout of vlcache run `make setup`, "
+    "then `.venv/bin/vlcache serve`; of a service that runs elsewhere the other commands take the --address"
 )
 
 
