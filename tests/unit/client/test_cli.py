@@ -91,8 +91,10 @@ def test_every_option_reaches_the_service(service, vlcache, tmp_path):
     wire = "--wire-bits 4 --key-channels 0.6 --wire-group 64 --wire-residual 0"
     sampling = "--max-new-tokens 7 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 11 --stop . --stop !"
     who = "--tenant team-a --priority -3"
+    changes = "--presence-penalty 0.5 --frequency-penalty -0.5 --repetition-penalty 1.5 --min-new-tokens 2"
+    more = "--logit-bias 5=-1.5 --logit-bias 6=2 --logprobs 3 --ignore-eos"
     form = ("--regex", "red|blue")
-    words = f"{settings} {wire} {sampling} {who}".split()
+    words = f"{settings} {wire} {sampling} {changes} {more} {who}".split()
     film = paths[0].with_name("c.mp4")
     film.write_bytes(b"film")
     assert vlcache("ask", *images, "--video", str(film), "Which?", *scope, *form, *words, "--timeout", "9")[0] == 0
@@ -109,6 +111,9 @@ def test_every_option_reaches_the_service(service, vlcache, tmp_path):
     sent = request.sampling
     assert (sent.max_new_tokens, sent.temperature, sent.top_p, sent.top_k, sent.seed) == (7, 0.5, 0.9, 4, 11)
     assert list(sent.stop) == [".", "!"]
+    assert (sent.presence_penalty, sent.frequency_penalty, sent.repetition_penalty) == (0.5, -0.5, 1.5)
+    assert (sent.min_new_tokens, sent.logprobs, sent.ignore_eos) == (2, 3, True)
+    assert dict(sent.logit_bias) == {5: -1.5, 6: 2}
     assert sent.constraint == pb.Constraint(regex="red|blue")
     assert (service.tenants, request.priority) == (["team-a"], -3)
     assert 8 < service.remaining_s[0] < 9.2
@@ -181,6 +186,8 @@ def test_an_unreadable_image_is_an_error(service, vlcache):
         (["--retention", "0.1", "--max-kept-tokens", "9"], "not allowed"),
         (["--budget-scope", "text"], "budget-scope"),
         (["--top-k", "many"], "top-k"),
+        (["--logit-bias", "a=1"], "TOKEN=BIAS"),
+        (["--logit-bias", "1=101"], "logit_bias"),
         (["--tenant", "team a"], "tenant"),
         (["--priority", "101"], "priority"),
         (("--json-schema", "/nowhere.json"), "neither a JSON object nor a file"),

@@ -1,17 +1,9 @@
 """`vlcache status --watch`: what it draws, and that it lives through what happens to a service and to a terminal."""
 
 import dataclasses
-import fcntl
 import io
-import os
-import pty
-import re
-import select
 import signal
-import struct
-import subprocess
 import sys
-import termios
 import time
 
 import pytest
@@ -22,10 +14,9 @@ from vlcache.cli.dashboard import KV_MARKS, Dashboard, Moment, rates_between
 from vlcache.v1 import inference_pb2 as pb
 
 from tests.unit.client.service import serve
+from tests.unit.client.terminal import PATIENCE_S, Terminal
 
 MIB = 2**20
-CODES = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]")
-PATIENCE_S = 30.0
 
 
 def info(**changes):
@@ -147,41 +138,6 @@ def test_a_period_is_a_number_of_seconds(period, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["status", "--watch", period])
     assert ended.value.code == 2
-
-
-class Terminal:
-    """A command on a terminal of its own, and what it has drawn there since the last look."""
-
-    def __init__(self, *command):
-        self._master, slave = pty.openpty()
-        self.resize(100)
-        environment = os.environ | {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
-        for fixed in ("COLUMNS", "LINES"):
-            environment.pop(fixed, None)
-        self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment
-        )
-        os.close(slave)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
-
-    def resize(self, columns):
-        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-
-    def shows(self, pattern):
-        """Reads until a match of `pattern` is drawn from now on; returns it."""
-        seen, give_up = b"", time.monotonic() + PATIENCE_S
-        while not (found := re.search(pattern.encode(), CODES.sub(b"", seen))):
-            assert time.monotonic() < give_up, seen[-2000:].decode(errors="replace")
-            if select.select([self._master], [], [], 0.1)[0]:
-                seen += os.read(self._master, 1 << 16)
-        return found[0].decode()
 
 
 def test_it_outlives_its_service_and_ends_with_ctrl_c(service):
