@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import ssl
 import subprocess
@@ -86,6 +87,18 @@ def test_a_token_and_its_line_fit(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert tokens[-1] not in printed.err
         assert ApiTokens(tmp_path / "tokens.txt").tenant_of(tokens[-1]) == "team-a"
     assert tokens[0] != tokens[1]
+
+
+def test_json_says_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certs", str(tmp_path / "new"), "--json"]) == 0
+    files = [Path(file) for file in json.loads(capsys.readouterr().out)["files"]]
+    assert {*files, tmp_path / "new" / "ca.key"} == set((tmp_path / "new").iterdir())
+    assert main(["token", "team-a", "--json"]) == 0
+    printed = capsys.readouterr()
+    made = json.loads(printed.out)
+    (tmp_path / "tokens.txt").write_text(made["line"] + "\n")
+    assert (made["tenant"], printed.err) == ("team-a", "")
+    assert ApiTokens(tmp_path / "tokens.txt").tenant_of(made["token"]) == "team-a"
 
 
 def test_a_token_is_for_a_tenant(capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,6 +227,16 @@ def test_explain_draws_what_was_kept(service, vlcache, tmp_path):
         assert (picture.format, picture.width) == ("PNG", 1200)
 
 
+def test_explain_json_names_the_picture(service, vlcache, tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    service.attempts = [explained()]
+    out = str(tmp_path / "out.png")
+    exit_code, said, err = vlcache("explain", "Which?", "--image", str(tmp_path / "a.png"), "-o", out, "--json")
+    document = json.loads(said)
+    assert (exit_code, document["text"], document["picture"], err) == (0, "red", out, "")
+    assert document["compression"]["kept"]["layers"][0] == [2, 1, 0, 1, 2, 0]
+
+
 def test_only_explain_asks_for_it(service, vlcache):
     service.attempts = [whole_answer()]
     vlcache("ask", "Which?")
@@ -340,7 +350,7 @@ def test_columns_are_aligned():
 
 
 def test_every_command_documents_itself(capsys):
-    for command in ("ask", "explain", "status"):
+    for command in ("ask", "bench", "chat", "explain", "status"):
         with contextlib.suppress(SystemExit):
             main([command, "--help"])
         assert "--address" in capsys.readouterr().out

@@ -13,7 +13,9 @@ from vlcache.v1 import inference_pb2 as pb
 from tests.unit.client.service import fail, whole_answer
 
 CLIENT = Path(__file__).parents[3] / "client"
-README_PROGRAMS = re.findall(r"```python\n(.*?)```", (CLIENT / "README.md").read_text(), re.DOTALL)
+PROGRAMS = re.findall(r"```python\n(.*?)```", (CLIENT / "README.md").read_text(), re.DOTALL)
+# pictures are of real answers: tests/integration/test_command_line.py
+README_PROGRAMS = [program for program in PROGRAMS if ".explain(" not in program]
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def run_python(service, tmp_path):
     return run
 
 
-SAYS = ["a red dot", "stop", "a red dot", "a red dot", "a red dot", "shapes-vlm"]
+SAYS = ["a red dot", "KV 2.0 MiB full", "stop", "missing.jpg", "a red dot", "a red dot", "a red dot", "shapes-vlm"]
 
 
 @pytest.mark.parametrize(("program", "says"), list(zip(README_PROGRAMS, SAYS, strict=True)))
@@ -37,6 +39,7 @@ def test_readme(service, run_python, program, says):
     service.attempts = [whole_answer() for _ in range(program.count(".generate(") or 1)]
     connect = f'"{service.address}"'
     program = program.replace(f'"{DEFAULT_ADDRESS}"', connect).replace("Client(timeout", f"Client({connect}, timeout")
+    program = program.replace('"photo.jpg"))', f'"photo.jpg", address={connect}))')
     assert says in run_python("-c", program)
 
 
@@ -49,7 +52,7 @@ def test_compare_retentions(service, run_python):
 
 def test_ask_many(service, run_python):
     failed = [fail(grpc.StatusCode.NOT_FOUND, "no model")]
-    service.attempts = [whole_answer(), whole_answer(), failed]
+    service.attempts = [whole_answer(), failed, whole_answer()]
     images = ["photo.jpg"] * 3
     out = run_python(CLIENT / "examples/ask_many.py", "Which?", *images, "--address", service.address)
     answers = sorted(line.partition(" [")[0] for line in out.splitlines())

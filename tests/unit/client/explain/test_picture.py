@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 
 import pytest
 from PIL import Image, ImageChops
@@ -92,3 +93,18 @@ def test_tokens_of_overlapping_views_have_no_picture():
     views = ImageGrid(first_token=0, rows=0, columns=0, box=WHOLE)
     with pytest.raises(ValueError, match="several views that overlap"):
         draw("Which?", answer(kept([[4] * 9], views)), [encoded(red())])
+
+
+def test_an_answer_draws_its_own_picture(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(red()))
+    what = answer(prompt(1, 2))
+    drawn = draw("Which?", what, [encoded(red())])
+    for source in (encoded(red()), tmp_path / "a.png", red()):
+        assert what.explain([source], "Which?").tobytes() == drawn.tobytes()
+    assert what.explain([red()]).height < drawn.height, "no line for no question"
+
+
+def test_without_pillow_an_answer_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vlcache.explain.picture", None)
+    with pytest.raises(ValueError, match=r"pip install 'vlcache\[explain\]'"):
+        answer(prompt(1, 2)).explain([red()])
