@@ -112,7 +112,7 @@ def test_examples_run(memory_stack: RunningStack, run: Run, tmp_path: Path) -> N
 
 def test_every_example_is_run() -> None:
     tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
-    assert [file.name for file in EXAMPLES.glob("*.py") if f"{file.name}\"" not in tests] == []
+    assert [file.name for file in EXAMPLES.glob("*.py") if f'{file.name}"' not in tests] == []
 
 
 @pytest.mark.heavy

@@ -179,7 +179,8 @@ class Client:
         """The answers to all requests, in their order.
 
         concurrency: requests in flight at most.
-        progress: shows a bar on a terminal's stderr or in a notebook; it needs rich (`pip install 'vlcache[cli]'`).
+        progress: shows a bar on a terminal's stderr or in a notebook; it needs rich (`pip install 'vlcache[cli]'`), and
+            in a notebook ipywidgets.
         on_error: "raise" the first error, which cancels the others, as ctrl-C does; or "return" errors in the places of
             their answers. Either way a request that may pass later is tried again first, see `RetryPolicy`.
 

@@ -41,8 +41,8 @@ def answer_many(
         progress_bar("requests", len(asked), shown=progress) as advance,
         concurrent.futures.ThreadPoolExecutor(concurrency, thread_name_prefix="vlcache") as pool,
     ):
-        answers = [pool.submit(streams.answer, request, returned=on_error == "return") for request in asked]
         try:
+            answers = [pool.submit(streams.answer, request, returned=on_error == "return") for request in asked]
             for answer in concurrent.futures.as_completed(answers):
                 answer.result()
                 advance()

@@ -10,8 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int, console: Console | None = None) -> Iterator[Callable[[], None]]:
-    """Shown until the context is left, unless the console is no terminal."""
+    """Shown until the context is left, where the console is a terminal or a notebook."""
     console = console or Console(stderr=True)
+    is_seen = console.is_terminal or console.is_jupyter
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -19,5 +20,5 @@ def progress_bar(what: str, total: int, console: Console | None = None) -> Itera
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=not is_seen) as progress:
         yield functools.partial(progress.advance, progress.add_task(what, total=total))

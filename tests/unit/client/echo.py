@@ -16,11 +16,12 @@ HANG = "hang"
 
 
 class EchoService(ScriptedService):
-    """`delays_s` by question; the question `HANG` is answered by nobody, one that begins with "no" by an error."""
+    """Waits for `delays_s` and `gates`, by question. Nobody answers `HANG`; what begins with "no" is an error."""
 
     def __init__(self) -> None:
         super().__init__()
         self.delays_s: dict[str, float] = {}
+        self.gates: dict[str, threading.Event] = {}
         self.most_at_once = 0
         self.has_begun = threading.Event()
         self._lock = threading.Lock()
@@ -35,6 +36,8 @@ class EchoService(ScriptedService):
         try:
             yield started(request.request_id)
             time.sleep(self.delays_s.get(question, 0))
+            if question in self.gates:
+                self.gates[question].wait(10)
             if question == HANG:
                 context.add_callback(self.cancelled.set)
                 self.has_begun.set()

@@ -7,6 +7,9 @@ import itertools
 import json
 import math
 import random
+import signal
+import subprocess
+import sys
 
 import grpc
 import numpy as np
@@ -21,7 +24,7 @@ from vlcache.cli import main
 
 from tests.unit.client.echo import EchoService
 from tests.unit.client.explain.answers import answer
-from tests.unit.client.service import fail, serve, whole_answer
+from tests.unit.client.service import fail, serve, started, whole_answer
 
 
 def answered(*arrivals_s, prompt_tokens=100):
@@ -203,6 +206,18 @@ def test_nothing_answered_is_an_error(service, capsys):
     exit_code, out, err = bench(service, capsys, "--num-prompts", "2", "--warmup", "0")
     assert (exit_code, out) == (1, "")
     assert "vlcache status" in err
+
+
+def test_ctrl_c_cancels_the_load(service):
+    service.attempts = [[started(), service.hang]]
+    command = [sys.executable, "-W", "error", "-m", "vlcache.cli", "bench", "--address", service.address]
+    with subprocess.Popen([*command, "--max-concurrency", "1", "--warmup", "0"], stderr=subprocess.PIPE) as process:
+        assert service.asked.wait(20)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, b"")
+    assert service.cancelled.wait(5)
+    assert len(service.requests) == 1
 
 
 @pytest.mark.parametrize(

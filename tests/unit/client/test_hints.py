@@ -145,3 +145,9 @@ def test_other_errors_stand_alone(service, capsys):
     service.attempts = [[fail(grpc.StatusCode.DATA_LOSS, "no")]]
     assert main(["ask", "--address", service.address, "Which?"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_token_in_plaintext_is_refused_in_the_words_of_the_command(monkeypatch, capsys):
+    monkeypatch.setenv("VLCACHE_TOKEN", "secret")
+    assert main(["status", "--address", "router.example:1"]) == 2
+    assert "--ca-file" in capsys.readouterr().err

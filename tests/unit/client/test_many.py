@@ -69,6 +69,7 @@ def test_every_option_of_a_request_is_sent(echo, kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_error_ends_the_rest(echo, kind):
     requests = [Request(HANG), Request("no such thing"), *[Request("late")] * 20]
+    echo.gates = {"no such thing": echo.has_begun}
     begun = time.monotonic()
     with pytest.raises(NotFound, match="no such thing"):
         ask_many(kind, echo.address, requests, concurrency=2)

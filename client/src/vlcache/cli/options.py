@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vlcache._channel import DEFAULT_ADDRESS
+from vlcache._channel import DEFAULT_ADDRESS, stays_here
 from vlcache._client import Client
 from vlcache._settings import Compression, Sampling, Timeout, Tls, Wire
 
@@ -35,12 +35,17 @@ def client_of(args: argparse.Namespace, timeout: Timeout, **more: Any) -> Client
 
 
 def identity_of(args: argparse.Namespace) -> dict[str, Any]:
-    """How the service and the caller know each other: options of either client."""
-    return {"token": os.environ.get(TOKEN_VARIABLE) or None, "tls": tls_of(args)}
+    """How the service and the caller know each other: options of either client.
+
+    Raises ValueError when the token would travel in plaintext: in the words of this command, before a client does.
+    """
+    token, tls = os.environ.get(TOKEN_VARIABLE) or None, _tls(args)
+    if token is not None and tls is None and not stays_here(args.address):
+        raise ValueError(f"{TOKEN_VARIABLE} is not sent in plaintext to {args.address}: connect with TLS (--ca-file)")
+    return {"token": token, "tls": tls}
 
 
-def tls_of(args: argparse.Namespace) -> Tls | None:
-    """How the service is known; None for plaintext."""
+def _tls(args: argparse.Namespace) -> Tls | None:
     if args.ca_file is None and args.cert_file is None and args.key_file is None:
         return None
     return Tls(ca=args.ca_file, cert=args.cert_file, key=args.key_file)
