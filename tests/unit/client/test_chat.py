@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import grpc
 import pytest
@@ -127,8 +128,9 @@ def test_at_a_terminal(service):
         terminal.shows("no model[^>]*> ")
         terminal.types("half a li")
         terminal.shows("half a li")
+        time.sleep(0.5)  # a signal that comes before readline waits for the next key is only seen at the line's end
         terminal.process.send_signal(signal.SIGINT)
-        terminal.shows("> ")
+        terminal.shows("\r\n> ")
         terminal.types("/retention 3\n")
         terminal.shows("retention must be[^>]*> ")
         terminal.types("Which?\n")

@@ -8,12 +8,13 @@ from typing import Any
 
 from vlcache._client import Client
 from vlcache._completion import Completion
-from vlcache._errors import VlcacheError
+from vlcache._errors import Cancelled, VlcacheError
 from vlcache._events import Delta
 from vlcache._messages import Message
 from vlcache._settings import Sampling, Timeout
 from vlcache.cli.conversation import Conversation
 from vlcache.cli.hints import describe
+from vlcache.cli.interrupts import on_interrupt
 from vlcache.cli.options import add_json, add_settings, client_of, compression_of, sampling_of
 from vlcache.formatting import format_bytes, format_ms, format_share, to_json
 
@@ -61,31 +62,28 @@ class _Chat:
             self._tell("/help lists what one can do besides asking, ctrl-D ends")
         while not self._conversation.is_over:
             try:
-                line = self._read()
+                self._take(self._read())
             except EOFError:
                 break
-            if line:
-                self._take(line)
+            except KeyboardInterrupt:
+                # at a terminal it only gives the line up
+                if not self._is_watched:
+                    raise
+                self._tell("")
 
     def _read(self) -> str:
-        """The next line. At a terminal ctrl-C only gives the line up."""
+        """The next line. Raises EOFError when there is none."""
         try:
             return input(PROMPT if self._is_watched and sys.stdout.isatty() else "").strip()
-        except KeyboardInterrupt:
-            if not self._is_watched:
-                raise
-            self._tell("")
-            return ""
         except EOFError:
-            if self._is_watched:
-                self._tell("")
+            self._tell("")
             raise
 
     def _take(self, line: str) -> None:
         try:
             if line.startswith("/"):
                 self._tell(self._conversation.command(line))
-            else:
+            elif line:
                 self._ask(line)
         except (VlcacheError, ValueError, OSError) as error:
             if not self._is_watched:
@@ -95,31 +93,35 @@ class _Chat:
     def _ask(self, question: str) -> None:
         asked = self._conversation.asked(question)
         said: list[str] = []
-        try:
-            completion = self._answer(asked, said)
-        except KeyboardInterrupt:
-            self._tell("(stopped)")
-            if said:
-                self._conversation.answered(asked, "".join(said))
+        completion = self._answer(asked, said)
+        if completion is not None:
+            self._conversation.answered(asked, completion.text)
+            self._say(completion)
             return
-        self._conversation.answered(asked, completion.text)
-        self._say(completion)
+        self._tell("(stopped)")
+        if said:
+            self._conversation.answered(asked, "".join(said))
 
-    def _answer(self, asked: list[Message], said: list[str]) -> Completion:
-        """Streams one answer into `said`, and to stdout unless that is for a program."""
-        with self._client.stream(
+    def _answer(self, asked: list[Message], said: list[str]) -> Completion | None:
+        """Streams one answer into `said`, and to stdout unless that is for a program; None where ctrl-C stopped it."""
+        stream = self._client.stream(
             messages=asked,
             model=self._args.model,
             sampling=self._sampling,
             compression=self._conversation.compression,
             priority=self._args.priority,
-        ) as stream:
+        )
+        with stream, on_interrupt(stream.close) as interrupted:
             try:
                 for event in stream:
                     if isinstance(event, Delta) and event.text:
                         said.append(event.text)
                         self._print(event.text)
                 return stream.result()
+            except Cancelled:
+                if not interrupted.happened:
+                    raise
+                return None
             finally:
                 if said:
                     self._print("\n")
