@@ -57,7 +57,7 @@ class _Chat:
     def run(self) -> None:
         """Until the conversation is over."""
         if self._is_watched:
-            with contextlib.suppress(ImportError):  # not every Python has it; lines can be edited then
+            with contextlib.suppress(ImportError):  # without it, which some Pythons are, lines are not edited
                 importlib.import_module("readline")
             self._tell("/help lists what one can do besides asking, ctrl-D ends")
         while not self._conversation.is_over:
@@ -94,13 +94,12 @@ class _Chat:
         asked = self._conversation.asked(question)
         said: list[str] = []
         completion = self._answer(asked, said)
-        if completion is not None:
-            self._conversation.answered(asked, completion.text)
-            self._say(completion)
-            return
-        self._tell("(stopped)")
         if said:
             self._conversation.answered(asked, "".join(said))
+        if completion is None:
+            self._tell("(stopped)")
+        else:
+            self._say(completion)
 
     def _answer(self, asked: list[Message], said: list[str]) -> Completion | None:
         """Streams one answer into `said`, and to stdout unless that is for a program; None where ctrl-C stopped it."""
