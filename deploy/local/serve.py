@@ -11,6 +11,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deploy.local.credentials import Credentials
 from deploy.local.stack import Stack, StackConfig
@@ -36,7 +37,9 @@ async def run_serve(stack: Stack, config: ServeConfig) -> int:
 
 def _document(stack: Stack) -> str:
     services = [dataclasses.asdict(service) for service in stack.services]
-    document = {"address": stack.address, "log_dir": str(stack.log_dir), "services": services}
+    document: dict[str, Any] = {"address": stack.address, "log_dir": str(stack.log_dir), "services": services}
+    if stack.base_url:
+        document["base_url"] = stack.base_url
     if stack.credentials is not None:
         document |= {"token": stack.credentials.token, "ca_file": str(stack.credentials.ca)}
     return json.dumps(document)
