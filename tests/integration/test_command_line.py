@@ -35,7 +35,7 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs Python in a folder with `photo.jpg` and `schema.json`; returns stdout. A warning is an error, and so is an exit code."""
+    """Runs Python beside `photo.jpg` and `schema.json`; returns stdout. Warnings are errors, and so are exit codes."""
     with Image.open(SAMPLES / "scene_1.png") as scene:
         scene.convert("RGB").save(tmp_path / "photo.jpg")
     (tmp_path / "schema.json").write_text('{"type": "object", "properties": {"code": {"type": "string"}}}')
