@@ -52,7 +52,7 @@ class RandomBlockPool(BlockPool):
         seen: SeenRows | None = None,
     ) -> BlockKV:
         """See the class."""
-        return self._carve(allocation, num_kept, growth, eviction, seen)
+        return self.place(allocation, num_kept, growth, eviction, seen)
 
 
 def build_pool(

@@ -49,6 +49,7 @@ class SequenceKV:
         appended: Tokens appended so far; the same for all layers and heads.
         eviction: What drops rows, or leaves them unread; None keeps and reads everything.
         seen: What layers with a window see of it; None where every layer sees everything.
+        shared: Rows that other sequences read as well, before its own and counted in `kept`; None where all are its own.
     """
 
     kept: np.ndarray
@@ -56,6 +57,7 @@ class SequenceKV:
     appended: int = 0
     eviction: RowLedger | None = None
     seen: SeenRows | None = None
+    shared: SequenceKV | None = None
 
     @property
     def full(self) -> bool:
@@ -66,6 +68,11 @@ class SequenceKV:
     def lengths(self) -> np.ndarray:
         """[num_layers, num_kv_heads] int64, tokens present now."""
         return self.kept + self.appended if self.eviction is None else self.eviction.lengths
+
+    @property
+    def shared_lengths(self) -> np.ndarray:
+        """[num_layers, num_kv_heads] int64, rows of them that are shared."""
+        return np.zeros_like(self.kept) if self.shared is None else self.shared.kept
 
     @property
     def eviction_outside(self) -> RowLedger | None:
@@ -99,10 +106,16 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
     of their sequence and run in any thread. `attention`, `replay` and `complete` belong to the step thread, and so does
     the access to rows, which is for evictions.
 
+    Several sequences may read the same first rows (`shareable`), which are an allocation of their own that each of them
+    holds. Nobody writes there: no sequence that evicts shares anything.
+
     Conservation law: used + free = capacity, and no two allocations share memory.
     """
 
-    layout: KVLayout
+    def __init__(self, layout: KVLayout) -> None:
+        self.layout = layout
+        # of allocations that more than one holds: how many more
+        self._more_holders: dict[SomeAllocation, int] = {}
 
     @property
     @abstractmethod
@@ -126,6 +139,18 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
     @abstractmethod
     def bound_bytes(self, kept_tokens: int, growth: int) -> int:
         """Bytes that suffice for any sequence whose layers and heads keep `kept_tokens` on average."""
+
+    @abstractmethod
+    def shareable(self, num_kept: Sequence[int]) -> tuple[int, ...]:
+        """How many of each KV head's first rows several sequences can read in one place."""
+
+    @abstractmethod
+    def shared_bound_bytes(self, kept_tokens: int) -> int:
+        """Bytes that suffice for what is shareable of `kept_tokens` tokens on average."""
+
+    @abstractmethod
+    def own_bound_bytes(self, growth: int) -> int:
+        """Bytes that suffice for what each sequence needs beside it, with `growth` rows to come."""
 
     def check_fits(self, nbytes: int) -> None:
         """Compares with the whole pool.
@@ -153,15 +178,34 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
     def _allocate(self, nbytes: int) -> SomeAllocation | None:
         """A piece of memory, or None when there is no room now."""
 
-    @abstractmethod
+    def hold(self, allocation: SomeAllocation) -> None:
+        """One more will free it; its memory goes with the last of them."""
+        self._more_holders[allocation] = self._more_holders.get(allocation, 0) + 1
+
     def shrink(self, allocation: SomeAllocation, nbytes: int) -> SomeAllocation:
-        """Gives back what is more than `nbytes`; the returned allocation replaces the old one."""
+        """Gives back what is more than `nbytes`; the returned allocation replaces the old one, whoever holds it."""
+        more = self._more_holders.pop(allocation, 0)
+        smaller = self._shrink(allocation, nbytes)
+        if more:
+            self._more_holders[smaller] = more
+        return smaller
 
-    @abstractmethod
     def free(self, allocation: SomeAllocation) -> None:
-        """Gives an allocation back; no thread may use it any more. Freeing it twice is a bug."""
+        """Gives an allocation back, of which its holder's threads no longer use anything. Freeing it once more is a bug."""
+        more = self._more_holders.pop(allocation, 0)
+        if more > 1:
+            self._more_holders[allocation] = more - 1
+        if not more:
+            self._free(allocation)
 
     @abstractmethod
+    def _shrink(self, allocation: SomeAllocation, nbytes: int) -> SomeAllocation:
+        """`shrink`, whoever holds it."""
+
+    @abstractmethod
+    def _free(self, allocation: SomeAllocation) -> None:
+        """Gives an allocation back that nobody holds any more."""
+
     def install(
         self,
         allocation: SomeAllocation,
@@ -170,6 +214,7 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
         growth: int,
         eviction: RowLedger | None = None,
         seen: SeenRows | None = None,
+        shared: SomeKV | None = None,
     ) -> SomeKV:
         """Copies a parcel body into memory of at least `sequence_bytes(num_kept, growth)`.
 
@@ -179,7 +224,28 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
             growth: Tokens to come.
             eviction: Copied, too; with it, memory of `sequence_bytes(num_kept, eviction.growth(growth))` is enough.
             seen: Needed where layers have windows.
+            shared: Rows that come before those of `body` and are not counted in `num_kept`.
         """
+        assert shared is None or eviction is None, "rows that others read must stay as they are"
+        kv = self.place(allocation, num_kept, growth, eviction, seen, shared)
+        self.fill(kv, body)
+        return kv
+
+    @abstractmethod
+    def place(
+        self,
+        allocation: SomeAllocation,
+        num_kept: Sequence[int],
+        growth: int,
+        eviction: RowLedger | None = None,
+        seen: SeenRows | None = None,
+        shared: SomeKV | None = None,
+    ) -> SomeKV:
+        """`install` without the rows, which `fill` brings."""
+
+    @abstractmethod
+    def fill(self, kv: SomeKV, body: memoryview) -> None:
+        """Copies the rows of a parcel body to their places, which nobody reads yet."""
 
     @abstractmethod
     def export(self, kv: SomeKV) -> ExportedKV:
@@ -229,9 +295,19 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
     def _move(self, kv: SomeKV, move: Move) -> None:
         """Copies rows onto those that are dropped; `kv.lengths` are those after it."""
 
-    @abstractmethod
     def check_integrity(self) -> None:
         """Asserts the conservation law."""
+        assert all(more > 0 for more in self._more_holders.values()), "an allocation is held by fewer than one"
+        assert all(map(self._is_allocated, self._more_holders)), "an allocation is free while someone holds it"
+        self._check_memory()
+
+    @abstractmethod
+    def _is_allocated(self, allocation: SomeAllocation) -> bool:
+        """Whether none of it is free."""
+
+    @abstractmethod
+    def _check_memory(self) -> None:
+        """Asserts the conservation law of what was allocated."""
 
 
 def capacities(num_kept: Sequence[int], growth: int | Sequence[int]) -> list[int]:

@@ -1,7 +1,8 @@
 """KV as blocks, for a GPU: a paged pool whose block tables have a row for every (sequence, KV head) of every layer.
 
 A block holds `block_size` tokens of one KV head of one layer, K and V under one number, so heads and layers may keep
-whatever they like and nothing is lost but the tail of each row's last block.
+whatever they like and nothing is lost but the tail of each row's last block. Rows that several sequences read are whole
+blocks, which stand in the tables of them all; what of the kept rows fills no block each of them has for itself.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         max_batch: int,
         max_tokens: int,
     ) -> None:
-        self.layout = layout
+        super().__init__(layout)
         self.kernels = kernels
         self._block_size = block_size
         self._block_bytes = 2 * block_size * layout.row_bytes
@@ -119,42 +120,58 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         rows = self.layout.num_layers * self.layout.num_kv_heads
         return rows * (kept_tokens + growth + self._block_size - 1) // self._block_size * self._block_bytes
 
-    def shrink(self, allocation: BlockAllocation, nbytes: int) -> BlockAllocation:
-        """See `KVPool`."""
-        count = -(-nbytes // self._block_bytes)
-        assert count <= len(allocation.blocks), "shrink cannot grow"
-        self._release(allocation.blocks[count:])
-        return BlockAllocation(blocks=allocation.blocks[:count], block_bytes=self._block_bytes)
+    def shareable(self, num_kept: Sequence[int]) -> tuple[int, ...]:
+        """See `KVPool`; whole blocks."""
+        return tuple(kept // self._block_size * self._block_size for kept in num_kept)
 
-    def free(self, allocation: BlockAllocation) -> None:
+    def shared_bound_bytes(self, kept_tokens: int) -> int:
         """See `KVPool`."""
-        self._release(allocation.blocks)
+        rows = self.layout.num_layers * self.layout.num_kv_heads
+        return rows * kept_tokens // self._block_size * self._block_bytes
 
-    def install(
+    def own_bound_bytes(self, growth: int) -> int:
+        """See `KVPool`; at worst all but one row of a block are left of each head's kept ones."""
+        rows = self.layout.num_layers * self.layout.num_kv_heads
+        return rows * self._blocks_for(growth + self._block_size - 1) * self._block_bytes
+
+    def place(
         self,
         allocation: BlockAllocation,
         num_kept: Sequence[int],
-        body: memoryview,
         growth: int,
         eviction: RowLedger | None = None,
         seen: SeenRows | None = None,
+        shared: BlockKV | None = None,
     ) -> BlockKV:
         """See `KVPool`."""
-        kv = self._carve(allocation, num_kept, growth, eviction, seen)
+        shape = (self.layout.num_layers, self.layout.num_kv_heads)
+        rows = np.array(num_kept, dtype=np.int64).reshape(shape)
+        capacity = np.array(capacities(num_kept, growth_of(growth, eviction)), dtype=np.int64).reshape(shape)
+        settled = eviction and eviction.settled(int(capacity.max()), self.key_blocks.device)
+        return BlockKV(
+            kept=rows if shared is None else shared.kept + rows,
+            room=growth,
+            eviction=settled,
+            seen=seen,
+            shared=shared,
+            blocks=self._deal(allocation, capacity, shared),
+        )
+
+    def fill(self, kv: BlockKV, body: memoryview) -> None:
+        """See `KVPool`."""
         parcel = np.frombuffer(body, dtype=np.uint8).reshape(-1, self.layout.row_bytes)
         with self._copying():
-            for tokens, places, rows in self._pieces(kv, kv.kept):
+            for tokens, places, rows in self._pieces(kv, kv.shared_lengths, kv.kept):
                 # through a copy: torch wraps no read-only buffer without a warning, and numpy knows no bfloat16
                 chosen = torch.from_numpy(parcel[rows].copy()).view(tokens.dtype)
                 tokens.index_copy_(0, places, chosen.to(tokens.device))
-        return kv
 
     def export(self, kv: BlockKV) -> ExportedKV:
         """See `KVPool`."""
         lengths = kv.lengths
         parcel = np.empty((2 * int(lengths.sum()), self.layout.row_bytes), dtype=np.uint8)
         with self._copying():
-            for tokens, places, rows in self._pieces(kv, lengths):
+            for tokens, places, rows in self._pieces(kv, np.zeros_like(lengths), lengths):
                 parcel[rows] = tokens.index_select(0, places).view(torch.uint8).cpu().numpy()
         return ExportedKV(
             num_kept=tuple(lengths.ravel().tolist()),
@@ -190,13 +207,24 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         longest = self.tables.blocks.shape[-1] * self._block_size
         return choose_splits(batch, self.layout.num_kv_heads, longest, self._processors)
 
-    def check_integrity(self) -> None:
-        """See `KVPool`."""
+    def _check_memory(self) -> None:
         free = self._stack[: self._num_free]
         assert len(np.unique(free)) == self._num_free, "a block is free twice"
         assert not self._used[free].any(), "a used block is free"
         assert not self._used[TRASH_BLOCK]
         assert self._num_free + np.count_nonzero(self._used) == len(self._stack), "blocks were lost"
+
+    def _is_allocated(self, allocation: BlockAllocation) -> bool:
+        return bool(self._used[allocation.blocks].all())
+
+    def _shrink(self, allocation: BlockAllocation, nbytes: int) -> BlockAllocation:
+        count = -(-nbytes // self._block_bytes)
+        assert count <= len(allocation.blocks), "shrink cannot grow"
+        self._release(allocation.blocks[count:])
+        return BlockAllocation(blocks=allocation.blocks[:count], block_bytes=self._block_bytes)
+
+    def _free(self, allocation: BlockAllocation) -> None:
+        self._release(allocation.blocks)
 
     def _allocate(self, nbytes: int) -> BlockAllocation | None:
         count = -(-nbytes // self._block_bytes)
@@ -235,31 +263,23 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
 
-    def _carve(
-        self,
-        allocation: BlockAllocation,
-        num_kept: Sequence[int],
-        growth: int,
-        eviction: RowLedger | None,
-        seen: SeenRows | None,
-    ) -> BlockKV:
-        """Deals the blocks; nothing is in them yet."""
-        shape = (self.layout.num_layers, self.layout.num_kv_heads)
-        kept = np.array(num_kept, dtype=np.int64).reshape(shape)
-        capacity = np.array(capacities(num_kept, growth_of(growth, eviction)), dtype=np.int64).reshape(shape)
-        settled = eviction and eviction.settled(int(capacity.max()), self.key_blocks.device)
-        return BlockKV(kept=kept, room=growth, eviction=settled, seen=seen, blocks=self._deal(allocation, capacity))
-
-    def _deal(self, allocation: BlockAllocation, tokens: np.ndarray) -> np.ndarray:
-        """Gives every row its blocks; [num_layers, num_kv_heads, most blocks of a row]."""
-        counts = -(-tokens // self._block_size)
-        filled = np.arange(counts.max()) < counts[..., None]
-        table = np.full(filled.shape, TRASH_BLOCK, dtype=np.int32)
-        table[filled] = allocation.blocks[: counts.sum()]
+    def _deal(self, allocation: BlockAllocation, tokens: np.ndarray, shared: BlockKV | None) -> np.ndarray:
+        """Gives every row its blocks, shared ones first; [num_layers, num_kv_heads, most blocks of a row]."""
+        first = np.zeros_like(tokens) if shared is None else shared.kept // self._block_size
+        ends = first - (-tokens // self._block_size)
+        place = np.arange(ends.max())
+        table = np.full((*tokens.shape, len(place)), TRASH_BLOCK, dtype=np.int32)
+        own = (place >= first[..., None]) & (place < ends[..., None])
+        table[own] = allocation.blocks[: own.sum()]
+        if shared is not None:
+            common = place < first[..., None]
+            table[common] = shared.blocks[np.arange(shared.blocks.shape[-1]) < first[..., None]]
         return table
 
-    def _pieces(self, kv: BlockKV, lengths: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
-        """Layer by layer, but for those without any, the K of the first `lengths` tokens of all heads, then their V.
+    def _pieces(
+        self, kv: BlockKV, begins: np.ndarray, ends: np.ndarray
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
+        """Layer by layer, but for those without any, the K of each head's tokens from `begins` to `ends`, then their V.
 
         A layer at a time, since what is on its way takes memory beside the pool's.
 
@@ -267,19 +287,20 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
             The pool's tokens [number, head_dim], which of them it is, and their rows in a parcel body.
         """
         row = 0
-        for table, counts in zip(kv.blocks, lengths, strict=True):
-            if not counts.any():
+        for table, begin, end in zip(kv.blocks, begins, ends, strict=True):
+            if (begin == end).all():
                 continue
-            places = self._places(table, counts)
+            places = self._places(table, begin, end)
             for blocks in (self.key_blocks, self.value_blocks):
                 yield blocks.view(-1, self.layout.head_dim), places, slice(row, row + len(places))
                 row += len(places)
 
-    def _places(self, table: np.ndarray, counts: np.ndarray) -> torch.Tensor:
-        """Which of the pool's tokens the first `counts` [num_kv_heads] of each head of a layer are; int64."""
-        token = np.arange(counts.max())
+    def _places(self, table: np.ndarray, begin: np.ndarray, end: np.ndarray) -> torch.Tensor:
+        """Which of the pool's tokens those of each head of a layer are, from `begin` [num_kv_heads] to `end`; int64."""
+        token = np.arange(end.max())
         places = table[:, token // self._block_size].astype(np.int64) * self._block_size + token % self._block_size
-        return torch.from_numpy(places[token < counts[:, None]]).to(self.key_blocks.device)
+        wanted = (token >= begin[:, None]) & (token < end[:, None])
+        return torch.from_numpy(places[wanted]).to(self.key_blocks.device)
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:

@@ -39,7 +39,7 @@ class SeenRows:
 
     @classmethod
     def of(cls, manifest: Manifest) -> SeenRows | None:
-        """The rows of a checked parcel; None where every layer sees everything."""
+        """The rows of a checked parcel, for its first answer; None where every layer sees everything."""
         layout, layers = manifest.layout, manifest.layout.windowed_layers
         if not layers:
             return None
@@ -48,11 +48,12 @@ class SeenRows:
         for number, bitmap in enumerate(manifest.seen_tokens):
             layer, head = divmod(number, layout.num_kv_heads)
             window = layout.windows[layers[layer]]
-            seen = min(window - 1, manifest.logical_length)
+            seen = min(window - 1, manifest.seen_length)
             bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), count=seen, bitorder="little")
             leaves[layer, head, 1 : window - seen] = 0
             leaves[layer, head, window - seen : window] = bits
-        return cls(layers=layers, leaves=leaves, left=leaves.cumsum(axis=2, dtype=np.int32))
+        age = manifest.logical_length - manifest.seen_length
+        return cls(layers=layers, leaves=leaves, left=leaves.cumsum(axis=2, dtype=np.int32), age=age)
 
     def first(self, appended: int, layout: KVLayout) -> np.ndarray:
         """Of each layer and KV head the first row that the next token sees, [num_layers, num_kv_heads] int64.

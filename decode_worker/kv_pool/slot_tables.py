@@ -25,6 +25,7 @@ class BlockKV(SequenceKV):
     """
 
     blocks: np.ndarray
+    shared: BlockKV | None = None
 
 
 class SlotTables:

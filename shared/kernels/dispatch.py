@@ -14,6 +14,7 @@ import torch
 from shared.kernels.native import slab_attention as native_slab_attention
 from shared.kernels.native import statistics as native_statistics
 from shared.kernels.reference import append, gather, paged_attention, slab_attention, statistics
+from shared.kernels.reference.slab_attention import SharedSlabs
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class SlabAttention(Protocol):
         value_at: torch.Tensor,
         lengths: torch.Tensor,
         scaling: float,
+        shared: SharedSlabs | None = None,
     ) -> torch.Tensor: ...
 
 

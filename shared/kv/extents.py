@@ -91,6 +91,10 @@ class ExtentAllocator:
         self._take(extent)
         self._release(extent)
 
+    def has(self, extent: Extent) -> bool:
+        """Whether it is allocated, as it is."""
+        return self._allocated.get(extent.offset) == extent
+
     def check_integrity(self) -> None:
         """Asserts the conservation law."""
         pieces = sorted([*self._free, *self._allocated.values()], key=lambda extent: extent.offset)
@@ -105,7 +109,7 @@ class ExtentAllocator:
             assert left.end < right.offset, "free neighbours were not merged"
 
     def _take(self, extent: Extent) -> None:
-        assert self._allocated.get(extent.offset) == extent, f"{extent} is not allocated"
+        assert self.has(extent), f"{extent} is not allocated"
         del self._allocated[extent.offset]
         self._used -= extent.nbytes
 

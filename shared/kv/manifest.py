@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import xxhash
 from vlcache.worker.v1 import kv_pb2 as pb
@@ -30,6 +31,14 @@ class TransferId:
     prefill_epoch: str
 
 
+@dataclass(frozen=True)
+class BegunAnswer:
+    """An answer of which the first token was drawn, and none of whose KV is there."""
+
+    choice: int
+    first_token: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Describes a parcel; immutable, checked against the reservation before anything is installed.
@@ -38,6 +47,9 @@ class Manifest:
     no KV yet, that of the others closes every head's rows. `next_position` is the last one's RoPE position: the
     original prompt length (plus the M-RoPE delta) and what was generated before it, never the kept length. `eviction`
     says what the decode worker does with the KV while it generates; where that goes by scores, the body ends with them.
+
+    Where several answers go on, `generated` is of the first of them, number `choice` of the request, and `others` are
+    the rest: to those the rows of fed tokens mean nothing (`alone`).
     """
 
     transfer: TransferId
@@ -65,7 +77,42 @@ class Manifest:
     """Ids of the prompt's tokens, ascending, each once; empty unless the sampling reads them."""
     seen_tokens: tuple[bytes, ...] = ()
     """Which tokens the rows of layers with a window are: head after head of each such layer a bitmap over the last
-    tokens, those that the next one sees, the oldest in the lowest bit."""
+    tokens, those that the next one sees, the oldest in the lowest bit. Where there are `others`, of the prompt's."""
+    choice: int = 0
+    others: tuple[BegunAnswer, ...] = ()
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """Which of the request's answers go on."""
+        return (self.choice, *(other.choice for other in self.others))
+
+    @property
+    def fed(self) -> int:
+        """Rows that close every head: tokens of the first answer whose KV is there."""
+        return len(self.generated) - 1
+
+    @property
+    def seen_length(self) -> int:
+        """Tokens with which `seen_tokens` ends."""
+        return self.logical_length - (self.fed if self.others else 0)
+
+    def alone(self, choice: int) -> Manifest:
+        """What one of the answers has of a parcel whose body is plain: all but the rows of another one's tokens."""
+        sampling = self.sampling.of_choice(choice)
+        if choice == self.choice:
+            return replace(self, sampling=sampling, encoding=None, others=())
+        first_token = next(other.first_token for other in self.others if other.choice == choice)
+        return replace(
+            self,
+            num_kept=tuple(kept - self.fed for kept in self.num_kept),
+            logical_length=self.logical_length - self.fed,
+            next_position=self.next_position - self.fed,
+            generated=(first_token,),
+            sampling=sampling,
+            encoding=None,
+            choice=choice,
+            others=(),
+        )
 
     @property
     def kv_bytes(self) -> int:
@@ -161,6 +208,8 @@ class Manifest:
             eviction=_eviction(message),
             kept_tokens=tuple(message.kept_tokens),
             seen_tokens=tuple(message.seen_tokens),
+            choice=message.choice,
+            others=tuple(BegunAnswer(other.choice, other.first_token) for other in message.others),
         )
         _require(message.score_bytes == manifest.score_bytes, "kept counts and scores disagree")
         manifest.check()
@@ -195,6 +244,8 @@ class Manifest:
             score_bytes=self.score_bytes,
             kept_tokens=self.kept_tokens,
             seen_tokens=self.seen_tokens,
+            choice=self.choice,
+            others=[pb.BegunAnswer(choice=other.choice, first_token=other.first_token) for other in self.others],
         )
 
     @property
@@ -217,9 +268,12 @@ class Manifest:
 
     def _check_generated(self) -> None:
         _require(len(self.generated) > 0, "the answer's first token is missing")
-        fed, heads, empty = len(self.generated) - 1, self.layout.num_kv_heads, self._empty_layers
+        _require(all(one < other for one, other in pairwise(self.choices)), "answers are not in order")
+        _require(self.choices[-1] < self.sampling.n, "the request has fewer answers")
+        fed, heads, empty = self.fed, self.layout.num_kv_heads, self._empty_layers
         for layer, window in enumerate(self.layout.windows or (0,) * self.layout.num_layers):
-            least = 0 if layer in empty else min(fed, window - 1) if window else fed
+            # answers that share the prompt's rows all need some
+            least = 0 if layer in empty else fed + 1 if self.others else min(fed, window - 1) if window else fed
             kept = self.num_kept[layer * heads : (layer + 1) * heads]
             _require(min(kept) >= least, "as many rows as tokens that were fed are needed")
 
@@ -245,14 +299,16 @@ class Manifest:
 
     def _check_seen_tokens(self) -> None:
         layers, heads = self.layout.windowed_layers, self.layout.num_kv_heads
+        unseen = self.logical_length - self.seen_length
         _require(len(self.seen_tokens) == len(layers) * heads, "one bitmap per windowed layer and KV head is needed")
         for number, bitmap in enumerate(self.seen_tokens):
             layer, head = layers[number // heads], number % heads
-            seen = min(self.layout.windows[layer] - 1, self.logical_length)
+            seen = min(self.layout.windows[layer] - 1, self.seen_length)
             _require(len(bitmap) == -(-seen // 8), "a bitmap is as long as the window needs")
             bits = int.from_bytes(bitmap, "little")
             _require(bits.bit_length() <= seen, "a row is no token of the prompt's")
-            _require(bits.bit_count() == self.num_kept[layer * heads + head], "seen tokens and kept counts disagree")
+            kept = self.num_kept[layer * heads + head] - unseen
+            _require(bits.bit_count() == kept, "seen tokens and kept counts disagree")
 
 
 def check_format(version: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlcache.v1 import inference_pb2 as pb
 
@@ -16,6 +16,9 @@ MAX_LOGPROBS = 20
 MAX_BIASED_TOKENS = 300
 MAX_BIAS = 100.0
 MAX_REPETITION_PENALTY = 10.0
+MAX_ANSWERS = 16
+# The golden ratio of 2^64: seeds of one request's answers, and of neighbouring requests', stay apart.
+SEED_STEP = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,8 @@ class Sampling:
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep every token. The random number of a step depends on
     (`seed`, position) alone. The penalties and `logit_bias`, pairs of a token id and what is added to its logit,
     change logits before all that (`shared/model/logits.py`). `logprobs` are how many most likely tokens are reported
-    in each place; None reports nothing. What `constraint` does not allow is never drawn.
+    in each place; None reports nothing. What `constraint` does not allow is never drawn. `n` answers are drawn from one
+    prompt; the seed is that of the first one.
     """
 
     max_new_tokens: int
@@ -42,6 +46,7 @@ class Sampling:
     min_new_tokens: int = 0
     logprobs: int | None = None
     constraint: Constraint | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
@@ -60,6 +65,7 @@ class Sampling:
             self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
             f"logprobs must lie in [0, {MAX_LOGPROBS}], not {self.logprobs}",
         )
+        _require(1 <= self.n <= MAX_ANSWERS, f"n must lie in [1, {MAX_ANSWERS}], not {self.n}")
 
     @classmethod
     def from_proto(cls, message: pb.SamplingParams, *, default_max_new_tokens: int) -> Sampling:
@@ -69,7 +75,6 @@ class Sampling:
             InvalidRequestError: A value is out of its range.
         """
         has = message.HasField
-        _require(message.n <= 1, "n > 1 is not served yet")
         return cls(
             max_new_tokens=message.max_new_tokens if has("max_new_tokens") else default_max_new_tokens,
             temperature=message.temperature,
@@ -85,6 +90,7 @@ class Sampling:
             min_new_tokens=message.min_new_tokens,
             logprobs=message.logprobs if has("logprobs") else None,
             constraint=Constraint.from_proto(message.constraint) if has("constraint") else None,
+            n=message.n or 1,
         )
 
     def to_proto(self) -> pb.SamplingParams:
@@ -104,7 +110,12 @@ class Sampling:
             min_new_tokens=self.min_new_tokens,
             logprobs=self.logprobs,
             constraint=self.constraint.to_proto() if self.constraint else None,
+            n=self.n,
         )
+
+    def of_choice(self, choice: int) -> Sampling:
+        """How one of the answers is drawn: as if it were alone, with a seed that follows from the request's."""
+        return replace(self, seed=(self.seed + choice * SEED_STEP) % 2**64, n=1)
 
     @property
     def takes_highest(self) -> bool:

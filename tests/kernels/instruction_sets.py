@@ -11,6 +11,7 @@ from pathlib import Path
 from shared.kernels.native.build import INSTRUCTION_SETS, TILES
 
 POINTERS = ("query", "key", "value", "out", "pool", "key_at", "value_at", "lengths")
+SHARED = ("shared_key_at", "shared_value_at", "shared_lengths")
 COUNTS = ("rows", "group", "head_dim")
 
 
@@ -18,7 +19,7 @@ class Step(ctypes.Structure):
     """See slab_step.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_void_p) for name in (*POINTERS, *SHARED)),
         *((name, ctypes.c_int64) for name in COUNTS),
         ("scaling", ctypes.c_float),
         ("is_bf16", ctypes.c_int),

@@ -15,8 +15,9 @@ from shared.kernels.native.build import library_path
 
 log = logging.getLogger(__name__)
 
-# query, key, value, out, pool, key_at, value_at, lengths; rows, group, head_dim; scaling; is_bf16; parallel, threads
-_SLAB_ATTENTION: list[Any] = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 3
+# query, key, value, out, pool, key_at, value_at, lengths; shared: the same three; rows, group, head_dim; scaling;
+# is_bf16; parallel, threads
+_SLAB_ATTENTION: list[Any] = [ctypes.c_void_p] * 11 + [ctypes.c_int64] * 3
 _SLAB_ATTENTION += [ctypes.c_float, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint]
 # the call; parallel, threads
 _STATISTICS: list[Any] = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]

@@ -29,11 +29,13 @@ static int worth_sharing(const Step *step) {
 typedef void (*Parallel)(Work work, void *data, unsigned threads, unsigned flags);
 
 void slab_attention(const void *query, const void *key, const void *value, void *out, void *pool, const int64_t *key_at,
-                    const int64_t *value_at, const int64_t *lengths, int64_t rows, int64_t group, int64_t head_dim,
-                    float scaling, int is_bf16, Parallel parallel, unsigned threads) {
+                    const int64_t *value_at, const int64_t *lengths, const int64_t *shared_key_at,
+                    const int64_t *shared_value_at, const int64_t *shared_lengths, int64_t rows, int64_t group,
+                    int64_t head_dim, float scaling, int is_bf16, Parallel parallel, unsigned threads) {
     Step step = {.query = query, .key = key, .value = value, .out = out, .pool = pool, .key_at = key_at,
-                 .value_at = value_at, .lengths = lengths, .rows = rows, .group = group, .head_dim = head_dim,
-                 .scaling = scaling, .is_bf16 = is_bf16, .threads = 1};
+                 .value_at = value_at, .lengths = lengths, .shared_key_at = shared_key_at,
+                 .shared_value_at = shared_value_at, .shared_lengths = shared_lengths, .rows = rows, .group = group,
+                 .head_dim = head_dim, .scaling = scaling, .is_bf16 = is_bf16, .threads = 1};
     if (!parallel || threads < 2 || !worth_sharing(&step)) {
         fastest()(&step);
         return;

@@ -6,6 +6,7 @@ import torch
 
 from shared.kernels.native.library import gomp_parallel, slab_attention_function
 from shared.kernels.reference import slab_attention as reference
+from shared.kernels.reference.slab_attention import SharedSlabs
 
 MAX_HEAD_DIM = 256
 
@@ -24,6 +25,7 @@ def slab_attention(
     value_at: torch.Tensor,
     lengths: torch.Tensor,
     scaling: float,
+    shared: SharedSlabs | None = None,
 ) -> torch.Tensor:
     """See `reference.slab_attention`, which serves what the kernel does not: other dtypes and odd head sizes.
 
@@ -31,19 +33,21 @@ def slab_attention(
     """
     function = slab_attention_function()
     if function is None or not _suits(query):
-        return reference.slab_attention(query, key, value, pool, key_at, value_at, lengths, scaling)
+        return reference.slab_attention(query, key, value, pool, key_at, value_at, lengths, scaling, shared)
     assert pool.dtype == key.dtype == value.dtype == query.dtype
     assert pool.dim() == 1
     assert pool.is_contiguous()
-    assert key_at.shape == value_at.shape == lengths.shape == key.shape[:2]
-    assert key_at.dtype == value_at.dtype == lengths.dtype == torch.int64
+    assert lengths.shape == key.shape[:2]
     # named, so that copies live until the kernel has read them
     inputs = [tensor.contiguous() for tensor in (query, key, value)]
-    places = [tensor.contiguous() for tensor in (key_at, value_at, lengths)]
+    places = [tensor.contiguous() for tensor in (key_at, value_at, lengths, *(shared or ()))]
+    assert all(tensor.dtype == torch.int64 and tensor.shape == lengths.shape for tensor in places)
+    nobody_s = () if shared else (None, None, None)
     out = torch.empty_like(inputs[0])
     rows, head_dim = key_at.numel(), query.shape[-1]
     function(
         *(tensor.data_ptr() for tensor in (*inputs, out, pool, *places)),
+        *nobody_s,
         rows,
         query.shape[1] // key.shape[1],
         head_dim,

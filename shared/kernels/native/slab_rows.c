@@ -187,27 +187,59 @@ INLINE void finish(const State *state, char *out, int heads, const Row row) {
         }
 }
 
-INLINE void attend(const Step *step, int64_t at, int heads, const char *key, const char *value, int64_t length,
-                   const Row row) {
+/* Where the rows of a KV head lie: the first `shared` of them in one place, the others in another. */
+typedef struct {
+    const char *shared_key, *shared_value, *key, *value;
+    int64_t shared, length;
+} Slabs;
+
+typedef struct {
+    char key[BLOCK * MAX_ROW_BYTES], value[BLOCK * MAX_ROW_BYTES];
+} __attribute__((aligned(64))) Seam;
+
+/* Brings together a block of which a part is shared, so that it is computed as if it lay in one piece. */
+static __attribute__((noinline)) void join(Seam *seam, const Slabs *slabs, int64_t first, int num_keys, int row_bytes) {
+    const int64_t before = (slabs->shared - first) * row_bytes, after = num_keys * (int64_t)row_bytes - before;
+    memcpy(seam->key, slabs->shared_key + first * row_bytes, before);
+    memcpy(seam->key + before, slabs->key, after);
+    memcpy(seam->value, slabs->shared_value + first * row_bytes, before);
+    memcpy(seam->value + before, slabs->value, after);
+}
+
+INLINE void attend(const Step *step, int64_t at, int heads, const Slabs *slabs, Seam *seam, const Row row) {
     State state;
     begin(&state, (const char *)step->query + at * row.bytes, heads, step->scaling, row);
-    for (int64_t first = 0; first < length; first += BLOCK) {
-        const int num_keys = length - first < BLOCK ? (int)(length - first) : BLOCK;
-        attend_block(&state, key + first * row.bytes, value + first * row.bytes, num_keys, heads, row);
+    for (int64_t first = 0; first < slabs->length; first += BLOCK) {
+        const int num_keys = slabs->length - first < BLOCK ? (int)(slabs->length - first) : BLOCK;
+        const char *key = slabs->key + (first - slabs->shared) * row.bytes;
+        const char *value = slabs->value + (first - slabs->shared) * row.bytes;
+        if (first + num_keys <= slabs->shared) {
+            key = slabs->shared_key + first * row.bytes, value = slabs->shared_value + first * row.bytes;
+        } else if (first < slabs->shared) {
+            join(seam, slabs, first, num_keys, row.bytes);
+            key = seam->key, value = seam->value;
+        }
+        attend_block(&state, key, value, num_keys, heads, row);
     }
     finish(&state, (char *)step->out + at * row.bytes, heads, row);
 }
 
-INLINE void append_and_attend(const Step *step, int64_t index, const Row row) {
+INLINE void append_and_attend(const Step *step, int64_t index, Seam *seam, const Row row) {
     const int size = row.is_bf16 ? 2 : 4;
     char *key = (char *)step->pool + step->key_at[index] * size;
     char *value = (char *)step->pool + step->value_at[index] * size;
-    const int64_t length = step->lengths[index], last = (length - 1) * row.bytes;
+    Slabs slabs = {.key = key, .value = value, .length = step->lengths[index]};
+    if (step->shared_lengths) {
+        slabs.shared = step->shared_lengths[index];
+        slabs.shared_key = (const char *)step->pool + step->shared_key_at[index] * size;
+        slabs.shared_value = (const char *)step->pool + step->shared_value_at[index] * size;
+    }
+    const int64_t last = (slabs.length - slabs.shared - 1) * row.bytes;
     memcpy(key + last, (const char *)step->key + index * row.bytes, row.bytes);
     memcpy(value + last, (const char *)step->value + index * row.bytes, row.bytes);
     for (int64_t done = 0; done < step->group; done += GROUP) {
         const int heads = step->group - done < GROUP ? (int)(step->group - done) : GROUP;
-        attend(step, index * step->group + done, heads, key, value, length, row);
+        attend(step, index * step->group + done, heads, &slabs, seam, row);
     }
 }
 
@@ -222,10 +254,11 @@ INLINE int64_t take(Step *step, int64_t *count) {
 INLINE void work(Step *step, const int is_bf16) {
     const int dim = (int)step->head_dim;
     const Row row = {dim, dim * (is_bf16 ? 2 : 4), (dim + UNIT - 1) / UNIT * UNIT, is_bf16};
+    Seam seam;
     int64_t count;
     for (int64_t first; (first = take(step, &count)) < step->rows;)
         for (int64_t index = first; index < first + count && index < step->rows; index++)
-            append_and_attend(step, index, row);
+            append_and_attend(step, index, &seam, row);
 }
 
 void WORK(void *data) {

@@ -12,6 +12,8 @@ typedef struct {
     void *pool;
     const int64_t *key_at, *value_at; /* [rows], in elements of the pool */
     const int64_t *lengths;           /* [rows], the new token included */
+    /* [rows] of what other sequences read as well, before a row's own slab; null where nobody shares anything */
+    const int64_t *shared_key_at, *shared_value_at, *shared_lengths;
     int64_t rows, group, head_dim;
     float scaling;
     int is_bf16; /* or else fp32 */

@@ -8,8 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import torch
+
+
+class SharedSlabs(NamedTuple):
+    """Rows that several sequences read, each before its own. Nobody writes to them.
+
+    Attributes:
+        key_at: [batch, num_kv_heads] int64, element of the pool where the K of a head's shared rows begins.
+        value_at: As `key_at`.
+        lengths: As `key_at`, how many they are; 0 where a sequence shares nothing.
+    """
+
+    key_at: torch.Tensor
+    value_at: torch.Tensor
+    lengths: torch.Tensor
 
 
 def slab_attention(
@@ -21,6 +36,7 @@ def slab_attention(
     value_at: torch.Tensor,
     lengths: torch.Tensor,
     scaling: float,
+    shared: SharedSlabs | None = None,
 ) -> torch.Tensor:
     """Appends one new token to every sequence of a ragged batch, then attends.
 
@@ -28,17 +44,21 @@ def slab_attention(
         query: [batch, num_query_heads, head_dim], of any floating dtype.
         key: [batch, num_kv_heads, head_dim], of the new token.
         value: As `key`.
-        pool: [elements], contiguous, the memory that holds all slabs; written at position lengths - 1 of each.
+        pool: [elements], contiguous, the memory that holds all slabs; written at the last row of each.
         key_at: [batch, num_kv_heads] int64, element of the pool where a head's K slab begins.
         value_at: As `key_at`.
-        lengths: [batch, num_kv_heads] int64, tokens present, the new one included: at least 1.
+        lengths: [batch, num_kv_heads] int64, tokens present, the new one and shared ones included.
         scaling: Factor of the logits.
+        shared: The first tokens of each head, where they are not in its slab; the new one never is among them.
 
     Returns:
         [batch, num_query_heads, head_dim], accumulated in fp32, or in fp64 if that is the dtype.
     """
-    _write_last_rows(pool, key_at, lengths, key)
-    _write_last_rows(pool, value_at, lengths, value)
+    own = lengths if shared is None else lengths - shared.lengths
+    _write_last_rows(pool, key_at, own, key)
+    _write_last_rows(pool, value_at, own, value)
+    if shared is not None:
+        pool, key_at, value_at = _in_one_piece(pool, (key_at, value_at), own, shared, query.shape[-1])
     # the group is the query axis: one read of K and V serves all its heads
     grouped = query.contiguous().unflatten(1, (key.shape[1], -1))
     attended = []
@@ -50,6 +70,27 @@ def slab_attention(
             queries = grouped[sequence : sequence + 1, heads]
             attended.append(torch.nn.functional.scaled_dot_product_attention(queries, keys, values, scale=scaling)[0])
     return torch.cat(attended).view(query.shape)
+
+
+def _in_one_piece(
+    pool: torch.Tensor,
+    own_at: tuple[torch.Tensor, torch.Tensor],
+    own: torch.Tensor,
+    shared: SharedSlabs,
+    head_dim: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A copy in which each head's shared rows and its own lie behind each other, and where its slabs begin there."""
+    pieces: list[torch.Tensor] = []
+    begins, end = [], 0
+    for shared_at, at in zip((shared.key_at, shared.value_at), own_at, strict=True):
+        begins.append(torch.empty_like(at))
+        places = zip(shared_at.flatten().tolist(), shared.lengths.flatten().tolist(), strict=True)
+        own_places = zip(at.flatten().tolist(), own.flatten().tolist(), strict=True)
+        for number, both in enumerate(zip(places, own_places, strict=True)):
+            begins[-1].view(-1)[number] = end
+            pieces += [pool[begin : begin + rows * head_dim] for begin, rows in both]
+            end += sum(rows for _, rows in both) * head_dim
+    return torch.cat(pieces), begins[0], begins[1]
 
 
 def _write_last_rows(pool: torch.Tensor, slabs_at: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor) -> None:

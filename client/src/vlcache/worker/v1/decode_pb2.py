@@ -26,7 +26,7 @@ from vlcache.v1 import inference_pb2 as vlcache_dot_v1_dot_inference__pb2
 from vlcache.worker.v1 import worker_pb2 as vlcache_dot_worker_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evlcache/worker/v1/decode.proto\x12\x11vlcache.worker.v1\x1a\x1avlcache/v1/inference.proto\x1a\x1evlcache/worker/v1/worker.proto\"\xe4\x01\n\x0eReserveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rcompatibility\x18\x04 \x01(\t\x12\x19\n\x11kept_tokens_bound\x18\x05 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x15\n\rprefill_epoch\x18\x07 \x01(\t\x12\x14\n\x0c\x61rena_socket\x18\x08 \x01(\t\x12\r\n\x05\x65poch\x18\t \x01(\t\x12\x18\n\x10\x64\x65livered_tokens\x18\n \x01(\r\"u\n\x0fReserveResponse\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x16\n\x0ereserved_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\x12\x17\n\x0fpromised_tokens\x18\x05 \x01(\r\"B\n\x16GrowReservationRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x19\n\x11kept_tokens_bound\x18\x02 \x01(\r\"1\n\x17GrowReservationResponse\x12\x16\n\x0ereserved_bytes\x18\x01 \x01(\x04\"\x1d\n\x0cRenewRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\" \n\rRenewResponse\x12\x0f\n\x07lease_s\x18\x01 \x01(\x01\"\x1f\n\x0eReleaseRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\"\x11\n\x0fReleaseResponse\"y\n\x12TokenStreamRequest\x12+\n\x06\x61ttach\x18\x01 \x01(\x0b\x32\x19.vlcache.worker.v1.AttachH\x00\x12+\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x19.vlcache.worker.v1.CancelH\x00\x42\t\n\x07\x63ommand\":\n\x06\x41ttach\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x11\n\tdelivered\x18\x03 \x03(\r\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"[\n\x13TokenStreamResponse\x12\x32\n\x07updates\x18\x01 \x03(\x0b\x32!.vlcache.worker.v1.SequenceUpdate\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\"\xd0\x01\n\x0eSequenceUpdate\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.vlcache.v1.FinishReason\x12/\n\x05\x65rror\x18\x05 \x01(\x0b\x32 .vlcache.worker.v1.SequenceError\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.vlcache.v1.TokenLogprobs\">\n\rSequenceError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t2\xa5\x04\n\rDecodeService\x12W\n\rGetWorkerInfo\x12\'.vlcache.worker.v1.GetWorkerInfoRequest\x1a\x1d.vlcache.worker.v1.WorkerInfo\x12P\n\x07Reserve\x12!.vlcache.worker.v1.ReserveRequest\x1a\".vlcache.worker.v1.ReserveResponse\x12h\n\x0fGrowReservation\x12).vlcache.worker.v1.GrowReservationRequest\x1a*.vlcache.worker.v1.GrowReservationResponse\x12J\n\x05Renew\x12\x1f.vlcache.worker.v1.RenewRequest\x1a .vlcache.worker.v1.RenewResponse\x12P\n\x07Release\x12!.vlcache.worker.v1.ReleaseRequest\x1a\".vlcache.worker.v1.ReleaseResponse\x12\x61\n\x0cStreamTokens\x12%.vlcache.worker.v1.TokenStreamRequest\x1a&.vlcache.worker.v1.TokenStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evlcache/worker/v1/decode.proto\x12\x11vlcache.worker.v1\x1a\x1avlcache/v1/inference.proto\x1a\x1evlcache/worker/v1/worker.proto\"\xa6\x02\n\x0eReserveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rcompatibility\x18\x04 \x01(\t\x12\x19\n\x11kept_tokens_bound\x18\x05 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x15\n\rprefill_epoch\x18\x07 \x01(\t\x12\x14\n\x0c\x61rena_socket\x18\x08 \x01(\t\x12\r\n\x05\x65poch\x18\t \x01(\t\x12\x32\n\x07\x61nswers\x18\x0b \x03(\x0b\x32!.vlcache.worker.v1.ReservedAnswer\x12\x0e\n\x06\x63opies\x18\x0c \x01(\x08J\x04\x08\n\x10\x0bR\x10\x64\x65livered_tokens\":\n\x0eReservedAnswer\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x18\n\x10\x64\x65livered_tokens\x18\x02 \x01(\r\"u\n\x0fReserveResponse\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x16\n\x0ereserved_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\x12\x17\n\x0fpromised_tokens\x18\x05 \x01(\r\"B\n\x16GrowReservationRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x19\n\x11kept_tokens_bound\x18\x02 \x01(\r\"1\n\x17GrowReservationResponse\x12\x16\n\x0ereserved_bytes\x18\x01 \x01(\x04\"\x1d\n\x0cRenewRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\" \n\rRenewResponse\x12\x0f\n\x07lease_s\x18\x01 \x01(\x01\"\x1f\n\x0eReleaseRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\"\x11\n\x0fReleaseResponse\"y\n\x12TokenStreamRequest\x12+\n\x06\x61ttach\x18\x01 \x01(\x0b\x32\x19.vlcache.worker.v1.AttachH\x00\x12+\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x19.vlcache.worker.v1.CancelH\x00\x42\t\n\x07\x63ommand\"J\n\x06\x41ttach\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x11\n\tdelivered\x18\x03 \x03(\r\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"[\n\x13TokenStreamResponse\x12\x32\n\x07updates\x18\x01 \x03(\x0b\x32!.vlcache.worker.v1.SequenceUpdate\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\"\xd0\x01\n\x0eSequenceUpdate\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.vlcache.v1.FinishReason\x12/\n\x05\x65rror\x18\x05 \x01(\x0b\x32 .vlcache.worker.v1.SequenceError\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.vlcache.v1.TokenLogprobs\">\n\rSequenceError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t2\xa5\x04\n\rDecodeService\x12W\n\rGetWorkerInfo\x12\'.vlcache.worker.v1.GetWorkerInfoRequest\x1a\x1d.vlcache.worker.v1.WorkerInfo\x12P\n\x07Reserve\x12!.vlcache.worker.v1.ReserveRequest\x1a\".vlcache.worker.v1.ReserveResponse\x12h\n\x0fGrowReservation\x12).vlcache.worker.v1.GrowReservationRequest\x1a*.vlcache.worker.v1.GrowReservationResponse\x12J\n\x05Renew\x12\x1f.vlcache.worker.v1.RenewRequest\x1a .vlcache.worker.v1.RenewResponse\x12P\n\x07Release\x12!.vlcache.worker.v1.ReleaseRequest\x1a\".vlcache.worker.v1.ReleaseResponse\x12\x61\n\x0cStreamTokens\x12%.vlcache.worker.v1.TokenStreamRequest\x1a&.vlcache.worker.v1.TokenStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vlcache.worker.v1.decode_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RESERVEREQUEST']._serialized_start=114
-  _globals['_RESERVEREQUEST']._serialized_end=342
-  _globals['_RESERVERESPONSE']._serialized_start=344
-  _globals['_RESERVERESPONSE']._serialized_end=461
-  _globals['_GROWRESERVATIONREQUEST']._serialized_start=463
-  _globals['_GROWRESERVATIONREQUEST']._serialized_end=529
-  _globals['_GROWRESERVATIONRESPONSE']._serialized_start=531
-  _globals['_GROWRESERVATIONRESPONSE']._serialized_end=580
-  _globals['_RENEWREQUEST']._serialized_start=582
-  _globals['_RENEWREQUEST']._serialized_end=611
-  _globals['_RENEWRESPONSE']._serialized_start=613
-  _globals['_RENEWRESPONSE']._serialized_end=645
-  _globals['_RELEASEREQUEST']._serialized_start=647
-  _globals['_RELEASEREQUEST']._serialized_end=678
-  _globals['_RELEASERESPONSE']._serialized_start=680
-  _globals['_RELEASERESPONSE']._serialized_end=697
-  _globals['_TOKENSTREAMREQUEST']._serialized_start=699
-  _globals['_TOKENSTREAMREQUEST']._serialized_end=820
-  _globals['_ATTACH']._serialized_start=822
-  _globals['_ATTACH']._serialized_end=880
-  _globals['_CANCEL']._serialized_start=882
-  _globals['_CANCEL']._serialized_end=906
-  _globals['_TOKENSTREAMRESPONSE']._serialized_start=908
-  _globals['_TOKENSTREAMRESPONSE']._serialized_end=999
-  _globals['_SEQUENCEUPDATE']._serialized_start=1002
-  _globals['_SEQUENCEUPDATE']._serialized_end=1210
-  _globals['_SEQUENCEERROR']._serialized_start=1212
-  _globals['_SEQUENCEERROR']._serialized_end=1274
-  _globals['_DECODESERVICE']._serialized_start=1277
-  _globals['_DECODESERVICE']._serialized_end=1826
+  _globals['_RESERVEREQUEST']._serialized_end=408
+  _globals['_RESERVEDANSWER']._serialized_start=410
+  _globals['_RESERVEDANSWER']._serialized_end=468
+  _globals['_RESERVERESPONSE']._serialized_start=470
+  _globals['_RESERVERESPONSE']._serialized_end=587
+  _globals['_GROWRESERVATIONREQUEST']._serialized_start=589
+  _globals['_GROWRESERVATIONREQUEST']._serialized_end=655
+  _globals['_GROWRESERVATIONRESPONSE']._serialized_start=657
+  _globals['_GROWRESERVATIONRESPONSE']._serialized_end=706
+  _globals['_RENEWREQUEST']._serialized_start=708
+  _globals['_RENEWREQUEST']._serialized_end=737
+  _globals['_RENEWRESPONSE']._serialized_start=739
+  _globals['_RENEWRESPONSE']._serialized_end=771
+  _globals['_RELEASEREQUEST']._serialized_start=773
+  _globals['_RELEASEREQUEST']._serialized_end=804
+  _globals['_RELEASERESPONSE']._serialized_start=806
+  _globals['_RELEASERESPONSE']._serialized_end=823
+  _globals['_TOKENSTREAMREQUEST']._serialized_start=825
+  _globals['_TOKENSTREAMREQUEST']._serialized_end=946
+  _globals['_ATTACH']._serialized_start=948
+  _globals['_ATTACH']._serialized_end=1022
+  _globals['_CANCEL']._serialized_start=1024
+  _globals['_CANCEL']._serialized_end=1048
+  _globals['_TOKENSTREAMRESPONSE']._serialized_start=1050
+  _globals['_TOKENSTREAMRESPONSE']._serialized_end=1141
+  _globals['_SEQUENCEUPDATE']._serialized_start=1144
+  _globals['_SEQUENCEUPDATE']._serialized_end=1352
+  _globals['_SEQUENCEERROR']._serialized_start=1354
+  _globals['_SEQUENCEERROR']._serialized_end=1416
+  _globals['_DECODESERVICE']._serialized_start=1419
+  _globals['_DECODESERVICE']._serialized_end=1968
 # @@protoc_insertion_point(module_scope)

@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "model", "compatibility", "kept_tokens_bound", "max_new_tokens", "prefill_epoch", "arena_socket", "epoch", "delivered_tokens")
+    __slots__ = ("request_id", "attempt", "model", "compatibility", "kept_tokens_bound", "max_new_tokens", "prefill_epoch", "arena_socket", "epoch", "answers", "copies")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -19,7 +19,8 @@ class ReserveRequest(_message.Message):
     PREFILL_EPOCH_FIELD_NUMBER: _ClassVar[int]
     ARENA_SOCKET_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    DELIVERED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     model: str
@@ -29,8 +30,17 @@ class ReserveRequest(_message.Message):
     prefill_epoch: str
     arena_socket: str
     epoch: str
+    answers: _containers.RepeatedCompositeFieldContainer[ReservedAnswer]
+    copies: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[str] = ..., compatibility: _Optional[str] = ..., kept_tokens_bound: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., prefill_epoch: _Optional[str] = ..., arena_socket: _Optional[str] = ..., epoch: _Optional[str] = ..., answers: _Optional[_Iterable[_Union[ReservedAnswer, _Mapping]]] = ..., copies: bool = ...) -> None: ...
+
+class ReservedAnswer(_message.Message):
+    __slots__ = ("choice", "delivered_tokens")
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    DELIVERED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    choice: int
     delivered_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[str] = ..., compatibility: _Optional[str] = ..., kept_tokens_bound: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., prefill_epoch: _Optional[str] = ..., arena_socket: _Optional[str] = ..., epoch: _Optional[str] = ..., delivered_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, choice: _Optional[int] = ..., delivered_tokens: _Optional[int] = ...) -> None: ...
 
 class ReserveResponse(_message.Message):
     __slots__ = ("token", "transport", "reserved_bytes", "lease_s", "promised_tokens")
@@ -91,14 +101,16 @@ class TokenStreamRequest(_message.Message):
     def __init__(self, attach: _Optional[_Union[Attach, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Attach(_message.Message):
-    __slots__ = ("handle", "token", "delivered")
+    __slots__ = ("handle", "token", "delivered", "choice")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     DELIVERED_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     handle: int
     token: bytes
     delivered: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, handle: _Optional[int] = ..., token: _Optional[bytes] = ..., delivered: _Optional[_Iterable[int]] = ...) -> None: ...
+    choice: int
+    def __init__(self, handle: _Optional[int] = ..., token: _Optional[bytes] = ..., delivered: _Optional[_Iterable[int]] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("handle",)

@@ -26,7 +26,7 @@ from vlcache.v1 import inference_pb2 as vlcache_dot_v1_dot_inference__pb2
 from vlcache.worker.v1 import worker_pb2 as vlcache_dot_worker_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1avlcache/worker/v1/kv.proto\x12\x11vlcache.worker.v1\x1a\x1avlcache/v1/inference.proto\x1a\x1evlcache/worker/v1/worker.proto\"H\n\nTransferId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x15\n\rprefill_epoch\x18\x03 \x01(\t\"\xee\x04\n\nKVManifest\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\r\x12/\n\x08transfer\x18\x02 \x01(\x0b\x32\x1d.vlcache.worker.v1.TransferId\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rcompatibility\x18\x04 \x01(\t\x12+\n\x06layout\x18\x05 \x01(\x0b\x32\x1b.vlcache.worker.v1.KVLayout\x12\x10\n\x08num_kept\x18\x06 \x03(\r\x12\x16\n\x0elogical_length\x18\x07 \x01(\r\x12\x15\n\rnext_position\x18\x08 \x01(\x03\x12\x0e\n\x06policy\x18\t \x01(\t\x12\x1b\n\x13requested_retention\x18\n \x01(\x01\x12\x1a\n\x12realised_retention\x18\x0b \x01(\x01\x12\x1c\n\x14layer_attention_mass\x18\x0c \x03(\x02\x12\x12\n\nbody_bytes\x18\r \x01(\x04\x12\x0e\n\x06\x64igest\x18\x0e \x01(\x0c\x12\x11\n\tgenerated\x18\x0f \x03(\r\x12,\n\x08sampling\x18\x10 \x01(\x0b\x32\x1a.vlcache.v1.SamplingParams\x12/\n\x08\x65ncoding\x18\x11 \x01(\x0b\x32\x1d.vlcache.worker.v1.KVEncoding\x12-\n\x08\x65viction\x18\x12 \x01(\x0b\x32\x1b.vlcache.worker.v1.Eviction\x12\x13\n\x0bscore_bytes\x18\x13 \x01(\x04\x12\x13\n\x0bkept_tokens\x18\x14 \x03(\x0c\x12\x13\n\x0bseen_tokens\x18\x15 \x03(\x0c\x12\x18\n\x10prompt_token_ids\x18\x16 \x03(\r\"\xb9\x07\n\x08\x45viction\x12;\n\nfixed_slot\x18\x01 \x01(\x0b\x32%.vlcache.worker.v1.Eviction.FixedSlotH\x00\x12\x41\n\rheavy_hitters\x18\x02 \x01(\x0b\x32(.vlcache.worker.v1.Eviction.HeavyHittersH\x00\x12\x32\n\x05scope\x18\x03 \x01(\x0b\x32!.vlcache.worker.v1.Eviction.ScopeH\x00\x12;\n\ntext_guard\x18\x04 \x01(\x0b\x32%.vlcache.worker.v1.Eviction.TextGuardH\x00\x12=\n\x0bsparse_read\x18\x05 \x01(\x0b\x32&.vlcache.worker.v1.Eviction.SparseReadH\x00\x12\x34\n\x06recall\x18\x06 \x01(\x0b\x32\".vlcache.worker.v1.Eviction.RecallH\x00\x12\x41\n\rshared_layers\x18\x07 \x01(\x0b\x32(.vlcache.worker.v1.Eviction.SharedLayersH\x00\x1a/\n\x05Share\x12\x11\n\tnumerator\x18\x01 \x01(\x04\x12\x13\n\x0b\x64\x65nominator\x18\x02 \x01(\x04\x1aS\n\tFixedSlot\x12\x34\n\tretention\x18\x01 \x03(\x0b\x32!.vlcache.worker.v1.Eviction.Share\x12\x10\n\x08\x64istance\x18\x02 \x01(\x11\x1a.\n\x0cHeavyHitters\x12\x0e\n\x06\x62udget\x18\x01 \x01(\r\x12\x0e\n\x06recent\x18\x02 \x01(\r\x1aG\n\x05Scope\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\r\x12\x0e\n\x06recent\x18\x03 \x01(\r\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\r\x1a^\n\tTextGuard\x12\x34\n\tretention\x18\x01 \x03(\x0b\x32!.vlcache.worker.v1.Eviction.Share\x12\r\n\x05sinks\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x03(\r\x1a\x30\n\nSparseRead\x12\x15\n\rselect_layers\x18\x01 \x03(\r\x12\x0b\n\x03top\x18\x02 \x01(\r\x1a\x37\n\x06Recall\x12\x0e\n\x06\x62udget\x18\x01 \x03(\r\x12\x0e\n\x06recent\x18\x02 \x03(\r\x12\r\n\x05sinks\x18\x03 \x01(\r\x1a\x32\n\x0cSharedLayers\x12\x11\n\tborrowers\x18\x01 \x03(\r\x12\x0f\n\x07lenders\x18\x02 \x03(\rB\x06\n\x04kind\"Q\n\nKVEncoding\x12\x0c\n\x04\x62its\x18\x01 \x01(\r\x12\r\n\x05group\x18\x02 \x01(\r\x12\x10\n\x08residual\x18\x03 \x01(\r\x12\x14\n\x0ckey_channels\x18\x04 \x01(\r\"\xde\x01\n\x0cPutKVRequest\x12\x30\n\x06header\x18\x01 \x01(\x0b\x32\x1e.vlcache.worker.v1.PutKVHeaderH\x00\x12+\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1a.vlcache.worker.v1.KVChunkH\x00\x12\x32\n\x07opening\x18\x03 \x01(\x0b\x32\x1f.vlcache.worker.v1.PutKVOpeningH\x00\x12\x32\n\x07trailer\x18\x04 \x01(\x0b\x32\x1f.vlcache.worker.v1.PutKVTrailerH\x00\x42\x07\n\x05\x66rame\"M\n\x0bPutKVHeader\x12\r\n\x05token\x18\x01 \x01(\x0c\x12/\n\x08manifest\x18\x02 \x01(\x0b\x32\x1d.vlcache.worker.v1.KVManifest\"5\n\x0cPutKVOpening\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x16\n\x0e\x66ormat_version\x18\x02 \x01(\r\"?\n\x0cPutKVTrailer\x12/\n\x08manifest\x18\x01 \x01(\x0b\x32\x1d.vlcache.worker.v1.KVManifest\"9\n\x07KVChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x06\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\'\n\rPutKVResponse\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\"~\n\x10InstallKVRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12/\n\x08manifest\x18\x02 \x01(\x0b\x32\x1d.vlcache.worker.v1.KVManifest\x12*\n\x04slot\x18\x03 \x01(\x0b\x32\x1c.vlcache.worker.v1.ArenaSlot\":\n\tArenaSlot\x12\r\n\x05\x61rena\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"\x13\n\x11InstallKVResponse2\xb9\x01\n\x11KVTransferService\x12L\n\x05PutKV\x12\x1f.vlcache.worker.v1.PutKVRequest\x1a .vlcache.worker.v1.PutKVResponse(\x01\x12V\n\tInstallKV\x12#.vlcache.worker.v1.InstallKVRequest\x1a$.vlcache.worker.v1.InstallKVResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1avlcache/worker/v1/kv.proto\x12\x11vlcache.worker.v1\x1a\x1avlcache/v1/inference.proto\x1a\x1evlcache/worker/v1/worker.proto\"H\n\nTransferId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x15\n\rprefill_epoch\x18\x03 \x01(\t\"\xae\x05\n\nKVManifest\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\r\x12/\n\x08transfer\x18\x02 \x01(\x0b\x32\x1d.vlcache.worker.v1.TransferId\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rcompatibility\x18\x04 \x01(\t\x12+\n\x06layout\x18\x05 \x01(\x0b\x32\x1b.vlcache.worker.v1.KVLayout\x12\x10\n\x08num_kept\x18\x06 \x03(\r\x12\x16\n\x0elogical_length\x18\x07 \x01(\r\x12\x15\n\rnext_position\x18\x08 \x01(\x03\x12\x0e\n\x06policy\x18\t \x01(\t\x12\x1b\n\x13requested_retention\x18\n \x01(\x01\x12\x1a\n\x12realised_retention\x18\x0b \x01(\x01\x12\x1c\n\x14layer_attention_mass\x18\x0c \x03(\x02\x12\x12\n\nbody_bytes\x18\r \x01(\x04\x12\x0e\n\x06\x64igest\x18\x0e \x01(\x0c\x12\x11\n\tgenerated\x18\x0f \x03(\r\x12,\n\x08sampling\x18\x10 \x01(\x0b\x32\x1a.vlcache.v1.SamplingParams\x12/\n\x08\x65ncoding\x18\x11 \x01(\x0b\x32\x1d.vlcache.worker.v1.KVEncoding\x12-\n\x08\x65viction\x18\x12 \x01(\x0b\x32\x1b.vlcache.worker.v1.Eviction\x12\x13\n\x0bscore_bytes\x18\x13 \x01(\x04\x12\x13\n\x0bkept_tokens\x18\x14 \x03(\x0c\x12\x13\n\x0bseen_tokens\x18\x15 \x03(\x0c\x12\x18\n\x10prompt_token_ids\x18\x16 \x03(\r\x12\x0e\n\x06\x63hoice\x18\x17 \x01(\r\x12.\n\x06others\x18\x18 \x03(\x0b\x32\x1e.vlcache.worker.v1.BegunAnswer\"2\n\x0b\x42\x65gunAnswer\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\r\"\xb9\x07\n\x08\x45viction\x12;\n\nfixed_slot\x18\x01 \x01(\x0b\x32%.vlcache.worker.v1.Eviction.FixedSlotH\x00\x12\x41\n\rheavy_hitters\x18\x02 \x01(\x0b\x32(.vlcache.worker.v1.Eviction.HeavyHittersH\x00\x12\x32\n\x05scope\x18\x03 \x01(\x0b\x32!.vlcache.worker.v1.Eviction.ScopeH\x00\x12;\n\ntext_guard\x18\x04 \x01(\x0b\x32%.vlcache.worker.v1.Eviction.TextGuardH\x00\x12=\n\x0bsparse_read\x18\x05 \x01(\x0b\x32&.vlcache.worker.v1.Eviction.SparseReadH\x00\x12\x34\n\x06recall\x18\x06 \x01(\x0b\x32\".vlcache.worker.v1.Eviction.RecallH\x00\x12\x41\n\rshared_layers\x18\x07 \x01(\x0b\x32(.vlcache.worker.v1.Eviction.SharedLayersH\x00\x1a/\n\x05Share\x12\x11\n\tnumerator\x18\x01 \x01(\x04\x12\x13\n\x0b\x64\x65nominator\x18\x02 \x01(\x04\x1aS\n\tFixedSlot\x12\x34\n\tretention\x18\x01 \x03(\x0b\x32!.vlcache.worker.v1.Eviction.Share\x12\x10\n\x08\x64istance\x18\x02 \x01(\x11\x1a.\n\x0cHeavyHitters\x12\x0e\n\x06\x62udget\x18\x01 \x01(\r\x12\x0e\n\x06recent\x18\x02 \x01(\r\x1aG\n\x05Scope\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\r\x12\x0e\n\x06recent\x18\x03 \x01(\r\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\r\x1a^\n\tTextGuard\x12\x34\n\tretention\x18\x01 \x03(\x0b\x32!.vlcache.worker.v1.Eviction.Share\x12\r\n\x05sinks\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x03(\r\x1a\x30\n\nSparseRead\x12\x15\n\rselect_layers\x18\x01 \x03(\r\x12\x0b\n\x03top\x18\x02 \x01(\r\x1a\x37\n\x06Recall\x12\x0e\n\x06\x62udget\x18\x01 \x03(\r\x12\x0e\n\x06recent\x18\x02 \x03(\r\x12\r\n\x05sinks\x18\x03 \x01(\r\x1a\x32\n\x0cSharedLayers\x12\x11\n\tborrowers\x18\x01 \x03(\r\x12\x0f\n\x07lenders\x18\x02 \x03(\rB\x06\n\x04kind\"Q\n\nKVEncoding\x12\x0c\n\x04\x62its\x18\x01 \x01(\r\x12\r\n\x05group\x18\x02 \x01(\r\x12\x10\n\x08residual\x18\x03 \x01(\r\x12\x14\n\x0ckey_channels\x18\x04 \x01(\r\"\xde\x01\n\x0cPutKVRequest\x12\x30\n\x06header\x18\x01 \x01(\x0b\x32\x1e.vlcache.worker.v1.PutKVHeaderH\x00\x12+\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1a.vlcache.worker.v1.KVChunkH\x00\x12\x32\n\x07opening\x18\x03 \x01(\x0b\x32\x1f.vlcache.worker.v1.PutKVOpeningH\x00\x12\x32\n\x07trailer\x18\x04 \x01(\x0b\x32\x1f.vlcache.worker.v1.PutKVTrailerH\x00\x42\x07\n\x05\x66rame\"M\n\x0bPutKVHeader\x12\r\n\x05token\x18\x01 \x01(\x0c\x12/\n\x08manifest\x18\x02 \x01(\x0b\x32\x1d.vlcache.worker.v1.KVManifest\"5\n\x0cPutKVOpening\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x16\n\x0e\x66ormat_version\x18\x02 \x01(\r\"?\n\x0cPutKVTrailer\x12/\n\x08manifest\x18\x01 \x01(\x0b\x32\x1d.vlcache.worker.v1.KVManifest\"9\n\x07KVChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x06\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\'\n\rPutKVResponse\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\"~\n\x10InstallKVRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12/\n\x08manifest\x18\x02 \x01(\x0b\x32\x1d.vlcache.worker.v1.KVManifest\x12*\n\x04slot\x18\x03 \x01(\x0b\x32\x1c.vlcache.worker.v1.ArenaSlot\":\n\tArenaSlot\x12\r\n\x05\x61rena\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"\x13\n\x11InstallKVResponse2\xb9\x01\n\x11KVTransferService\x12L\n\x05PutKV\x12\x1f.vlcache.worker.v1.PutKVRequest\x1a .vlcache.worker.v1.PutKVResponse(\x01\x12V\n\tInstallKV\x12#.vlcache.worker.v1.InstallKVRequest\x1a$.vlcache.worker.v1.InstallKVResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,45 +36,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRANSFERID']._serialized_start=109
   _globals['_TRANSFERID']._serialized_end=181
   _globals['_KVMANIFEST']._serialized_start=184
-  _globals['_KVMANIFEST']._serialized_end=806
-  _globals['_EVICTION']._serialized_start=809
-  _globals['_EVICTION']._serialized_end=1762
-  _globals['_EVICTION_SHARE']._serialized_start=1246
-  _globals['_EVICTION_SHARE']._serialized_end=1293
-  _globals['_EVICTION_FIXEDSLOT']._serialized_start=1295
-  _globals['_EVICTION_FIXEDSLOT']._serialized_end=1378
-  _globals['_EVICTION_HEAVYHITTERS']._serialized_start=1380
-  _globals['_EVICTION_HEAVYHITTERS']._serialized_end=1426
-  _globals['_EVICTION_SCOPE']._serialized_start=1428
-  _globals['_EVICTION_SCOPE']._serialized_end=1499
-  _globals['_EVICTION_TEXTGUARD']._serialized_start=1501
-  _globals['_EVICTION_TEXTGUARD']._serialized_end=1595
-  _globals['_EVICTION_SPARSEREAD']._serialized_start=1597
-  _globals['_EVICTION_SPARSEREAD']._serialized_end=1645
-  _globals['_EVICTION_RECALL']._serialized_start=1647
-  _globals['_EVICTION_RECALL']._serialized_end=1702
-  _globals['_EVICTION_SHAREDLAYERS']._serialized_start=1704
-  _globals['_EVICTION_SHAREDLAYERS']._serialized_end=1754
-  _globals['_KVENCODING']._serialized_start=1764
-  _globals['_KVENCODING']._serialized_end=1845
-  _globals['_PUTKVREQUEST']._serialized_start=1848
-  _globals['_PUTKVREQUEST']._serialized_end=2070
-  _globals['_PUTKVHEADER']._serialized_start=2072
-  _globals['_PUTKVHEADER']._serialized_end=2149
-  _globals['_PUTKVOPENING']._serialized_start=2151
-  _globals['_PUTKVOPENING']._serialized_end=2204
-  _globals['_PUTKVTRAILER']._serialized_start=2206
-  _globals['_PUTKVTRAILER']._serialized_end=2269
-  _globals['_KVCHUNK']._serialized_start=2271
-  _globals['_KVCHUNK']._serialized_end=2328
-  _globals['_PUTKVRESPONSE']._serialized_start=2330
-  _globals['_PUTKVRESPONSE']._serialized_end=2369
-  _globals['_INSTALLKVREQUEST']._serialized_start=2371
-  _globals['_INSTALLKVREQUEST']._serialized_end=2497
-  _globals['_ARENASLOT']._serialized_start=2499
-  _globals['_ARENASLOT']._serialized_end=2557
-  _globals['_INSTALLKVRESPONSE']._serialized_start=2559
-  _globals['_INSTALLKVRESPONSE']._serialized_end=2578
-  _globals['_KVTRANSFERSERVICE']._serialized_start=2581
-  _globals['_KVTRANSFERSERVICE']._serialized_end=2766
+  _globals['_KVMANIFEST']._serialized_end=870
+  _globals['_BEGUNANSWER']._serialized_start=872
+  _globals['_BEGUNANSWER']._serialized_end=922
+  _globals['_EVICTION']._serialized_start=925
+  _globals['_EVICTION']._serialized_end=1878
+  _globals['_EVICTION_SHARE']._serialized_start=1362
+  _globals['_EVICTION_SHARE']._serialized_end=1409
+  _globals['_EVICTION_FIXEDSLOT']._serialized_start=1411
+  _globals['_EVICTION_FIXEDSLOT']._serialized_end=1494
+  _globals['_EVICTION_HEAVYHITTERS']._serialized_start=1496
+  _globals['_EVICTION_HEAVYHITTERS']._serialized_end=1542
+  _globals['_EVICTION_SCOPE']._serialized_start=1544
+  _globals['_EVICTION_SCOPE']._serialized_end=1615
+  _globals['_EVICTION_TEXTGUARD']._serialized_start=1617
+  _globals['_EVICTION_TEXTGUARD']._serialized_end=1711
+  _globals['_EVICTION_SPARSEREAD']._serialized_start=1713
+  _globals['_EVICTION_SPARSEREAD']._serialized_end=1761
+  _globals['_EVICTION_RECALL']._serialized_start=1763
+  _globals['_EVICTION_RECALL']._serialized_end=1818
+  _globals['_EVICTION_SHAREDLAYERS']._serialized_start=1820
+  _globals['_EVICTION_SHAREDLAYERS']._serialized_end=1870
+  _globals['_KVENCODING']._serialized_start=1880
+  _globals['_KVENCODING']._serialized_end=1961
+  _globals['_PUTKVREQUEST']._serialized_start=1964
+  _globals['_PUTKVREQUEST']._serialized_end=2186
+  _globals['_PUTKVHEADER']._serialized_start=2188
+  _globals['_PUTKVHEADER']._serialized_end=2265
+  _globals['_PUTKVOPENING']._serialized_start=2267
+  _globals['_PUTKVOPENING']._serialized_end=2320
+  _globals['_PUTKVTRAILER']._serialized_start=2322
+  _globals['_PUTKVTRAILER']._serialized_end=2385
+  _globals['_KVCHUNK']._serialized_start=2387
+  _globals['_KVCHUNK']._serialized_end=2444
+  _globals['_PUTKVRESPONSE']._serialized_start=2446
+  _globals['_PUTKVRESPONSE']._serialized_end=2485
+  _globals['_INSTALLKVREQUEST']._serialized_start=2487
+  _globals['_INSTALLKVREQUEST']._serialized_end=2613
+  _globals['_ARENASLOT']._serialized_start=2615
+  _globals['_ARENASLOT']._serialized_end=2673
+  _globals['_INSTALLKVRESPONSE']._serialized_start=2675
+  _globals['_INSTALLKVRESPONSE']._serialized_end=2694
+  _globals['_KVTRANSFERSERVICE']._serialized_start=2697
+  _globals['_KVTRANSFERSERVICE']._serialized_end=2882
 # @@protoc_insertion_point(module_scope)

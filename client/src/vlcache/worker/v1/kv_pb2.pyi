@@ -19,7 +19,7 @@ class TransferId(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prefill_epoch: _Optional[str] = ...) -> None: ...
 
 class KVManifest(_message.Message):
-    __slots__ = ("format_version", "transfer", "model", "compatibility", "layout", "num_kept", "logical_length", "next_position", "policy", "requested_retention", "realised_retention", "layer_attention_mass", "body_bytes", "digest", "generated", "sampling", "encoding", "eviction", "score_bytes", "kept_tokens", "seen_tokens", "prompt_token_ids")
+    __slots__ = ("format_version", "transfer", "model", "compatibility", "layout", "num_kept", "logical_length", "next_position", "policy", "requested_retention", "realised_retention", "layer_attention_mass", "body_bytes", "digest", "generated", "sampling", "encoding", "eviction", "score_bytes", "kept_tokens", "seen_tokens", "prompt_token_ids", "choice", "others")
     FORMAT_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,8 @@ class KVManifest(_message.Message):
     KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SEEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
     format_version: int
     transfer: TransferId
     model: str
@@ -64,7 +66,17 @@ class KVManifest(_message.Message):
     kept_tokens: _containers.RepeatedScalarFieldContainer[bytes]
     seen_tokens: _containers.RepeatedScalarFieldContainer[bytes]
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, format_version: _Optional[int] = ..., transfer: _Optional[_Union[TransferId, _Mapping]] = ..., model: _Optional[str] = ..., compatibility: _Optional[str] = ..., layout: _Optional[_Union[_worker_pb2.KVLayout, _Mapping]] = ..., num_kept: _Optional[_Iterable[int]] = ..., logical_length: _Optional[int] = ..., next_position: _Optional[int] = ..., policy: _Optional[str] = ..., requested_retention: _Optional[float] = ..., realised_retention: _Optional[float] = ..., layer_attention_mass: _Optional[_Iterable[float]] = ..., body_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., generated: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., encoding: _Optional[_Union[KVEncoding, _Mapping]] = ..., eviction: _Optional[_Union[Eviction, _Mapping]] = ..., score_bytes: _Optional[int] = ..., kept_tokens: _Optional[_Iterable[bytes]] = ..., seen_tokens: _Optional[_Iterable[bytes]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    choice: int
+    others: _containers.RepeatedCompositeFieldContainer[BegunAnswer]
+    def __init__(self, format_version: _Optional[int] = ..., transfer: _Optional[_Union[TransferId, _Mapping]] = ..., model: _Optional[str] = ..., compatibility: _Optional[str] = ..., layout: _Optional[_Union[_worker_pb2.KVLayout, _Mapping]] = ..., num_kept: _Optional[_Iterable[int]] = ..., logical_length: _Optional[int] = ..., next_position: _Optional[int] = ..., policy: _Optional[str] = ..., requested_retention: _Optional[float] = ..., realised_retention: _Optional[float] = ..., layer_attention_mass: _Optional[_Iterable[float]] = ..., body_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., generated: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.SamplingParams, _Mapping]] = ..., encoding: _Optional[_Union[KVEncoding, _Mapping]] = ..., eviction: _Optional[_Union[Eviction, _Mapping]] = ..., score_bytes: _Optional[int] = ..., kept_tokens: _Optional[_Iterable[bytes]] = ..., seen_tokens: _Optional[_Iterable[bytes]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., choice: _Optional[int] = ..., others: _Optional[_Iterable[_Union[BegunAnswer, _Mapping]]] = ...) -> None: ...
+
+class BegunAnswer(_message.Message):
+    __slots__ = ("choice", "first_token")
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    choice: int
+    first_token: int
+    def __init__(self, choice: _Optional[int] = ..., first_token: _Optional[int] = ...) -> None: ...
 
 class Eviction(_message.Message):
     __slots__ = ("fixed_slot", "heavy_hitters", "scope", "text_guard", "sparse_read", "recall", "shared_layers")

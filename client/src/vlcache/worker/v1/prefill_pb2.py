@@ -26,7 +26,7 @@ from vlcache.v1 import inference_pb2 as vlcache_dot_v1_dot_inference__pb2
 from vlcache.worker.v1 import worker_pb2 as vlcache_dot_worker_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fvlcache/worker/v1/prefill.proto\x12\x11vlcache.worker.v1\x1a\x1avlcache/v1/inference.proto\x1a\x1evlcache/worker/v1/worker.proto\"\xbc\x01\n\x0ePrefillRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.vlcache.v1.GenerateRequest\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12)\n\x06ticket\x18\x03 \x01(\x0b\x32\x19.vlcache.worker.v1.Ticket\x12\r\n\x05\x65poch\x18\x04 \x01(\t\x12\x11\n\tdelivered\x18\x05 \x03(\r\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x0e\n\x06parcel\x18\x07 \x01(\x0c\"\x83\x01\n\x06Ticket\x12\x15\n\rdecode_worker\x18\x01 \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\x12\x17\n\x0fpromised_tokens\x18\x06 \x01(\r\"\x8c\x02\n\x0cPrefillEvent\x12\x34\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x1d.vlcache.worker.v1.FirstTokenH\x00\x12.\n\x0b\x63ompression\x18\x02 \x01(\x0b\x32\x17.vlcache.v1.CompressionH\x00\x12(\n\x08transfer\x18\x03 \x01(\x0b\x32\x14.vlcache.v1.TransferH\x00\x12\x32\n\nnext_token\x18\x04 \x01(\x0b\x32\x1c.vlcache.worker.v1.NextTokenH\x00\x12/\n\x08retained\x18\x05 \x01(\x0b\x32\x1b.vlcache.worker.v1.RetainedH\x00\x42\x07\n\x05\x65vent\")\n\x08Retained\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01J\x04\x08\x01\x10\x02R\x06parcel\"[\n\rResendRequest\x12\x0e\n\x06parcel\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12)\n\x06ticket\x18\x03 \x01(\x0b\x32\x19.vlcache.worker.v1.Ticket\"8\n\x0eResendResponse\x12&\n\x08transfer\x18\x01 \x01(\x0b\x32\x14.vlcache.v1.Transfer\"&\n\x13RenewParcelsRequest\x12\x0f\n\x07parcels\x18\x01 \x03(\x0c\"$\n\x14RenewParcelsResponse\x12\x0c\n\x04gone\x18\x01 \x03(\x0c\"(\n\x15ReleaseParcelsRequest\x12\x0f\n\x07parcels\x18\x01 \x03(\x0c\"\x18\n\x16ReleaseParcelsResponse\"\xb8\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.vlcache.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x15\n\rvisual_tokens\x18\x05 \x01(\r\x12+\n\x08logprobs\x18\x06 \x01(\x0b\x32\x19.vlcache.v1.TokenLogprobs\"\x89\x01\n\tNextToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.vlcache.v1.FinishReason\x12+\n\x08logprobs\x18\x04 \x01(\x0b\x32\x19.vlcache.v1.TokenLogprobs2\xd1\x03\n\x0ePrefillService\x12W\n\rGetWorkerInfo\x12\'.vlcache.worker.v1.GetWorkerInfoRequest\x1a\x1d.vlcache.worker.v1.WorkerInfo\x12O\n\x07Prefill\x12!.vlcache.worker.v1.PrefillRequest\x1a\x1f.vlcache.worker.v1.PrefillEvent0\x01\x12M\n\x06Resend\x12 .vlcache.worker.v1.ResendRequest\x1a!.vlcache.worker.v1.ResendResponse\x12_\n\x0cRenewParcels\x12&.vlcache.worker.v1.RenewParcelsRequest\x1a\'.vlcache.worker.v1.RenewParcelsResponse\x12\x65\n\x0eReleaseParcels\x12(.vlcache.worker.v1.ReleaseParcelsRequest\x1a).vlcache.worker.v1.ReleaseParcelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fvlcache/worker/v1/prefill.proto\x12\x11vlcache.worker.v1\x1a\x1avlcache/v1/inference.proto\x1a\x1evlcache/worker/v1/worker.proto\"\xe6\x01\n\x0ePrefillRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.vlcache.v1.GenerateRequest\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12)\n\x06ticket\x18\x03 \x01(\x0b\x32\x19.vlcache.worker.v1.Ticket\x12\r\n\x05\x65poch\x18\x04 \x01(\t\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x0e\n\x06parcel\x18\x07 \x01(\x0c\x12\x35\n\tdelivered\x18\x08 \x03(\x0b\x32\".vlcache.worker.v1.DeliveredTokensJ\x04\x08\x05\x10\x06\"!\n\x0f\x44\x65liveredTokens\x12\x0e\n\x06tokens\x18\x01 \x03(\r\"\x83\x01\n\x06Ticket\x12\x15\n\rdecode_worker\x18\x01 \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\x12\x17\n\x0fpromised_tokens\x18\x06 \x01(\r\"\x8c\x02\n\x0cPrefillEvent\x12\x34\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x1d.vlcache.worker.v1.FirstTokenH\x00\x12.\n\x0b\x63ompression\x18\x02 \x01(\x0b\x32\x17.vlcache.v1.CompressionH\x00\x12(\n\x08transfer\x18\x03 \x01(\x0b\x32\x14.vlcache.v1.TransferH\x00\x12\x32\n\nnext_token\x18\x04 \x01(\x0b\x32\x1c.vlcache.worker.v1.NextTokenH\x00\x12/\n\x08retained\x18\x05 \x01(\x0b\x32\x1b.vlcache.worker.v1.RetainedH\x00\x42\x07\n\x05\x65vent\")\n\x08Retained\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01J\x04\x08\x01\x10\x02R\x06parcel\"[\n\rResendRequest\x12\x0e\n\x06parcel\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12)\n\x06ticket\x18\x03 \x01(\x0b\x32\x19.vlcache.worker.v1.Ticket\"8\n\x0eResendResponse\x12&\n\x08transfer\x18\x01 \x01(\x0b\x32\x14.vlcache.v1.Transfer\"&\n\x13RenewParcelsRequest\x12\x0f\n\x07parcels\x18\x01 \x03(\x0c\"$\n\x14RenewParcelsResponse\x12\x0c\n\x04gone\x18\x01 \x03(\x0c\"(\n\x15ReleaseParcelsRequest\x12\x0f\n\x07parcels\x18\x01 \x03(\x0c\"\x18\n\x16ReleaseParcelsResponse\"\xc8\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.vlcache.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x15\n\rvisual_tokens\x18\x05 \x01(\r\x12+\n\x08logprobs\x18\x06 \x01(\x0b\x32\x19.vlcache.v1.TokenLogprobs\x12\x0e\n\x06\x63hoice\x18\x07 \x01(\r\"\x99\x01\n\tNextToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.vlcache.v1.FinishReason\x12+\n\x08logprobs\x18\x04 \x01(\x0b\x32\x19.vlcache.v1.TokenLogprobs\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\r2\xd1\x03\n\x0ePrefillService\x12W\n\rGetWorkerInfo\x12\'.vlcache.worker.v1.GetWorkerInfoRequest\x1a\x1d.vlcache.worker.v1.WorkerInfo\x12O\n\x07Prefill\x12!.vlcache.worker.v1.PrefillRequest\x1a\x1f.vlcache.worker.v1.PrefillEvent0\x01\x12M\n\x06Resend\x12 .vlcache.worker.v1.ResendRequest\x1a!.vlcache.worker.v1.ResendResponse\x12_\n\x0cRenewParcels\x12&.vlcache.worker.v1.RenewParcelsRequest\x1a\'.vlcache.worker.v1.RenewParcelsResponse\x12\x65\n\x0eReleaseParcels\x12(.vlcache.worker.v1.ReleaseParcelsRequest\x1a).vlcache.worker.v1.ReleaseParcelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,29 +34,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vlcache.worker.v1.prefill_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=115
-  _globals['_PREFILLREQUEST']._serialized_end=303
-  _globals['_TICKET']._serialized_start=306
-  _globals['_TICKET']._serialized_end=437
-  _globals['_PREFILLEVENT']._serialized_start=440
-  _globals['_PREFILLEVENT']._serialized_end=708
-  _globals['_RETAINED']._serialized_start=710
-  _globals['_RETAINED']._serialized_end=751
-  _globals['_RESENDREQUEST']._serialized_start=753
-  _globals['_RESENDREQUEST']._serialized_end=844
-  _globals['_RESENDRESPONSE']._serialized_start=846
-  _globals['_RESENDRESPONSE']._serialized_end=902
-  _globals['_RENEWPARCELSREQUEST']._serialized_start=904
-  _globals['_RENEWPARCELSREQUEST']._serialized_end=942
-  _globals['_RENEWPARCELSRESPONSE']._serialized_start=944
-  _globals['_RENEWPARCELSRESPONSE']._serialized_end=980
-  _globals['_RELEASEPARCELSREQUEST']._serialized_start=982
-  _globals['_RELEASEPARCELSREQUEST']._serialized_end=1022
-  _globals['_RELEASEPARCELSRESPONSE']._serialized_start=1024
-  _globals['_RELEASEPARCELSRESPONSE']._serialized_end=1048
-  _globals['_FIRSTTOKEN']._serialized_start=1051
-  _globals['_FIRSTTOKEN']._serialized_end=1235
-  _globals['_NEXTTOKEN']._serialized_start=1238
-  _globals['_NEXTTOKEN']._serialized_end=1375
-  _globals['_PREFILLSERVICE']._serialized_start=1378
-  _globals['_PREFILLSERVICE']._serialized_end=1843
+  _globals['_PREFILLREQUEST']._serialized_end=345
+  _globals['_DELIVEREDTOKENS']._serialized_start=347
+  _globals['_DELIVEREDTOKENS']._serialized_end=380
+  _globals['_TICKET']._serialized_start=383
+  _globals['_TICKET']._serialized_end=514
+  _globals['_PREFILLEVENT']._serialized_start=517
+  _globals['_PREFILLEVENT']._serialized_end=785
+  _globals['_RETAINED']._serialized_start=787
+  _globals['_RETAINED']._serialized_end=828
+  _globals['_RESENDREQUEST']._serialized_start=830
+  _globals['_RESENDREQUEST']._serialized_end=921
+  _globals['_RESENDRESPONSE']._serialized_start=923
+  _globals['_RESENDRESPONSE']._serialized_end=979
+  _globals['_RENEWPARCELSREQUEST']._serialized_start=981
+  _globals['_RENEWPARCELSREQUEST']._serialized_end=1019
+  _globals['_RENEWPARCELSRESPONSE']._serialized_start=1021
+  _globals['_RENEWPARCELSRESPONSE']._serialized_end=1057
+  _globals['_RELEASEPARCELSREQUEST']._serialized_start=1059
+  _globals['_RELEASEPARCELSREQUEST']._serialized_end=1099
+  _globals['_RELEASEPARCELSRESPONSE']._serialized_start=1101
+  _globals['_RELEASEPARCELSRESPONSE']._serialized_end=1125
+  _globals['_FIRSTTOKEN']._serialized_start=1128
+  _globals['_FIRSTTOKEN']._serialized_end=1328
+  _globals['_NEXTTOKEN']._serialized_start=1331
+  _globals['_NEXTTOKEN']._serialized_end=1484
+  _globals['_PREFILLSERVICE']._serialized_start=1487
+  _globals['_PREFILLSERVICE']._serialized_end=1952
 # @@protoc_insertion_point(module_scope)

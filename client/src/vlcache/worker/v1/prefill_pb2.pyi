@@ -9,22 +9,28 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request", "attempt", "ticket", "epoch", "delivered", "tenant", "parcel")
+    __slots__ = ("request", "attempt", "ticket", "epoch", "tenant", "parcel", "delivered")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    DELIVERED_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     PARCEL_FIELD_NUMBER: _ClassVar[int]
+    DELIVERED_FIELD_NUMBER: _ClassVar[int]
     request: _inference_pb2.GenerateRequest
     attempt: int
     ticket: Ticket
     epoch: str
-    delivered: _containers.RepeatedScalarFieldContainer[int]
     tenant: str
     parcel: bytes
-    def __init__(self, request: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., epoch: _Optional[str] = ..., delivered: _Optional[_Iterable[int]] = ..., tenant: _Optional[str] = ..., parcel: _Optional[bytes] = ...) -> None: ...
+    delivered: _containers.RepeatedCompositeFieldContainer[DeliveredTokens]
+    def __init__(self, request: _Optional[_Union[_inference_pb2.GenerateRequest, _Mapping]] = ..., attempt: _Optional[int] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., epoch: _Optional[str] = ..., tenant: _Optional[str] = ..., parcel: _Optional[bytes] = ..., delivered: _Optional[_Iterable[_Union[DeliveredTokens, _Mapping]]] = ...) -> None: ...
+
+class DeliveredTokens(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("decode_worker", "decode_address", "token", "transport", "lease_s", "promised_tokens")
@@ -101,29 +107,33 @@ class ReleaseParcelsResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class FirstToken(_message.Message):
-    __slots__ = ("token_id", "text", "finish_reason", "prompt_tokens", "visual_tokens", "logprobs")
+    __slots__ = ("token_id", "text", "finish_reason", "prompt_tokens", "visual_tokens", "logprobs", "choice")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VISUAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     text: str
     finish_reason: _inference_pb2.FinishReason
     prompt_tokens: int
     visual_tokens: int
     logprobs: _inference_pb2.TokenLogprobs
-    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ..., logprobs: _Optional[_Union[_inference_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
+    choice: int
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ..., logprobs: _Optional[_Union[_inference_pb2.TokenLogprobs, _Mapping]] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class NextToken(_message.Message):
-    __slots__ = ("token_id", "text", "finish_reason", "logprobs")
+    __slots__ = ("token_id", "text", "finish_reason", "logprobs", "choice")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     text: str
     finish_reason: _inference_pb2.FinishReason
     logprobs: _inference_pb2.TokenLogprobs
-    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., logprobs: _Optional[_Union[_inference_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
+    choice: int
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., logprobs: _Optional[_Union[_inference_pb2.TokenLogprobs, _Mapping]] = ..., choice: _Optional[int] = ...) -> None: ...

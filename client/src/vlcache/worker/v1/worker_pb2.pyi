@@ -40,7 +40,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., epoch: _Optional[str] = ..., state: _Optional[str] = ..., model: _Optional[_Union[ServedModel, _Mapping]] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., kv: _Optional[_Union[_inference_pb2.KVBytes, _Mapping]] = ..., arena_socket: _Optional[str] = ..., version: _Optional[str] = ..., passes_ended: _Optional[int] = ...) -> None: ...
 
 class ServedModel(_message.Message):
-    __slots__ = ("name", "compatibility", "layout", "context_tokens", "max_images", "template_tokens", "max_tokens_per_image", "policies", "default_policy", "default_retention", "max_new_tokens", "default_max_new_tokens", "max_marker_tokens_per_image", "image_bounds", "max_tokens_per_video", "max_marker_tokens_per_video")
+    __slots__ = ("name", "compatibility", "layout", "context_tokens", "max_images", "template_tokens", "max_tokens_per_image", "policies", "default_policy", "default_retention", "max_new_tokens", "default_max_new_tokens", "max_marker_tokens_per_image", "image_bounds", "max_tokens_per_video", "max_marker_tokens_per_video", "rewriting_policies")
     NAME_FIELD_NUMBER: _ClassVar[int]
     COMPATIBILITY_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class ServedModel(_message.Message):
     IMAGE_BOUNDS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_PER_VIDEO_FIELD_NUMBER: _ClassVar[int]
     MAX_MARKER_TOKENS_PER_VIDEO_FIELD_NUMBER: _ClassVar[int]
+    REWRITING_POLICIES_FIELD_NUMBER: _ClassVar[int]
     name: str
     compatibility: str
     layout: KVLayout
@@ -73,7 +74,8 @@ class ServedModel(_message.Message):
     image_bounds: _containers.RepeatedCompositeFieldContainer[ImageBound]
     max_tokens_per_video: int
     max_marker_tokens_per_video: int
-    def __init__(self, name: _Optional[str] = ..., compatibility: _Optional[str] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., context_tokens: _Optional[int] = ..., max_images: _Optional[int] = ..., template_tokens: _Optional[int] = ..., max_tokens_per_image: _Optional[int] = ..., policies: _Optional[_Iterable[str]] = ..., default_policy: _Optional[str] = ..., default_retention: _Optional[float] = ..., max_new_tokens: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., max_marker_tokens_per_image: _Optional[int] = ..., image_bounds: _Optional[_Iterable[_Union[ImageBound, _Mapping]]] = ..., max_tokens_per_video: _Optional[int] = ..., max_marker_tokens_per_video: _Optional[int] = ...) -> None: ...
+    rewriting_policies: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., compatibility: _Optional[str] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., context_tokens: _Optional[int] = ..., max_images: _Optional[int] = ..., template_tokens: _Optional[int] = ..., max_tokens_per_image: _Optional[int] = ..., policies: _Optional[_Iterable[str]] = ..., default_policy: _Optional[str] = ..., default_retention: _Optional[float] = ..., max_new_tokens: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., max_marker_tokens_per_image: _Optional[int] = ..., image_bounds: _Optional[_Iterable[_Union[ImageBound, _Mapping]]] = ..., max_tokens_per_video: _Optional[int] = ..., max_marker_tokens_per_video: _Optional[int] = ..., rewriting_policies: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ImageBound(_message.Message):
     __slots__ = ("pixels", "visual_tokens")
