@@ -50,9 +50,10 @@ class RandomBlockPool(BlockPool):
         growth: int,
         eviction: RowLedger | None = None,
         seen: SeenRows | None = None,
+        shared: BlockKV | None = None,
     ) -> BlockKV:
         """See the class."""
-        return self.place(allocation, num_kept, growth, eviction, seen)
+        return self.place(allocation, num_kept, growth, eviction, seen, shared)
 
 
 def build_pool(

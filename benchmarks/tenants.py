@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.random_kv import install, ragged
 from decode_worker.kv_pool.base import KVPool
-from decode_worker.reservations import Reservation, Reservations
+from decode_worker.reservations import Reservation, Reservations, Wanted
 from decode_worker.sequence import Sequence
 from shared.errors import ResourceExhaustedError
 from shared.request.params import Budget
@@ -50,7 +50,7 @@ class Tenants:
 
     def sequences(self) -> list[Sequence]:
         """All of them, in the order of their arrival."""
-        return [held.sequence for held in self._reservations if held.sequence is not None]
+        return [answer.sequence for answer in self._reservations.answers if answer.sequence is not None]
 
     def fill(self, prompt: int, growth: int, *, spread: float = 0.0) -> None:
         """Admits sequences until one is refused.
@@ -65,12 +65,12 @@ class Tenants:
 
     def end_one(self) -> None:
         """A random sequence finishes."""
-        self._reservations.end(self._chance.choice(list(self._reservations)))
+        self._reservations.end(self._chance.choice(self._reservations.answers))
 
     def end_all(self) -> None:
         """Everybody finishes."""
-        for reservation in self._reservations:
-            self._reservations.end(reservation)
+        for answer in self._reservations.answers:
+            self._reservations.end(answer)
 
     def occupancy(self) -> Occupancy:
         """Now."""
@@ -93,12 +93,14 @@ class Tenants:
             reservation = self._reserve(prompt, growth)
         except ResourceExhaustedError:
             return False
-        assert reservation.allocation is not None
+        (answer,) = reservation.answers.values()
+        assert answer.allocation is not None
         self._reservations.begin_fill(reservation)
         mean = self._budget.share_of(prompt) * prompt
         num_kept = ragged(self.pool.layout, prompt, mean, self._chance)
-        sequence = install(self.pool, reservation.allocation, num_kept, self._body, position=prompt, growth=growth)
-        self._reservations.activate(reservation, sequence, self.pool.sequence_bytes(num_kept, growth))
+        sequence = install(self.pool, answer.allocation, num_kept, self._body, position=prompt, growth=growth)
+        exact = Wanted({0: self.pool.sequence_bytes(num_kept, growth)})
+        self._reservations.activate(reservation, {0: sequence}, exact)
         return True
 
     def _reserve(self, prompt: int, growth: int) -> Reservation:
@@ -107,7 +109,7 @@ class Tenants:
             request_id=str(next(self._numbers)),
             attempt=0,
             prefill_epoch="",
-            nbytes=self.pool.bound_bytes(self._budget.kept_tokens_bound(0, prompt), growth),
+            wanted=Wanted({0: self.pool.bound_bytes(self._budget.kept_tokens_bound(0, prompt), growth)}),
             max_new_tokens=growth + 1,
             arena=None,
             now=0.0,

@@ -6,12 +6,13 @@ import asyncio
 import enum
 import itertools
 import secrets
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from decode_worker.eviction.ledger import RowLedger
-from decode_worker.kv_pool.base import Allocation, ExportedKV, KVPool
+from decode_worker.kv_pool.base import Allocation, ExportedKV, KVPool, SequenceKV
 from decode_worker.sequence import Sequence
 from decode_worker.token_outbox import Subscription
 from shared.errors import AlreadyCommittedError, DuplicateRequestError, NotFoundError, ResourceExhaustedError
@@ -20,6 +21,26 @@ from shared.model.text_stream import TextStream
 from shared.telemetry.scope import NOBODY, Scope
 
 TOKEN_BYTES = 16
+FROM_THE_BEGINNING: Mapping[int, int] = MappingProxyType({0: 0})
+"""Delivered tokens of the only answer of a request that has none yet."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Bytes of a reservation.
+
+    Attributes:
+        own: What each answer has for itself, by choice.
+        shared: What they read in common; None where they share nothing.
+    """
+
+    own: Mapping[int, int]
+    shared: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return sum(self.own.values()) + (self.shared or 0)
 
 
 class Stage(enum.Enum):
@@ -31,50 +52,62 @@ class Stage(enum.Enum):
 
 
 @dataclass(eq=False, kw_only=True)
-class Reservation:
-    """Memory of one request. Touched on the event loop only.
+class Shared:
+    """Rows that the answers of a reservation read in common; each of those that have memory holds the allocation."""
 
-    `scope` is that of its request, for what is done on its behalf later on.
-    `token` is its secret: random, so a late message for an ended reservation finds nothing and revives nothing.
-    `saved_bytes` are those of the prompt's KV that compression has left out.
-    `arrival` counts up: who came first is served first. `allocation` is None while the sequence is parked outside the
-    pool; `parked` is its KV then. `in_use` says that the step thread or a copy uses the memory, which must therefore
-    outlive the end. `arrived` are the answer's tokens that came with the parcel, `delivered` those that its reader has,
-    for `delivered_tokens` of which room was promised on top.
+    allocation: Allocation
+    kv: SequenceKV | None = None
+    """None before the parcel is installed."""
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes that it is of the pool."""
+        return self.allocation.nbytes
+
+
+@dataclass(eq=False, kw_only=True)
+class Answer:
+    """One answer of a request, and its memory. Touched on the event loop only.
+
+    `allocation` is None while the sequence is parked outside the pool; `parked` is its KV then. `shared` is None where
+    it reads nothing in common with others, and while it is parked. `in_use` says that the step thread or a copy uses
+    the memory, which must therefore outlive the end. `arrived` are the tokens that came with the parcel, `delivered`
+    those that its reader has, for `delivered_tokens` of which room was promised on top.
     """
 
-    token: bytes
-    request_id: str
-    attempt: int
-    prefill_epoch: str
-    arrival: int
-    allocation: Allocation | None
-    max_new_tokens: int
+    reservation: Reservation
+    choice: int
     delivered_tokens: int
-    arena: ArenaView | None
-    expires_at: float
+    allocation: Allocation | None
+    shared: Shared | None = None
     arrived: tuple[int, ...] = ()
     delivered: tuple[int, ...] = ()
-    stage: Stage = Stage.RESERVED
     sequence: Sequence | None = None
     text: TextStream | None = None
     subscription: Subscription | None = None
-    stop_fill: Callable[[], object] = lambda: None
     parked: ExportedKV | None = None
-    saved_bytes: int = 0
-    scope: Scope = NOBODY
     in_use: bool = False
     ended: bool = False
 
     @property
-    def leased(self) -> bool:
-        """Whether it ends when nobody renews it: until it is installed and someone reads its tokens."""
-        return self.stage is not Stage.ACTIVE or self.subscription is None
+    def arrival(self) -> tuple[int, int]:
+        """Who came first is served first."""
+        return self.reservation.arrival, self.choice
+
+    @property
+    def scope(self) -> Scope:
+        """That of its request."""
+        return self.reservation.scope
 
     @property
     def pool_bytes(self) -> int:
-        """Bytes that it holds of the pool."""
+        """Bytes that it holds of the pool for itself."""
         return self.allocation.nbytes if self.allocation else 0
+
+    @property
+    def leased(self) -> bool:
+        """Whether it ends when nobody renews it: until it is installed and someone reads its tokens."""
+        return self.reservation.stage is not Stage.ACTIVE or self.subscription is None
 
     @property
     def eviction_at_rest(self) -> RowLedger | None:
@@ -84,10 +117,60 @@ class Reservation:
         return self.sequence.kv.eviction if self.sequence is not None and not self.in_use else None
 
 
+@dataclass(eq=False, kw_only=True)
+class Reservation:
+    """What was promised to one request, or several answers of it. Touched on the event loop only.
+
+    `scope` is that of its request, for what is done on its behalf later on.
+    `token` is its secret: random, so a late message for an ended reservation finds nothing and revives nothing.
+    `answers` are those that have not ended, by choice. `shares` says that they read the prompt's kept rows in common,
+    and once a parcel is there how many: `shared_rows`, layer-major, empty before.
+    `saved_bytes` are those of the prompt's KV that compression has left out.
+    `arrival` counts up.
+    """
+
+    token: bytes
+    request_id: str
+    attempt: int
+    prefill_epoch: str
+    arrival: int
+    max_new_tokens: int
+    shares: bool
+    arena: ArenaView | None
+    expires_at: float
+    answers: dict[int, Answer] = field(default_factory=dict)
+    shared_rows: tuple[int, ...] = ()
+    stage: Stage = Stage.RESERVED
+    stop_fill: Callable[[], object] = lambda: None
+    saved_bytes: int = 0
+    scope: Scope = NOBODY
+
+    @property
+    def ended(self) -> bool:
+        """Whether all its answers have."""
+        return not self.answers
+
+    @property
+    def shared(self) -> Shared | None:
+        """The rows that some answer reads in common with others at present."""
+        return next((answer.shared for answer in self.answers.values() if answer.shared), None)
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes that it holds of the pool."""
+        return _bytes_of(tuple(self.answers.values()))
+
+    @property
+    def pool_saved_bytes(self) -> int:
+        """Bytes that what it has in the pool would need on top without compression."""
+        present = sum(answer.allocation is not None for answer in tuple(self.answers.values()))
+        return self.saved_bytes * (min(1, present) if self.shares else present)
+
+
 class Reservations:
     """Owner of all reservations and, through them, of every allocation of the pool.
 
-    Conservation law: the allocations of the reservations are exactly what the pool has given out.
+    Conservation law: the allocations of the answers are exactly what the pool has given out.
     """
 
     def __init__(self, pool: KVPool[Any, Any], *, lease_s: float) -> None:
@@ -95,7 +178,7 @@ class Reservations:
         self._arrivals = itertools.count()
         self._by_token: dict[bytes, Reservation] = {}
         # ended, but a thread still uses the memory
-        self._lingering: set[Reservation] = set()
+        self._lingering: set[Answer] = set()
         self.lease_s = lease_s
         self.idle = asyncio.Event()
         """Set while nothing is held."""
@@ -106,19 +189,28 @@ class Reservations:
     def __iter__(self) -> Iterator[Reservation]:
         return iter(list(self._by_token.values()))
 
+    @property
+    def answers(self) -> list[Answer]:
+        """Those of all reservations that have not ended."""
+        # read from the metrics' thread, too: through copies
+        return [answer for held in tuple(self._by_token.values()) for answer in tuple(held.answers.values())]
+
     def reserve(
         self,
         *,
         request_id: str,
         attempt: int,
         prefill_epoch: str,
-        nbytes: int,
+        wanted: Wanted,
         max_new_tokens: int,
         arena: ArenaView | None,
         now: float,
-        delivered_tokens: int = 0,
+        delivered_tokens: Mapping[int, int] = FROM_THE_BEGINNING,
     ) -> Reservation:
-        """Promises `nbytes`.
+        """Promises what is `wanted`.
+
+        Args:
+            delivered_tokens: By choice, of the same answers as `wanted`.
 
         Raises:
             ResourceExhaustedError: No room, or someone who was here before waits for some.
@@ -134,18 +226,26 @@ class Reservations:
             attempt=attempt,
             prefill_epoch=prefill_epoch,
             arrival=next(self._arrivals),
-            allocation=self._pool.allocate(nbytes),
             max_new_tokens=max_new_tokens,
-            delivered_tokens=delivered_tokens,
+            shares=wanted.shared is not None,
             arena=arena,
             expires_at=now + self.lease_s,
         )
+        own, shared = self._allocate(wanted)
+        for choice, allocation in own.items():
+            reservation.answers[choice] = Answer(
+                reservation=reservation,
+                choice=choice,
+                delivered_tokens=delivered_tokens[choice],
+                allocation=allocation,
+                shared=shared,
+            )
         self._by_token[reservation.token] = reservation
         self.idle.clear()
         return reservation
 
-    def grow(self, reservation: Reservation, nbytes: int) -> None:
-        """Promises `nbytes` in all for a parcel that has not begun to arrive; less than it has changes nothing.
+    def grow(self, reservation: Reservation, wanted: Wanted) -> None:
+        """Promises what is `wanted` in all for a parcel that has not begun to arrive; less than it has changes nothing.
 
         Raises:
             AlreadyCommittedError: A delivery is under way or done.
@@ -154,16 +254,22 @@ class Reservations:
         """
         if reservation.stage is not Stage.RESERVED:
             raise AlreadyCommittedError("the parcel was delivered already")
-        held = reservation.pool_bytes
-        if nbytes <= held:
+        held: list[tuple[Answer | Shared, int]] = [
+            (answer, wanted.own[choice]) for choice, answer in reservation.answers.items()
+        ]
+        if reservation.shared is not None and wanted.shared is not None:
+            held.append((reservation.shared, wanted.shared))
+        larger = [(holder, nbytes) for holder, nbytes in held if nbytes > holder.pool_bytes]
+        if not larger:
             return
         self._let_waiting_go_first()
-        # nothing lies there yet: what it holds may become part of the larger piece
-        self._pool.free(reservation.allocation)
+        before = [(holder, holder.pool_bytes) for holder, _ in larger]
         try:
-            reservation.allocation = self._pool.allocate(nbytes)
+            for holder, nbytes in larger:
+                self._replace(holder, nbytes)
         except ResourceExhaustedError:
-            reservation.allocation = self._pool.allocate(held)
+            for holder, nbytes in before:
+                holder.allocation = self._pool.shrink(holder.allocation, nbytes)
             raise
 
     def find(self, token: bytes) -> Reservation:
@@ -192,93 +298,161 @@ class Reservations:
         reservation.stop_fill = stop
 
     def end_fill(self, reservation: Reservation) -> None:
-        """The delivery failed: the memory waits for another one, or goes if the reservation ended meanwhile."""
+        """The delivery failed: the memory waits for another one, or goes where its answer ended meanwhile."""
         reservation.stage = Stage.RESERVED
-        if reservation in self._lingering:
-            self.release_memory(reservation)
+        self._release_lingering(reservation)
 
-    def activate(self, reservation: Reservation, sequence: Sequence, nbytes: int) -> None:
-        """The parcel is installed; what the bound had too much is given back."""
+    def activate(self, reservation: Reservation, sequences: Mapping[int, Sequence], installed: Wanted) -> None:
+        """The parcel is installed: what the bound had too much is given back, and what those had that ended meanwhile.
+
+        Args:
+            sequences: By choice; of all answers that have not ended.
+            installed: What is needed, of the same answers and maybe of others.
+        """
         reservation.stage = Stage.ACTIVE
-        reservation.sequence = sequence
-        reservation.allocation = self._pool.shrink(reservation.allocation, nbytes)
+        shared = reservation.shared
+        if shared is not None:
+            assert installed.shared is not None
+            shared.allocation = self._pool.shrink(shared.allocation, installed.shared)
+        for choice, answer in reservation.answers.items():
+            answer.sequence = sequences[choice]
+            answer.allocation = self._pool.shrink(answer.allocation, installed.own[choice])
+        self._release_lingering(reservation)
         self.on_free()
 
-    def vacate(self, reservation: Reservation) -> None:
-        """Gives the pool its memory back while the reservation lives on, parked; no thread uses it any more."""
-        self._pool.free(reservation.allocation)
-        reservation.allocation = None
+    def vacate(self, answer: Answer) -> None:
+        """Gives the pool its memory back while the answer lives on, parked; no thread uses it any more."""
+        self._pool.free(answer.allocation)
+        if answer.shared is not None:
+            self._pool.free(answer.shared.allocation)
+        answer.allocation = answer.shared = None
         self.on_free()
 
-    def occupy(self, reservation: Reservation, nbytes: int) -> None:
-        """Takes memory for a parked sequence again.
+    def occupy(self, answer: Answer, wanted: Wanted) -> None:
+        """Takes memory for a parked sequence again, and for rows in common where nobody has them any more.
+
+        Args:
+            wanted: Of this answer alone.
 
         Raises:
             ResourceExhaustedError: No room.
         """
-        reservation.allocation = self._pool.allocate(nbytes)
-
-    def end(self, reservation: Reservation) -> None:
-        """Forgets a reservation. Its memory is free at once unless a thread still uses it. Idempotent."""
-        if reservation.ended:
+        shared = answer.reservation.shared
+        if shared is None or wanted.shared is None:
+            own, answer.shared = self._allocate(wanted)
+            answer.allocation = own[answer.choice]
             return
-        reservation.ended = True
-        del self._by_token[reservation.token]
-        self._lingering.add(reservation)
-        if reservation.stage is Stage.FILLING:
-            reservation.stop_fill()
-        elif not reservation.in_use:
-            self.release_memory(reservation)
+        answer.allocation = self._pool.allocate(wanted.own[answer.choice])
+        self._pool.hold(shared.allocation)
+        answer.shared = shared
 
-    def release_memory(self, reservation: Reservation) -> None:
-        """Frees the memory of an ended reservation that no thread uses any more."""
-        assert reservation.ended
-        self._lingering.remove(reservation)
+    def end(self, answer: Answer) -> None:
+        """Forgets an answer. Its memory is free at once unless a thread still uses it. Idempotent."""
+        if answer.ended:
+            return
+        answer.ended = True
+        reservation = answer.reservation
+        del reservation.answers[answer.choice]
+        self._lingering.add(answer)
+        if reservation.ended:
+            del self._by_token[reservation.token]
+        if reservation.stage is Stage.FILLING:
+            if reservation.ended:
+                reservation.stop_fill()
+        elif not answer.in_use:
+            self.release_memory(answer)
+
+    def release_memory(self, answer: Answer) -> None:
+        """Frees the memory of an ended answer that no thread uses any more."""
+        assert answer.ended
+        self._lingering.remove(answer)
         if not self._by_token and not self._lingering:
             self.idle.set()
-        if reservation.allocation is None:
+        if answer.allocation is None:
             self.on_free()  # who waits behind it need not wait for it any more
         else:
-            self.vacate(reservation)
+            self.vacate(answer)
 
     def renew(self, reservation: Reservation, now: float) -> None:
         """Extends the lease."""
         reservation.expires_at = now + self.lease_s
 
-    def expired(self, now: float) -> list[Reservation]:
+    def expired(self, now: float) -> list[Answer]:
         """Those whose lease ran out."""
-        return [held for held in self if held.leased and held.expires_at < now]
+        return [answer for answer in self.answers if answer.leased and answer.reservation.expires_at < now]
 
     def bytes_in(self, stage: Stage) -> int:
-        """Bytes of all reservations in a stage, ended ones that linger included."""
-        held = (*self._by_token.values(), *self._lingering)
-        return sum(reservation.pool_bytes for reservation in held if reservation.stage is stage)
+        """Bytes of all reservations in a stage, those of ended answers that linger included."""
+        held = (*self.answers, *tuple(self._lingering))
+        return _bytes_of(answer for answer in held if answer.reservation.stage is stage)
 
     @property
     def orphan_bytes(self) -> int:
         """Bytes of the pool that no live reservation holds."""
         # from the metrics' thread it may see an allocation a moment before its owner
-        live = sum(held.pool_bytes for held in tuple(self._by_token.values()))
-        return max(0, self._pool.used_bytes - live)
+        return max(0, self._pool.used_bytes - _bytes_of(self.answers))
 
     @property
     def saved_bytes(self) -> int:
         """Bytes that the prompts of the sequences in the pool would need on top."""
-        return sum(held.saved_bytes for held in tuple(self._by_token.values()) if held.allocation is not None)
+        return sum(held.pool_saved_bytes for held in tuple(self._by_token.values()))
 
     @property
     def parked_bytes(self) -> int:
         """Bytes of KV outside the pool."""
-        # read from the metrics' thread, too: through one copy, and each reservation once
-        parked = [held.parked for held in tuple(self._by_token.values())]
-        return sum(len(kv.body) for kv in parked if kv)
-
-    def _let_waiting_go_first(self) -> None:
-        if any(held.parked for held in self._by_token.values()):
-            raise ResourceExhaustedError("sequences wait for KV memory", reason="KV_FULL", retry_after_s=0.1)
+        # read from the metrics' thread, too: each answer once
+        return sum(len(kv.body) for kv in [answer.parked for answer in self.answers] if kv)
 
     def check_integrity(self) -> None:
         """Asserts the conservation law."""
         self._pool.check_integrity()
         assert sum(self.bytes_in(stage) for stage in Stage) == self._pool.used_bytes, "an extent has no owner"
         assert self.idle.is_set() == (not self._by_token and not self._lingering)
+        assert all(held.answers for held in self), "a reservation outlived its answers"
+
+    def _let_waiting_go_first(self) -> None:
+        if any(answer.parked for answer in self.answers):
+            raise ResourceExhaustedError("sequences wait for KV memory", reason="KV_FULL", retry_after_s=0.1)
+
+    def _allocate(self, wanted: Wanted) -> tuple[dict[int, Allocation], Shared | None]:
+        """All of it or nothing; each answer holds what they share."""
+        taken: list[Allocation] = []
+        try:
+            sizes = [*wanted.own.values(), *([] if wanted.shared is None else [wanted.shared])]
+            for nbytes in sizes:
+                taken.append(self._pool.allocate(nbytes))
+        except ResourceExhaustedError:
+            for allocation in taken:
+                self._pool.free(allocation)
+            raise
+        own = dict(zip(wanted.own, taken, strict=False))
+        if wanted.shared is None:
+            return own, None
+        for _ in range(len(own) - 1):
+            self._pool.hold(taken[-1])
+        return own, Shared(allocation=taken[-1])
+
+    def _replace(self, holder: Answer | Shared, nbytes: int) -> None:
+        """Nothing lies there yet: what it holds may become part of the larger piece."""
+        held, holders = holder.pool_bytes, self._pool.holders(holder.allocation)
+        for _ in range(holders):
+            self._pool.free(holder.allocation)
+        try:
+            holder.allocation = self._pool.allocate(nbytes)
+        except ResourceExhaustedError:
+            holder.allocation = self._pool.allocate(held)
+            raise
+        finally:
+            for _ in range(holders - 1):
+                self._pool.hold(holder.allocation)
+
+    def _release_lingering(self, reservation: Reservation) -> None:
+        for answer in [answer for answer in self._lingering if answer.reservation is reservation]:
+            self.release_memory(answer)
+
+
+def _bytes_of(answers: Iterable[Answer]) -> int:
+    """What they hold of the pool; what several of them share counts once."""
+    answers = tuple(answers)
+    shared = {id(each): each for each in (answer.shared for answer in answers) if each is not None}
+    return sum(answer.pool_bytes for answer in answers) + sum(each.pool_bytes for each in shared.values())

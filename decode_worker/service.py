@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc
@@ -15,7 +15,7 @@ from vlcache.worker.v1 import decode_pb2_grpc, worker_pb2
 
 from decode_worker.arena_directory import ArenaDirectory
 from decode_worker.kv_pool.base import KVPool
-from decode_worker.reservations import Reservation, Reservations, Stage
+from decode_worker.reservations import FROM_THE_BEGINNING, Reservation, Reservations, Stage
 from decode_worker.runner import DecodeRunner
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.token_outbox import Subscription, TokenOutbox
@@ -31,6 +31,7 @@ from shared.kv.transport.grpc_stream import GrpcTransport
 from shared.kv.transport.local import LocalTransport
 from shared.kv.transport.memory import MemoryTransport
 from shared.model.identity import ModelIdentity
+from shared.request.sampling import MAX_ANSWERS
 from shared.telemetry.scope import Scope, enter, within
 from shared.telemetry.span import Value
 from shared.telemetry.tracer import NO_TRACER, Tracer
@@ -105,16 +106,17 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """See the proto file."""
         enter(Scope(request_id=request.request_id))
         self._check_reserve(request)
-        promise, new = self._runner.promise, (request.max_new_tokens, request.delivered_tokens)
-        nbytes = promise.nbytes(request.kept_tokens_bound, *new)
+        promise, delivered = self._runner.promise, _delivered_tokens(request)
+        new = (request.kept_tokens_bound, request.max_new_tokens, delivered)
+        wanted = promise.wanted(*new, copies=request.copies)
         transport, arena = await self._choose_transport(request)
         reservation = self._reservations.reserve(
             request_id=request.request_id,
             attempt=request.attempt,
             prefill_epoch=request.prefill_epoch,
-            nbytes=nbytes,
+            wanted=wanted,
             max_new_tokens=request.max_new_tokens,
-            delivered_tokens=request.delivered_tokens,
+            delivered_tokens=delivered,
             arena=arena,
             now=time.monotonic(),
         )
@@ -124,7 +126,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             transport=transport,
             reserved_bytes=reservation.pool_bytes,
             lease_s=self._reservations.lease_s,
-            promised_tokens=promise.tokens(*new),
+            promised_tokens=promise.tokens(request.max_new_tokens),
         )
 
     async def GrowReservation(  # noqa: N802
@@ -147,7 +149,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     ) -> pb.ReleaseResponse:
         """See the proto file."""
         with contextlib.suppress(NotFoundError):
-            self._runner.end(self._find(request.token))
+            self._runner.end_all(self._find(request.token))
         return pb.ReleaseResponse()
 
     async def StreamTokens(  # noqa: N802
@@ -179,7 +181,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         try:
             reservation = self._reservations.find(attach.token)
             with within(reservation.scope):
-                self._runner.attach(reservation, outbox, attach.handle, tuple(attach.delivered))
+                self._runner.attach(reservation, outbox, attach.handle, tuple(attach.delivered), attach.choice)
         except ServiceError as error:
             Subscription(outbox, attach.handle).fail(error)
 
@@ -221,3 +223,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             raise FailedPreconditionError("the workers serve different models", reason="INCOMPATIBLE")
         if not request.request_id or request.kept_tokens_bound < 1 or request.max_new_tokens < 1:
             raise InvalidRequestError("a reservation needs an id and positive token counts")
+        choices = {answer.choice for answer in request.answers}
+        if len(choices) < len(request.answers) or max(choices, default=0) >= MAX_ANSWERS:
+            raise InvalidRequestError("a reservation is for different answers of one request")
+
+
+def _delivered_tokens(request: pb.ReserveRequest) -> Mapping[int, int]:
+    """By choice."""
+    asked = {answer.choice: answer.delivered_tokens for answer in sorted(request.answers, key=lambda each: each.choice)}
+    return asked or FROM_THE_BEGINNING

@@ -1,4 +1,4 @@
-"""What happens in the model thread: prefill -> first token -> [look ahead] -> selection -> parcel."""
+"""What happens in the model thread: prefill -> first tokens -> [look ahead] -> selection -> parcel."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ from prefill_worker.parcel.writer import kept_counts
 from prefill_worker.prompt import Prompt
 from shared.errors import RequestCancelledError, at_stage
 from shared.kv.eviction import Eviction
-from shared.kv.manifest import Manifest, layer_tokens
+from shared.kv.layout import KVLayout
+from shared.kv.manifest import BegunAnswer, Manifest, layer_tokens
 from shared.model.identity import ModelIdentity
 from shared.model.spec import VLMSpec
 from shared.model.support import UnsupportedModelError
@@ -140,24 +141,30 @@ class PrefillCompute:
         Args:
             prefilled: A pass over the prompt that was made for this job, among others perhaps.
         """
-        opening = self._opening(job, prompt)
-        first = opening.draw(prefilled.logits)
-        emit(FirstToken.of(first, prompt.shape))
-        if first.finish_reason:
+        openings = [self._opening(job, prompt, choice) for choice in range(job.sampling.n)]
+        for opening in openings:
+            emit(FirstToken.of(opening.draw(prefilled.logits), prompt.shape, opening.choice))
+        going = [opening for opening in openings if not opening.ended]
+        if not going:
             return None
         if steps := _steps_ahead(job, prompt, prefilled):
-            prefilled = self._look_ahead(job, prompt, prefilled, steps, opening, emit)
-            if opening.ended:
-                return None
+            looked = self._look_ahead(job, prompt, prefilled, steps, going[0], emit)
+            if going[0].ended:
+                # to the others its tokens are no part of the prompt
+                looked = replace(looked, keys=prefilled.keys, values=prefilled.values)
+                going = going[1:]
+                if not going:
+                    return None
+            prefilled = looked
         with at_stage("select"):
-            return self._write(job, prompt, prefilled, opening.tokens, body, emit, more_room)
+            return self._write(job, prompt, prefilled, going, body, emit, more_room)
 
     def _write(
         self,
         job: PrefillJob,
         prompt: Prompt,
         prefilled: Prefilled,
-        tokens: Sequence[int],
+        going: Sequence[Opening],
         body: memoryview,
         emit: Emit,
         more_room: MoreRoom,
@@ -165,13 +172,12 @@ class PrefillCompute:
         """Chooses what is kept and begins to write it.
 
         Args:
-            tokens: The answer so far.
+            going: The answers that have not ended; only the first may have more than one token.
         """
         started, layout = time.monotonic(), self._identity.layout
         choice = choose(job, prompt.shape, prefilled, body, more_room, layout.windows)
         job, body = replace(job, budget=choice.budget), choice.body
-        followed = [selection.followed_by(len(tokens) - 1) for selection in choice.selections]
-        selections = seen_parts(followed, layout, prefilled.keys)
+        shared, selections = _shipped(choice.selections, layout, prefilled.keys, going)
         if prefilled.early is not None:
             prefilled.early.placed(selections)
         num_kept = kept_counts(prefilled, selections)
@@ -180,7 +186,8 @@ class PrefillCompute:
         if eviction is not None and eviction.carries_scores:
             scored = prefilled.observed(prompt.shape)
             written = replace(written, body=add_scores(job.policy, scored, selections, written.body, body))
-        draft = self._draft(job, prompt, num_kept, selections, tokens, written, eviction)
+        draft = self._draft(job, prompt, num_kept, selections, going, written, eviction)
+        draft = replace(draft, seen_tokens=seen_bitmaps(shared, layout, draft.seen_length))
         self._metrics.observe_stage(
             "select",
             time.monotonic() - started,
@@ -217,16 +224,16 @@ class PrefillCompute:
             return None
         return Cascade(job.policy, prompt.shape, job.budget, self._identity.layout.num_layers)
 
-    def _opening(self, job: PrefillJob, prompt: Prompt) -> Opening:
-        eos_token_ids, position = self._spec.eos_token_ids, prompt.next_position
+    def _opening(self, job: PrefillJob, prompt: Prompt, choice: int) -> Opening:
         return Opening(
             self._tokenizer,
             job.sampling,
-            eos_token_ids,
-            position,
-            job.delivered,
-            _tokens_to_punish(job, prompt),
-            job.grammar,
+            self._spec.eos_token_ids,
+            prompt.next_position,
+            choice,
+            delivered=job.delivered_of(choice),
+            prompt_tokens=_tokens_to_punish(job, prompt),
+            grammar=job.grammar,
         )
 
     def _look_ahead(
@@ -238,7 +245,8 @@ class PrefillCompute:
             looked = self._ahead_of(job, prompt, prefilled, steps, opening, emit)
         else:
             # a lost attempt has drafted the rest over the full KV, whatever was drawn over the kept one
-            drafts = self._opening(replace(job, delivered=job.delivered[:1]), prompt)
+            begun = replace(job, delivered=tuple(tokens[:1] for tokens in job.delivered))
+            drafts = self._opening(begun, prompt, opening.choice)
             drafts.draw(prefilled.logits)
             drafted = self._ahead_of(job, prompt, prefilled, steps, drafts, lambda _: None)
             # a policy that does not look ahead is not shown what the guard has drafted
@@ -253,7 +261,7 @@ class PrefillCompute:
             if job.cancelled.is_set():
                 raise RequestCancelledError("cancelled while looking ahead")
             drawn = opening.draw(logits)
-            emit(NextToken.of(drawn))
+            emit(NextToken.of(drawn, opening.choice))
             return None if drawn.finish_reason else drawn.token
 
         (first,) = opening.tokens
@@ -265,12 +273,13 @@ class PrefillCompute:
         prompt: Prompt,
         num_kept: tuple[int, ...],
         selections: list[Selection],
-        tokens: Sequence[int],
+        going: Sequence[Opening],
         written: WrittenBody,
         eviction: Eviction | None,
     ) -> Manifest:
-        """The manifest without its digest, which needs the body."""
-        layout, fed = self._identity.layout, len(tokens) - 1
+        """The manifest without its digest, which needs the body, and without what is seen through windows."""
+        first, *others = going
+        layout, fed = self._identity.layout, len(first.tokens) - 1
         num_tokens = prompt.shape.num_tokens + fed
         return Manifest(
             transfer=job.transfer,
@@ -286,13 +295,14 @@ class PrefillCompute:
             layer_attention_mass=tuple(selection.attention_mass for selection in selections),
             body_bytes=len(written.body),
             digest=b"",
-            generated=tuple(tokens),
+            generated=tuple(first.tokens),
             sampling=job.sampling,
             prompt_token_ids=_tokens_to_punish(job, prompt),
             encoding=written.encoding,
             eviction=eviction,
             kept_tokens=token_bitmaps(selections, layout.num_kv_heads, num_tokens) if job.explain else (),
-            seen_tokens=seen_bitmaps(selections, layout, num_tokens),
+            choice=first.choice,
+            others=tuple(BegunAnswer(other.choice, other.tokens[0]) for other in others),
         )
 
     def _report(self, manifest: Manifest, prompt: Prompt, guard: public.GuardOutcome) -> public.Compression:
@@ -324,6 +334,21 @@ def _early_rows(jobs: Sequence[PrefillJob], cascade: Cascade | None, early: Earl
     if cascade is None or early is None or not jobs[0].wire.plain:
         return None
     return EarlyRows(cascade, early)
+
+
+def _shipped(
+    chosen: Sequence[Selection], layout: KVLayout, keys: Sequence[torch.Tensor], going: Sequence[Opening]
+) -> tuple[list[Selection], list[Selection]]:
+    """What is seen through windows, and what is shipped: the same, or with the tokens of the first of several answers.
+
+    Several answers go on at different places: what is out of sight for one of them may be in sight for another.
+    """
+    fed = len(going[0].tokens) - 1
+    if len(going) == 1 or not fed:
+        shipped = seen_parts([selection.followed_by(fed) for selection in chosen], layout, keys)
+        return shipped, shipped
+    seen = seen_parts(chosen, layout, [key[:, : key.shape[1] - fed] for key in keys])
+    return seen, [selection.followed_by(fed) for selection in seen]
 
 
 def _keeps_all(job: PrefillJob, prompt: Prompt) -> bool:

@@ -26,9 +26,9 @@ from shared.request.sampling import Sampling
 class PrefillJob:
     """A checked request.
 
-    `delivered` is how the answer begins, where a lost attempt has delivered some of it. `parcel` is the secret under
-    which its parcel is retained, empty where it is not. `explain` says which tokens were kept, `cancelled` stops it at
-    the next layer. `grammar` is that of the sampling's constraint, once it is compiled.
+    `delivered` is how answers begin, by choice, where a lost attempt has delivered some of them. `parcel` is the secret
+    under which its parcel is retained, empty where it is not. `explain` says which tokens were kept, `cancelled` stops
+    it at the next layer. `grammar` is that of the sampling's constraint, once it is compiled.
     """
 
     transfer: TransferId
@@ -37,7 +37,7 @@ class PrefillJob:
     budget: Budget
     policy: Policy
     ticket: Ticket
-    delivered: tuple[int, ...] = ()
+    delivered: tuple[tuple[int, ...], ...] = ()
     tenant: str = ""
     parcel: bytes = b""
     wire: Wire = field(default_factory=Wire)
@@ -92,24 +92,27 @@ class PrefillJob:
         return self.budget.kept_tokens_bound(text_tokens, visual_tokens) + self.policy.look_ahead
 
     def hands_over(self, tokens: int) -> bool:
-        """Whether the answer's first `tokens` tokens, decoded ahead, are handed over; else they are drafts.
+        """Whether an answer's first `tokens` tokens, decoded ahead, are handed over; else they are drafts.
 
         A parcel must not bring more than the decode worker has promised room for. An answer that they end brings none.
+        What a lost attempt has delivered does not count in the promise: so this one does the same.
         """
         if not self.policy.look_ahead or not self.policy.keeps_look_ahead:
             return False
         promised, longest = self.ticket.promised_tokens, self.sampling.max_new_tokens - 1
-        if promised is None or promised >= longest or tokens > longest:
-            return True
-        # the promise counts delivered tokens on top: without them it is that of the lost attempt, which did the same
-        return tokens <= promised - len(self.delivered)
+        return promised is None or tokens <= promised or promised >= longest or tokens > longest
+
+    def delivered_of(self, choice: int) -> tuple[int, ...]:
+        """How one of the answers begins."""
+        return self.delivered[choice] if choice < len(self.delivered) else ()
 
 
-def _delivered(message: pb.PrefillRequest, vocabulary: int, sampling: Sampling) -> tuple[int, ...]:
-    delivered = tuple(message.delivered)
-    if len(delivered) >= sampling.max_new_tokens:
+def _delivered(message: pb.PrefillRequest, vocabulary: int, sampling: Sampling) -> tuple[tuple[int, ...], ...]:
+    delivered = tuple(tuple(answer.tokens) for answer in message.delivered)
+    lengths, longest = [len(tokens) for tokens in delivered], sampling.max_new_tokens
+    if len(delivered) > sampling.n or max(lengths, default=0) > longest or lengths.count(longest) == sampling.n:
         raise InvalidRequestError("the answer was delivered already", reason="DELIVERED")
-    if any(token >= vocabulary for token in delivered):
+    if any(token >= vocabulary for tokens in delivered for token in tokens):
         raise InvalidRequestError("a delivered token is not in the vocabulary", reason="DELIVERED")
     return delivered
 
@@ -130,7 +133,7 @@ def _parameters(compression: public.CompressionParams) -> dict[str, object]:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstToken:
-    """The first token, streamed before any KV moves. `finish_reason` is set when it already ends the answer."""
+    """The first token of an answer, streamed before any KV moves. `finish_reason` is set when it already ends it."""
 
     token: int
     text: str
@@ -138,9 +141,10 @@ class FirstToken:
     prompt_tokens: int
     visual_tokens: int
     logprobs: public.TokenLogprobs | None = None
+    choice: int = 0
 
     @classmethod
-    def of(cls, drawn: DrawnToken, prompt: PromptShape) -> FirstToken:
+    def of(cls, drawn: DrawnToken, prompt: PromptShape, choice: int) -> FirstToken:
         """The event of a token that was drawn right after the prompt."""
         return cls(
             token=drawn.token,
@@ -149,6 +153,7 @@ class FirstToken:
             prompt_tokens=prompt.num_tokens,
             visual_tokens=prompt.num_visual,
             logprobs=drawn.logprobs,
+            choice=choice,
         )
 
     def to_proto(self) -> pb.PrefillEvent:
@@ -161,28 +166,40 @@ class FirstToken:
                 prompt_tokens=self.prompt_tokens,
                 visual_tokens=self.visual_tokens,
                 logprobs=self.logprobs,
+                choice=self.choice,
             )
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class NextToken:
-    """A token that was decoded ahead, after the first and before the compression."""
+    """A token that was decoded ahead, after the first ones and before the compression."""
 
     token: int
     text: str
     finish_reason: public.FinishReason
     logprobs: public.TokenLogprobs | None = None
+    choice: int = 0
 
     @classmethod
-    def of(cls, drawn: DrawnToken) -> NextToken:
+    def of(cls, drawn: DrawnToken, choice: int) -> NextToken:
         """The event of a drawn token."""
-        return cls(token=drawn.token, text=drawn.text, finish_reason=drawn.finish_reason, logprobs=drawn.logprobs)
+        return cls(
+            token=drawn.token,
+            text=drawn.text,
+            finish_reason=drawn.finish_reason,
+            logprobs=drawn.logprobs,
+            choice=choice,
+        )
 
     def to_proto(self) -> pb.PrefillEvent:
         """The event on the wire."""
         token = pb.NextToken(
-            token_id=self.token, text=self.text, finish_reason=self.finish_reason, logprobs=self.logprobs
+            token_id=self.token,
+            text=self.text,
+            finish_reason=self.finish_reason,
+            logprobs=self.logprobs,
+            choice=self.choice,
         )
         return pb.PrefillEvent(next_token=token)
 

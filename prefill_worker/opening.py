@@ -1,4 +1,4 @@
-"""The tokens of an answer that the prefill worker draws itself: at least the first one."""
+"""The tokens of one answer that the prefill worker draws itself: at least the first one."""
 
 from __future__ import annotations
 
@@ -32,11 +32,14 @@ class Opening:
     """Draws tokens as the decode worker would: a token depends on logits, seed and position alone.
 
     Args:
+        sampling: Of the request.
+        choice: Which of its answers.
         delivered: How the answer begins, as a lost attempt has told it: these are taken as if they had been drawn.
         prompt_tokens: See `Sampler`.
         grammar: See `Sampler`.
 
     Attributes:
+        choice: Which of the request's answers it is.
         tokens: What was drawn so far.
         ended: Whether the last of them ends the answer.
     """
@@ -47,14 +50,17 @@ class Opening:
         sampling: Sampling,
         eos_token_ids: frozenset[int],
         next_position: int,
+        choice: int = 0,
+        *,
         delivered: Sequence[int] = (),
         prompt_tokens: Sequence[int] = (),
         grammar: Grammar | None = None,
     ) -> None:
+        self.choice = choice
         self._delivered = delivered
         self._next_position = next_position
         self._tokenizer = tokenizer
-        self._sampler = Sampler(sampling, eos_token_ids, prompt_tokens, grammar)
+        self._sampler = Sampler(sampling.of_choice(choice), eos_token_ids, prompt_tokens, grammar)
         self._text = TextStream(tokenizer, sampling.stop, min_tokens=sampling.min_new_tokens)
         self.tokens: list[int] = []
         self.ended = False

@@ -252,6 +252,7 @@ def _served_model(
         served.max_marker_tokens_per_video = processing.video_marker_tokens()
         served.max_tokens_per_video = config.max_video_tokens + served.max_marker_tokens_per_video
     served.policies.extend(sorted(CHOICES))
+    served.rewriting_policies.extend(sorted(name for name, policy in CHOICES.items() if policy.rewrites()))
     served.default_policy = DEFAULT_POLICY
     served.default_retention = config.default_retention
     served.max_new_tokens = config.max_new_tokens

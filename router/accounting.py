@@ -198,7 +198,11 @@ class RequestAccount:
         self._tenant_kv_saved = accounting.of_tenant(self._metrics.tenant_kv_saved, tenant)
         self._received_s = accounting.clock()
         self._first_s = self._last_s = self._received_s
+        # of each answer, by choice: its tokens, and when the last of them came
+        self._counts: dict[int, int] = {}
+        self._heard_s: dict[int, float] = {}
         self._interrupted_s: float | None = None
+        self._has_second = False
         self._open = True
         self.generated_tokens = 0
         accounting.requests_running += 1
@@ -226,19 +230,20 @@ class RequestAccount:
         self._summary.failovers += 1
         self._scope.span.event("failover", {"kind": way, "reason": reason, "worker": worker})
 
-    def tokens(self, count: int) -> None:
-        """`count` tokens arrived together; the gap before them is shared out evenly."""
+    def tokens(self, count: int, choice: int = 0) -> None:
+        """`count` tokens of one answer arrived together; the gap before them is shared out evenly."""
         now_s = self._accounting.clock()
         if count and self._interrupted_s is not None:
             answer = BEGUN if self.generated_tokens else NOT_BEGUN
             failover = self._metrics.labelled(self._metrics.failover_seconds, answer=answer)
             failover.observe(now_s - self._interrupted_s)
             self._interrupted_s = None
-        gap_s = (now_s - self._last_s) / max(1, count)
+        gap_s = (now_s - self._heard_s.get(choice, self._received_s)) / max(1, count)
         for _ in range(count):
             self.generated_tokens += 1
-            self._token(gap_s, now_s)
-        self._last_s = now_s
+            self._counts[choice] = self._counts.get(choice, 0) + 1
+            self._token(self._counts[choice], gap_s, now_s)
+        self._last_s = self._heard_s[choice] = now_s
         self._tenant_tokens.inc(count)
         self._accounting.totals.generated_tokens += count
 
@@ -269,8 +274,9 @@ class RequestAccount:
         """The answer is complete."""
         if self._end(FINISHED, OK):
             self._metrics.e2e_latency.observe(self._last_s - self._received_s)
-            if self.generated_tokens > 1:
-                per_token_s = (self._last_s - self._first_s) / (self.generated_tokens - 1)
+            longest = max(self._counts.values(), default=0)
+            if longest > 1:
+                per_token_s = (self._last_s - self._first_s) / (longest - 1)
                 self._metrics.time_per_output_token.observe(per_token_s)
 
     def failed(self, error: Exception) -> None:
@@ -286,15 +292,17 @@ class RequestAccount:
         elif self._end(CANCELLED, RequestCancelledError.code):
             self._metrics.labelled(self._metrics.cancellations, stage=stage).inc()
 
-    def _token(self, gap_s: float, now_s: float) -> None:
+    def _token(self, number: int, gap_s: float, now_s: float) -> None:
+        """Number `number` of its answer, from 1."""
         self._metrics.generation_tokens.inc()
         if self.generated_tokens == 1:
             self._first_s = now_s
             self._metrics.time_to_first_token.observe(now_s - self._received_s)
             self._scope.span.event("first_token", {})
-            return
-        self._metrics.inter_token_latency.observe(gap_s)
-        if self.generated_tokens == 2:
+        if number > 1:
+            self._metrics.inter_token_latency.observe(gap_s)
+        if number == 2 and not self._has_second:
+            self._has_second = True
             self._metrics.time_to_second_token.observe(now_s - self._received_s)
 
     def _end(self, outcome: str, code: str, reason: str = "") -> bool:

@@ -196,17 +196,22 @@ class _Answer:
     is_compressed: bool = False
 
     def add(self, event: pb.GenerateResponse) -> None:
-        self.token_ids.extend(event.delta.token_ids)
+        # one answer tells as much of the compression as all of them
+        if event.delta.choice == 0:
+            self.token_ids.extend(event.delta.token_ids)
         if event.HasField("compression"):
             self.is_compressed = event.compression.realised_retention < 1
 
 
 def _at_retention_one(message: pb.GenerateRequest) -> pb.GenerateRequest:
-    """The same request, of which nothing is lost: no policy, no wire, and the seed that was used."""
+    """The request's first answer, of which nothing is lost: no policy, no wire, and the seed that was used."""
+    sampling = pb.SamplingParams()
+    sampling.CopyFrom(message.sampling)
+    sampling.n = 1
     return pb.GenerateRequest(
         request_id=f"shadow-{uuid.uuid4().hex}",
         model=message.model,
         messages=message.messages,
-        sampling=message.sampling,
+        sampling=sampling,
         compression=pb.CompressionParams(retention=1.0),
     )

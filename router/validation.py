@@ -67,8 +67,18 @@ class AcceptedRequest:
         return self.message.priority
 
     @property
+    def n(self) -> int:
+        """Answers that it asks for."""
+        return self.message.sampling.n
+
+    @property
+    def copies(self) -> bool:
+        """Whether each answer needs the kept tokens for itself."""
+        return self.message.compression.policy in self.model.rewriting_policies
+
+    @property
     def max_new_tokens(self) -> int:
-        """Tokens to generate at most."""
+        """Tokens to generate at most, of each answer."""
         return self.message.sampling.max_new_tokens
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.early_shipping.slow_link import SlowLink
 from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.kv_receiver import SERVICE_NAME, KVReceiver
-from decode_worker.reservations import Reservations
+from decode_worker.reservations import Reservations, Wanted
 from decode_worker.runner import DecodeRunner
 from shared.kv.layout import KVLayout
 from shared.model.identity import ModelIdentity
@@ -57,7 +57,7 @@ class DecodeSide:
             request_id=request_id,
             attempt=0,
             prefill_epoch=EPOCH,
-            nbytes=self._nbytes,
+            wanted=Wanted({0: self._nbytes}),
             max_new_tokens=max_new_tokens,
             arena=None,
             now=time.monotonic(),
@@ -66,7 +66,7 @@ class DecodeSide:
 
     def release(self, token: str) -> bool:
         """Gives the memory of an installed parcel back; True."""
-        self._runner.end(self._reservations.find(bytes.fromhex(token)))
+        self._runner.end_all(self._reservations.find(bytes.fromhex(token)))
         self._runner.check_integrity()
         return True
 

@@ -12,7 +12,7 @@ from benchmarks.transfer.parcels import LAYOUT, MAX_NEW_TOKENS, MODEL
 from decode_worker.arena_directory import ArenaDirectory
 from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.kv_receiver import KVReceiver
-from decode_worker.reservations import Reservation, Reservations
+from decode_worker.reservations import Reservation, Reservations, Wanted
 from decode_worker.runner import DecodeRunner
 from shared.errors import FailedPreconditionError
 from shared.kv.manifest import Manifest
@@ -58,7 +58,7 @@ class DecodeSide:
             request_id=end,
             attempt=0,
             prefill_epoch=epoch,
-            nbytes=_reserved_bytes(tokens),
+            wanted=Wanted({0: _reserved_bytes(tokens)}),
             max_new_tokens=MAX_NEW_TOKENS,
             arena=arena,
             now=time.monotonic(),
@@ -66,7 +66,7 @@ class DecodeSide:
 
     def release(self, token: bytes) -> None:
         """Gives the memory of a delivered parcel back."""
-        self._runner.end(self._reservations.find(token))
+        self._runner.end_all(self._reservations.find(token))
         self._runner.check_integrity()
 
 

@@ -49,7 +49,7 @@ class SequenceKV:
         appended: Tokens appended so far; the same for all layers and heads.
         eviction: What drops rows, or leaves them unread; None keeps and reads everything.
         seen: What layers with a window see of it; None where every layer sees everything.
-        shared: Rows that other sequences read as well, before its own and counted in `kept`; None where all are its own.
+        shared: Rows that others read as well, before its own and counted in `kept`; None where all are its own.
     """
 
     kept: np.ndarray
@@ -182,6 +182,10 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
         """One more will free it; its memory goes with the last of them."""
         self._more_holders[allocation] = self._more_holders.get(allocation, 0) + 1
 
+    def holders(self, allocation: SomeAllocation) -> int:
+        """How many must free it before its memory goes."""
+        return 1 + self._more_holders.get(allocation, 0)
+
     def shrink(self, allocation: SomeAllocation, nbytes: int) -> SomeAllocation:
         """Gives back what is more than `nbytes`; the returned allocation replaces the old one, whoever holds it."""
         more = self._more_holders.pop(allocation, 0)
@@ -191,7 +195,7 @@ class KVPool(ABC, Generic[SomeAllocation, SomeKV]):
         return smaller
 
     def free(self, allocation: SomeAllocation) -> None:
-        """Gives an allocation back, of which its holder's threads no longer use anything. Freeing it once more is a bug."""
+        """Gives an allocation back, which no thread of its holder's uses any more. Freeing it once more is a bug."""
         more = self._more_holders.pop(allocation, 0)
         if more > 1:
             self._more_holders[allocation] = more - 1

@@ -161,6 +161,11 @@ class Policy(ABC):
         """
         return None
 
+    @classmethod
+    def rewrites(cls) -> bool:
+        """Whether kept rows may be written while an answer is drawn, or read by some of its steps only."""
+        return cls.eviction is not Policy.eviction
+
     def accumulated(self, layer: ObservedLayer) -> torch.Tensor:
         """What the scores of `carries_scores` are at the prompt's end, [num_kv_heads, num_tokens] fp32."""
         return self.score(layer)

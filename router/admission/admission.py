@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vlcache.worker.v1 import decode_pb2, prefill_pb2
@@ -279,7 +279,8 @@ class BegunAnswer:
 
     offer: Offer
     """The budget it was begun with: another one would draw other tokens."""
-    delivered_tokens: int
+    delivered_tokens: Mapping[int, int]
+    """Of the answers that are not complete, by choice."""
     holder: Worker | None = None
     """The prefill worker that sends its parcel again; None: its prompt is computed again."""
 
@@ -306,11 +307,13 @@ class _Ask:
 
 def _kv_tokens(request: AcceptedRequest, offer: Offer) -> int:
     """Tokens that decode holds at most, until the worker says what it has reserved."""
-    return offer.kept_tokens_bound + request.max_new_tokens
+    kept = request.n if request.copies else 1
+    return kept * offer.kept_tokens_bound + request.n * request.max_new_tokens
 
 
 def _reserve_request(pair: Pair, attempt: int, ask: _Ask, offer: Offer) -> decode_pb2.ReserveRequest:
     request = ask.request
+    delivered = ask.begun.delivered_tokens if ask.begun else dict.fromkeys(range(request.n), 0)
     return decode_pb2.ReserveRequest(
         request_id=request.request_id,
         attempt=attempt,
@@ -321,7 +324,10 @@ def _reserve_request(pair: Pair, attempt: int, ask: _Ask, offer: Offer) -> decod
         prefill_epoch=pair.prefill.info.epoch,
         arena_socket=pair.prefill.info.arena_socket,
         epoch=pair.decode.info.epoch,
-        delivered_tokens=ask.begun.delivered_tokens if ask.begun else 0,
+        answers=[
+            decode_pb2.ReservedAnswer(choice=choice, delivered_tokens=tokens) for choice, tokens in delivered.items()
+        ],
+        copies=request.copies,
     )
 
 

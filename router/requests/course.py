@@ -61,7 +61,7 @@ class Course:
         Raises:
             ServiceError: No pair, no memory, or no time.
         """
-        begun = self._begun(self.attempt.lease.offer) if self._delivery.token_ids else None
+        begun = self._begun(self.attempt.lease.offer) if self._delivery.begun else None
         self.close()
         self.stage = QUEUE
         lease = await self._means.admission.reserve(self._request, deadline=self._deadline, avoid=avoid, begun=begun)
@@ -69,7 +69,7 @@ class Course:
         self._call = PrefillCall(lease, self.inbox, self._means)
         self._delivery.rewind()
         self.stage = PREFILL
-        self._call.start(self._request, self._delivery.token_ids, self._deadline)
+        self._call.start(self._request, self._delivery.answers, self._deadline)
 
     async def resend_parcel(self, avoid: Collection[Worker]) -> pb.Transfer:
         """Has the parcel sent to another decode worker and goes on there.
@@ -148,7 +148,7 @@ class Course:
     def _go_on(self) -> None:
         """What of the old attempt is still in line is passed over: the new one says it again."""
         self.stage = DECODE
-        self.attempt.attach(self._delivery.token_ids)
+        self.attempt.attach(self._delivery.open_answers)
 
     async def _resend(self, parcel: Parcel, lease: Lease) -> pb.Transfer:
         timeout_s = self._means.limits.transfer_timeout_s
@@ -158,7 +158,8 @@ class Course:
         return Attempt(lease, self.inbox, self._means.background)
 
     def _begun(self, offer: Offer, *, holder: Worker | None = None) -> BegunAnswer:
-        return BegunAnswer(offer=offer, delivered_tokens=len(self._delivery.token_ids), holder=holder)
+        delivered = {choice: len(tokens) for choice, tokens in self._delivery.open_answers.items()}
+        return BegunAnswer(offer=offer, delivered_tokens=delivered, holder=holder)
 
     def _parcel_offer(self) -> Offer:
         """What the parcel takes: more than its budget said where the quality guard has raised it."""

@@ -1,8 +1,9 @@
-"""What the client of a request has got of its answer."""
+"""What the client of a request has got of its answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import decode_pb2, prefill_pb2
@@ -14,31 +15,57 @@ from shared.request.params import Budget
 Responses = Sequence[pb.GenerateResponse]
 
 
+@dataclass(eq=False)
+class AnswerSoFar:
+    """One answer as the client has it.
+
+    Attributes:
+        said: Tokens that the prompt's present run has said.
+        reason: Why it is complete, once it is.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    said: int = 0
+    reason: pb.FinishReason = pb.FINISH_REASON_UNSPECIFIED
+
+
 class Delivery:
     """Turns what workers say into the client's events: no gap, no duplicate, whichever worker goes on.
 
-    A prompt that is computed once more says the answer from its beginning. Tokens that the client has are swallowed
+    A prompt that is computed once more says all answers from their beginning. Tokens that the client has are swallowed
     whole: text is a function of the tokens, so theirs is text that the client has, too. Prompt, compression and
     transfer are events of the request: the first of each is sent and counted, and a repeated transfer's bytes are
     counted as well, because they were sent.
     """
 
-    def __init__(self, account: RequestAccount, asked: Budget) -> None:
+    def __init__(self, account: RequestAccount, asked: Budget, n: int = 1) -> None:
         self._account = account
         self._asked = asked
-        self._said = 0
-        """Tokens that the prompt's present run has said."""
         self._transferred = False
         self._usage: pb.Usage | None = None
-        self.token_ids: list[int] = []
-        """The answer as the client has it."""
+        self.answers = tuple(AnswerSoFar() for _ in range(n))
+        """By choice."""
         self.compression: pb.Compression | None = None
-        self.reason = pb.FINISH_REASON_UNSPECIFIED
-        """Why the answer is complete, once it is."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether the client has anything of any answer."""
+        return any(answer.token_ids for answer in self.answers)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the client has all answers."""
+        return all(answer.reason for answer in self.answers)
+
+    @property
+    def open_answers(self) -> Mapping[int, Sequence[int]]:
+        """What the client has of those that are not complete, by choice."""
+        return {choice: answer.token_ids for choice, answer in enumerate(self.answers) if not answer.reason}
 
     def rewind(self) -> None:
         """The prompt is computed once more."""
-        self._said = 0
+        for answer in self.answers:
+            answer.said = 0
 
     def on_first_token(self, token: prefill_pb2.FirstToken) -> Responses:
         """The prompt is computed."""
@@ -53,17 +80,18 @@ class Delivery:
         Raises:
             InternalError: It is not the one that the client has in this place.
         """
-        self._said += 1
-        if self._said > len(self.token_ids):
+        answer = self.answers[token.choice]
+        answer.said += 1
+        if answer.said > len(answer.token_ids):
             logprobs = [token.logprobs] if token.HasField("logprobs") else ()
-            return self._pass_on([token.token_id], token.text, token.finish_reason, logprobs)
-        if token.token_id != self.token_ids[self._said - 1]:
+            return self._pass_on(token.choice, [token.token_id], token.text, token.finish_reason, logprobs)
+        if token.token_id != answer.token_ids[answer.said - 1]:
             raise InternalError("the answer was not drawn again as it had begun", reason="DIVERGED")
         return ()
 
-    def on_update(self, update: decode_pb2.SequenceUpdate) -> Responses:
+    def on_update(self, update: decode_pb2.SequenceUpdate, choice: int = 0) -> Responses:
         """Tokens of the decode worker, which begins behind what was delivered."""
-        return self._pass_on(update.token_ids, update.text, update.finish_reason, update.logprobs)
+        return self._pass_on(choice, update.token_ids, update.text, update.finish_reason, update.logprobs)
 
     def on_compression(self, message: pb.Compression) -> Responses:
         """The prompt's KV was compressed."""
@@ -87,17 +115,22 @@ class Delivery:
         """The last event."""
         self._account.finished()
         usage = self._usage or pb.Usage()
-        usage.generated_tokens = len(self.token_ids)
+        usage.generated_tokens = sum(len(answer.token_ids) for answer in self.answers)
         finished = pb.Finished(usage=usage, seed=seed, placement=placement)
         return pb.GenerateResponse(finished=finished)
 
     def _pass_on(
-        self, token_ids: Sequence[int], text: str, reason: pb.FinishReason, logprobs: Sequence[pb.TokenLogprobs]
+        self,
+        choice: int,
+        token_ids: Sequence[int],
+        text: str,
+        reason: pb.FinishReason,
+        logprobs: Sequence[pb.TokenLogprobs],
     ) -> Responses:
-        self._account.tokens(len(token_ids))
-        self.token_ids.extend(token_ids)
-        self.reason = reason
+        self._account.tokens(len(token_ids), choice)
+        self.answers[choice].token_ids.extend(token_ids)
+        self.answers[choice].reason = reason
         if not (token_ids or text or reason):
             return ()
-        delta = pb.Delta(token_ids=token_ids, text=text, logprobs=logprobs, finish_reason=reason)
+        delta = pb.Delta(token_ids=token_ids, text=text, logprobs=logprobs, choice=choice, finish_reason=reason)
         return (pb.GenerateResponse(delta=delta),)

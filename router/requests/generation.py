@@ -11,6 +11,7 @@ from vlcache.worker.v1 import decode_pb2, prefill_pb2
 
 from router.accounting import RequestAccount
 from router.deadline import Deadline
+from router.requests.attempt import Source
 from router.requests.course import Course
 from router.requests.delivery import Delivery, Responses
 from router.requests.inbox import PrefillEnded, Said
@@ -23,7 +24,7 @@ from shared.telemetry.scope import current, within
 
 
 class Generation:
-    """Turns what workers say into the events of one answer.
+    """Turns what workers say into the events of a request's answers.
 
         queue ── reserve ─▶ prefill ── first token ─▶ decode ── last token, prefill call ended ─▶ finished
           ▲                    │ worker lost            │ worker lost
@@ -53,7 +54,7 @@ class Generation:
         self._account = account
         self._deadline = deadline
         self._on_close = on_close
-        self._delivery = Delivery(account, request.asked)
+        self._delivery = Delivery(account, request.asked, request.n)
         self._course = Course(request, means, delivery=self._delivery, deadline=deadline)
         self._recovery = Recovery(means.limits.max_failovers)
         self._pending: Loss | None = None
@@ -104,7 +105,7 @@ class Generation:
     @property
     def can_leave(self) -> bool:
         """Whether its decode worker is leaving and the answer could go on at another one."""
-        return self._open and not self._delivery.reason and self._course.can_leave
+        return self._open and not self._delivery.complete and self._course.can_leave
 
     async def leave(self) -> bool:
         """Goes on at another decode worker if one has room at once. Called while `can_leave`.
@@ -126,7 +127,7 @@ class Generation:
     @property
     def _complete(self) -> bool:
         # the transfer report may come after the last token
-        return bool(self._delivery.reason) and self._course.call.ended
+        return self._delivery.complete and self._course.call.ended
 
     async def _step(self) -> Responses:
         source, said = await self._course.inbox.get()
@@ -134,7 +135,7 @@ class Generation:
             responses = self._hear(source, said)
         except LostError as lost:
             return await self._recover(lost.loss)
-        if self._delivery.reason and self._course.attempt.is_open:
+        if self._delivery.complete and self._course.attempt.is_open:
             # only the prefill call may still have something to say
             self._course.attempt.close()
             self._course.call.end_after(self._means.limits.patience_s)
@@ -147,8 +148,9 @@ class Generation:
             raise said
         if source is self._course.call and not self._course.call.ended:
             return self._on_prefill(said)
-        if source is self._course.attempt:
-            return self._on_decode(said)
+        # of those that are lost together the first says it for all
+        if isinstance(source, Source) and source.attempt is self._course.attempt and source.attempt.is_open:
+            return self._on_decode(said, source.choice)
         return ()
 
     def _on_prefill(self, said: Said) -> Responses:
@@ -173,16 +175,16 @@ class Generation:
 
     def _on_compression(self, message: pb.Compression) -> Responses:
         """The prefill worker has said its last token: what follows comes from the decode worker."""
-        if not self._delivery.reason:
-            self._course.attempt.attach(self._delivery.token_ids)
+        if not self._delivery.complete:
+            self._course.attempt.attach(self._delivery.open_answers)
         return self._delivery.on_compression(message)
 
-    def _on_decode(self, said: Said) -> Responses:
+    def _on_decode(self, said: Said, choice: int) -> Responses:
         if isinstance(said, ServiceError):
             return self._on_decode_lost(said)
         assert isinstance(said, decode_pb2.SequenceUpdate)
         self._course.call.commit()
-        return self._delivery.on_update(said)
+        return self._delivery.on_update(said, choice)
 
     def _on_decode_lost(self, error: ServiceError) -> Responses:
         loss = Loss(error, self._course.attempt.worker, parcel_gone=False)
@@ -196,7 +198,7 @@ class Generation:
     def _on_prefill_ended(self, error: ServiceError | None) -> Responses:
         call = self._course.call
         call.ended = True
-        if self._delivery.reason or call.committed:
+        if self._delivery.complete or call.committed:
             # nothing that happens to the prefill worker now can take back what it has handed over
             return ()
         if self._pending is not None:

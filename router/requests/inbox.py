@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeAlias
 
 from vlcache.v1 import inference_pb2 as pb
 from vlcache.worker.v1 import decode_pb2, prefill_pb2
 
 from shared.errors import ServiceError
+from shared.request.sampling import MAX_ANSWERS
 
 # Tokens that are joined at most: what a client gets at once stays far below the size that its gRPC takes.
 MAX_RUN_TOKENS = 1024
@@ -30,7 +32,7 @@ Item: TypeAlias = "tuple[object, Said]"
 
 
 class Inbox:
-    """First in, first out, for one reader; but tokens of one source that stand behind each other come out as one.
+    """First in, first out, for one reader; but tokens of one source between which nothing but tokens stands are one.
 
     A client that reads slowly stops its request from reading this. It then gets what came meanwhile in few large
     events, and no update is held that would keep the message of its step, and so everybody's tokens, in memory.
@@ -58,12 +60,18 @@ class Inbox:
         return (item.source, item.update()) if isinstance(item, _Run) else item
 
     def _run_of(self, source: object) -> _Run:
-        """The run at the end of the line, if it is of this source and not too long; else a new one."""
+        """The run near the end of the line, if it is of this source and not too long; else a new one."""
         last = self._items[-1]
-        if isinstance(last, _Run) and last.source is source and len(last.token_ids) < MAX_RUN_TOKENS:
-            return last
+        # answers of one request come in turns, and know no order among each other
+        for item in islice(reversed(self._items), MAX_ANSWERS):
+            if not isinstance(item, _Run):
+                break
+            if item.source == source:
+                if len(item.token_ids) < MAX_RUN_TOKENS:
+                    return item
+                break
         run = _Run(source)
-        if not isinstance(last, _Run) and last[0] is source and isinstance(last[1], decode_pb2.SequenceUpdate):
+        if not isinstance(last, _Run) and last[0] == source and isinstance(last[1], decode_pb2.SequenceUpdate):
             run.add(last[1])
             self._items.pop()
         self._items.append(run)

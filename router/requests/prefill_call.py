@@ -10,6 +10,7 @@ from vlcache.worker.v1 import prefill_pb2
 
 from router.admission.admission import Lease
 from router.deadline import Deadline
+from router.requests.delivery import AnswerSoFar
 from router.requests.inbox import Inbox, PrefillEnded
 from router.requests.means import Means
 from router.requests.parcels import Parcel
@@ -54,11 +55,11 @@ class PrefillCall:
         """What can be sent again, once the worker holds it."""
         return self._parcel if self._parcel is not None and self._parcel.retained else None
 
-    def start(self, asked: AcceptedRequest, delivered: Sequence[int], deadline: Deadline) -> None:
+    def start(self, asked: AcceptedRequest, delivered: Sequence[AnswerSoFar], deadline: Deadline) -> None:
         """Sends the prompt, with the budget that memory was promised for.
 
         Args:
-            delivered: The answer as the client has it: its tokens are not drawn anew.
+            delivered: The answers as the client has them: these tokens are not drawn anew.
         """
         self._parcel = self._means.parcels.name(self.worker)
         request = prefill_pb2.PrefillRequest(
@@ -66,7 +67,7 @@ class PrefillCall:
             attempt=self._lease.attempt,
             ticket=self._lease.ticket,
             epoch=self.worker.info.epoch,
-            delivered=delivered,
+            delivered=[prefill_pb2.DeliveredTokens(tokens=answer.token_ids) for answer in delivered],
             tenant=asked.tenant,
             parcel=self._parcel.secret,
         )

@@ -59,8 +59,9 @@ class TokenStream:
             return 0.0
         return asyncio.get_running_loop().time() - self._connection.heard_at_s
 
-    def attach(self, token: bytes, sink: Sink, *, delivered: Sequence[int] = ()) -> Attachment:
-        """Binds the reservation `token`; its updates go to `sink`, or one `UnavailableError` when the stream breaks.
+    def attach(self, token: bytes, sink: Sink, *, delivered: Sequence[int] = (), choice: int = 0) -> Attachment:
+        """Binds one answer of the reservation `token`; its updates go to `sink`, or one `UnavailableError` when the
+        stream breaks.
 
         Args:
             delivered: The answer as its reader has it; the first update begins behind it.
@@ -68,7 +69,7 @@ class TokenStream:
         if self._connection is None or self._connection.broken:
             self._connection = _Connection(self._open_call())
         handle = next(self._handles)
-        attach = decode_pb2.Attach(handle=handle, token=token, delivered=delivered)
+        attach = decode_pb2.Attach(handle=handle, token=token, delivered=delivered, choice=choice)
         self._connection.attach(attach, sink)
         return Attachment(self._connection, handle)
 

@@ -131,7 +131,7 @@ async def go_on(
     )
     if early:
         await stream.attach(handle, promise.token, delivered)
-        await until(lambda: served.held.find(promise.token).subscription)
+        await until(lambda: served.held.find(promise.token).answers[0].subscription)
     await served.put(frames(promise.token, parcel.manifest(name, 2, how), parcel.body))
     if not early:
         await stream.attach(handle, promise.token, delivered)

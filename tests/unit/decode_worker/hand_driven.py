@@ -126,12 +126,12 @@ class HandDriven:
             compatibility="same",
             kept_tokens_bound=math.ceil(sum(num_kept(seed)) / 2),
             max_new_tokens=max_new_tokens,
-            delivered_tokens=known + 1 if known and announced else 0,
+            answers=[pb.ReservedAnswer(delivered_tokens=known + 1 if known and announced else 0)],
             prefill_epoch=EPOCH,
             epoch=self.worker.servicer._epoch,
         )
         response = self._run(self.worker.servicer.Reserve, request, CALL)
-        held = self.reservations.find(response.token)
+        (held,) = self.reservations.find(response.token).answers.values()
         self.clients.append(Client(seed, max_new_tokens, response.token, stream, held, known))
         return self.clients[-1]
 
@@ -152,7 +152,7 @@ class HandDriven:
     def attach(self, client: Client) -> None:
         client.attached = True
         delivered = (FIRST_TOKEN, *answer(client.seed)[: client.known]) if client.known else ()
-        self._run(self.runner.attach, client.held, self.outboxes[client.stream], client.seed, delivered)
+        self._run(self.runner.attach, client.held.reservation, self.outboxes[client.stream], client.seed, delivered)
 
     def ready(self, max_new_tokens: int, stream: int = 0) -> Client:
         """Reserved, delivered and attached."""
@@ -219,12 +219,12 @@ class HandDriven:
             if client.put is not None and client.put.done() and not client.put.cancelled() and client.put.exception():
                 client.put = None  # its sender knows, and may try again
         self.runner.check_integrity()
-        parked = [held for held in self.reservations if held.parked]
+        parked = [held for held in self.reservations.answers if held.parked]
         assert all(held.allocation is None and not held.in_use for held in parked)
         assert [held for held in self.parking._queue if not held.ended] == sorted(parked, key=lambda held: held.arrival)
         if parked and not (self.parking._moving_out or self.runner._evicted):
             running = [held.arrival for held in self.runner._joined.values() if not held.ended]
-            assert max(running, default=-1) < parked[0].arrival, "a younger one runs while an older one waits"
+            assert max(running, default=(-1, 0)) < parked[0].arrival, "a younger one runs while an older one waits"
 
     def round(self) -> None:
         """Everyone gets a turn."""

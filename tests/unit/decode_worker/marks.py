@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from decode_worker.reservations import Reservation
+from decode_worker.reservations import Answer
 from decode_worker.sequence import Sequence
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest, TransferId
@@ -95,7 +95,7 @@ class Client:
     max_new_tokens: int
     token: bytes
     stream: int
-    held: Reservation
+    held: Answer
     known: int = 0
     put: asyncio.Task[Any] | None = None
     attached: bool = False

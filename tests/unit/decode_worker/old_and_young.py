@@ -5,7 +5,7 @@ A token takes 64 bytes, the pool has eight of them. The old request keeps one to
 
 from __future__ import annotations
 
-from decode_worker.reservations import Reservation
+from decode_worker.reservations import Answer
 from tests.unit.decode_worker.hand_driven import HandDriven
 from tests.unit.decode_worker.marks import LAYOUT, Client
 from tests.unit.decode_worker.pools import Pool, block_pool, poison, slab_pool
@@ -29,8 +29,8 @@ def deliver_all(it: HandDriven) -> None:
     it.check()
 
 
-def parked(it: HandDriven) -> list[Reservation]:
-    return [held for held in it.reservations if held.parked]
+def parked(it: HandDriven) -> list[Answer]:
+    return [held for held in it.reservations.answers if held.parked]
 
 
 # In the life of the old request, in this order. From `parked` on the young one is asked to leave, and then does.

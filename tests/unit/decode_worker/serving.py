@@ -42,8 +42,9 @@ class TokenStream:
         self._reader = asyncio.create_task(self._read())
         self._one_writes = asyncio.Lock()
 
-    async def attach(self, handle: int, token: bytes, delivered: Sequence[int] = ()) -> None:
-        await self.write(pb.TokenStreamRequest(attach=pb.Attach(handle=handle, token=token, delivered=delivered)))
+    async def attach(self, handle: int, token: bytes, delivered: Sequence[int] = (), choice: int = 0) -> None:
+        attach = pb.Attach(handle=handle, token=token, delivered=delivered, choice=choice)
+        await self.write(pb.TokenStreamRequest(attach=attach))
 
     async def cancel(self, handle: int) -> None:
         await self.write(pb.TokenStreamRequest(cancel=pb.Cancel(handle=handle)))
@@ -93,7 +94,10 @@ class Served:
         return await self.decode.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest())
 
     async def reserve_request(self, **changes: Any) -> pb.ReserveRequest:
+        """`delivered_tokens` are those of answer 0, which alone is asked for."""
         info = await self.info()
+        if delivered := changes.pop("delivered_tokens", 0):
+            changes["answers"] = [pb.ReservedAnswer(delivered_tokens=delivered)]
         values: dict[str, Any] = {
             "request_id": "r",
             "attempt": 1,

@@ -108,7 +108,7 @@ def test_decoding_happens_in_the_install_thread(
 def test_a_plain_parcel_is_not_decoded(
     loaded: LoadedModel, shipment: Shipment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("decode_worker.runner.plain_body", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr("decode_worker.arrivals.plain_body", lambda *_, **__: pytest.fail("decoded"))
 
     async def body(served: Served) -> None:
         promise = await served.reserve()

@@ -187,7 +187,7 @@ def test_text_that_fails_ends_its_sequence_alone(
             token = await deliver(served, shipment, str(handle), seed=handle)
             await stream.attach(handle, token)
             if handle == 1:
-                served.held.find(token).text._decode = lambda tokens: 1 // 0  # type: ignore[union-attr]
+                served.held.find(token).answers[0].text._decode = lambda tokens: 1 // 0  # type: ignore[union-attr]
         await engine.gate.reached()
         await until(lambda: served.worker.servicer._scheduler.waiting == 2)
         engine.gate.open()

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from vlcache.worker.v1 import decode_pb2 as pb
 
-from decode_worker.reservations import Reservations
+from decode_worker.reservations import Answer, Reservations, Wanted
 from decode_worker.worker import LoadedModel
 from prefill_worker.kv_sender import KVSender, Ticket
 from shared.errors import AlreadyCommittedError, ResourceExhaustedError, TooLargeError
@@ -34,72 +34,76 @@ def held(pool: Pool) -> Reservations:
     return Reservations(pool, lease_s=LEASE_S)
 
 
+def grow(held: Reservations, answer: Answer, nbytes: int) -> None:
+    held.grow(answer.reservation, Wanted({0: nbytes}))
+
+
 def test_it_grows_where_there_is_room_and_is_given_back_whole(held: Reservations, pool: Pool) -> None:
-    reservation = reserve(held, nbytes=1000)
-    token, before = reservation.token, reservation.pool_bytes
-    held.grow(reservation, 3000)
+    answer = reserve(held, nbytes=1000)
+    token, before = answer.reservation.token, answer.pool_bytes
+    grow(held, answer, 3000)
     held.check_integrity()
-    assert held.find(token) is reservation
-    assert before < 3000 <= reservation.pool_bytes == pool.used_bytes
-    held.end(reservation)
+    assert held.find(token) is answer.reservation
+    assert before < 3000 <= answer.pool_bytes == pool.used_bytes
+    held.end(answer)
     assert pool.used_bytes == 0
 
 
 def test_it_may_take_all_that_is_free_its_own_piece_included(held: Reservations, pool: Pool) -> None:
-    reservation = reserve(held, nbytes=pool.capacity * 3 // 4)
-    held.grow(reservation, pool.capacity)
+    answer = reserve(held, nbytes=pool.capacity * 3 // 4)
+    grow(held, answer, pool.capacity)
     held.check_integrity()
-    assert reservation.pool_bytes == pool.capacity
+    assert answer.pool_bytes == pool.capacity
 
 
 @pytest.mark.parametrize("nbytes", [1, 1000])
 def test_less_changes_nothing(held: Reservations, pool: Pool, nbytes: int) -> None:
-    reservation = reserve(held, nbytes=1000)
-    allocation = reservation.allocation
-    held.grow(reservation, nbytes)
-    assert reservation.allocation is allocation
+    answer = reserve(held, nbytes=1000)
+    allocation = answer.allocation
+    grow(held, answer, nbytes)
+    assert answer.allocation is allocation
 
 
 def test_a_full_pool_leaves_what_was_promised(held: Reservations, pool: Pool) -> None:
-    reservation, other = reserve(held, nbytes=1000), reserve(held, request_id="s", nbytes=5000)
-    before, theirs = reservation.pool_bytes, other.pool_bytes
+    answer, other = reserve(held, nbytes=1000), reserve(held, request_id="s", nbytes=5000)
+    before, theirs = answer.pool_bytes, other.pool_bytes
     with pytest.raises(ResourceExhaustedError) as caught:
-        held.grow(reservation, 4000)
+        grow(held, answer, 4000)
     assert caught.value.reason == "KV_FULL"
     held.check_integrity()
-    assert (reservation.pool_bytes, other.pool_bytes) == (before, theirs)
-    held.begin_fill(reservation)
+    assert (answer.pool_bytes, other.pool_bytes) == (before, theirs)
+    held.begin_fill(answer.reservation)
 
 
 def test_more_than_there_is_leaves_what_was_promised(held: Reservations, pool: Pool) -> None:
-    reservation = reserve(held, nbytes=1000)
-    before = reservation.pool_bytes
+    answer = reserve(held, nbytes=1000)
+    before = answer.pool_bytes
     with pytest.raises(TooLargeError):
-        held.grow(reservation, pool.capacity + 1)
+        grow(held, answer, pool.capacity + 1)
     held.check_integrity()
-    assert reservation.pool_bytes == before
+    assert answer.pool_bytes == before
 
 
 def test_nobody_grows_past_those_who_wait(held: Reservations) -> None:
-    reservation, waiting = reserve(held, nbytes=1000), reserve(held, request_id="s")
+    answer, waiting = reserve(held, nbytes=1000), reserve(held, request_id="s")
     waiting.parked = object()
     with pytest.raises(ResourceExhaustedError, match="wait for KV memory"):
-        held.grow(reservation, 2000)
+        grow(held, answer, 2000)
 
 
 @pytest.mark.parametrize("stage", ["filling", "active", "in_use"])
 def test_a_parcel_that_arrives_needs_no_more(held: Reservations, pool: Pool, stage: str) -> None:
-    reservation = bring_to(held, stage)
+    answer = bring_to(held, stage)
     used = pool.used_bytes
     with pytest.raises(AlreadyCommittedError):
-        held.grow(reservation, 2000)
+        grow(held, answer, 2000)
     assert pool.used_bytes == used
 
 
 def test_growing_renews_no_lease(held: Reservations) -> None:
-    reservation = reserve(held, now=5.0)
-    held.grow(reservation, 2000)
-    assert held.expired(5.1 + LEASE_S) == [reservation]
+    answer = reserve(held, now=5.0)
+    grow(held, answer, 2000)
+    assert held.expired(5.1 + LEASE_S) == [answer]
 
 
 def grown(token: bytes, tokens: int) -> pb.GrowReservationRequest:

@@ -35,7 +35,7 @@ async def bring_to(stage: str, served: Served, shipment: Shipment, engine: Scrip
     made = Request(promise.token, stream)
     if stage != "installed":
         await stream.attach(HANDLE, promise.token)
-        await until(lambda: served.held.find(promise.token).subscription)
+        await until(lambda: served.held.find(promise.token).answers[0].subscription)
     if stage == "reserved":
         return made
     sent = frames(promise.token, shipment.manifest(), shipment.body)
@@ -216,7 +216,7 @@ def test_one_stream_s_end_does_not_end_another_s_sequences(loaded: LoadedModel, 
         gone, kept = await served.reserve(request_id="gone"), await served.reserve(request_id="kept")
         await breaking.attach(HANDLE, gone.token)
         await staying.attach(HANDLE, kept.token)
-        await until(lambda: all(held.subscription for held in served.held))
+        await until(lambda: all(held.subscription for held in served.held.answers))
         await end(how, served, Request(gone.token, breaking))
         await until(lambda: [held.request_id for held in served.held] == ["kept"])
         await served.put(frames(kept.token, shipment.manifest("kept"), shipment.body))

@@ -54,7 +54,7 @@ def test_a_copy_that_fails_ends_its_request_alone(
         it.end("cancel", failing)
     it.copy(RuntimeError("secret detail"))
     it.check()
-    assert failing.held not in list(it.reservations)
+    assert failing.held not in it.reservations.answers
     assert failing.error == ("" if ends_first else "INTERNAL")
     it.finish(rounds=12)
     assert other.tokens == other.expected
@@ -133,9 +133,9 @@ def test_a_parcel_with_more_than_its_bound_may_not_wait_for_ever() -> None:
     pool = block_pool(LAYOUT, 5 * 512, block_size=16)
     with hand_driven(pool, promised_tokens=1) as it:
         client = it.reserve(19)
-        it.runner.promise.check(client.held, manifest_for(client))
+        it.runner.promise.check(client.held.reservation, manifest_for(client))
         too_much = dataclasses.replace(manifest_for(client), num_kept=(15, 15), logical_length=30)
         assert pool.sequence_bytes((15, 15), 1) <= client.held.pool_bytes
         with pytest.raises(TooLargeError):
-            it.runner.promise.check(client.held, too_much)
+            it.runner.promise.check(client.held.reservation, too_much)
         it.finish(rounds=1)

@@ -47,7 +47,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(max_new_tokens=st.integers(2, MAX_NEW_TOKENS), stream=st.integers(0, 1), known=known)
     def reserve(self, max_new_tokens: int, stream: int, known: int) -> None:
-        someone_waits = any(held.parked for held in self.it.reservations)
+        someone_waits = any(held.parked for held in self.it.reservations.answers)
         with contextlib.suppress(ResourceExhaustedError):
             self.it.reserve(max_new_tokens, stream, known=known)
             assert not someone_waits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from decode_worker.reservations import Wanted
 from shared.errors import ResourceExhaustedError
 from tests.unit.decode_worker.hand_driven import HandDriven, hand_driven
 from tests.unit.decode_worker.old_and_young import (
@@ -23,10 +24,10 @@ def test_no_reservation_is_accepted_while_someone_waits(it: HandDriven) -> None:
     assert it.runner.waiting == len(parked(it)) > 0, "who is parked counts as waiting"
     more = {"attempt": 1, "prefill_epoch": "", "max_new_tokens": 2, "arena": None, "now": 0.0}
     with pytest.raises(ResourceExhaustedError, match="wait") as caught:
-        it.reservations.reserve(request_id="third", nbytes=TOKEN_BYTES, **more)
+        it.reservations.reserve(request_id="third", wanted=Wanted({0: TOKEN_BYTES}), **more)
     assert (caught.value.reason, caught.value.retry_after_s) == ("KV_FULL", 0.1)
     it.end("cancel", old)
-    it.reservations.end(it.reservations.reserve(request_id="third", nbytes=TOKEN_BYTES, **more))
+    it.runner.end_all(it.reservations.reserve(request_id="third", wanted=Wanted({0: TOKEN_BYTES}), **more))
     it.finish(rounds=8)
     assert young.tokens == young.expected
 

@@ -58,7 +58,7 @@ async def leave_room_for(served: Served, shipment: Shipment, sequences: float) -
 
 async def only_that_is_left(served: Served, ballast: bytes) -> None:
     await until(lambda: [held.token for held in served.held] == [ballast])
-    served.worker.runner.end(served.held.find(ballast))
+    served.worker.runner.end_all(served.held.find(ballast))
     await served.nothing_is_held()
     assert served.held.parked_bytes == 0
 
@@ -112,9 +112,9 @@ def test_who_ends_while_parked_is_gone_and_the_others_go_on(loaded: LoadedModel,
         ballast = await leave_room_for(served, shipment, sequences=1.2)
         stream, other = served.stream(), served.stream()
         await start_both(served, shipment, stream, other)
-        await until(lambda: any(held.parked for held in served.held))
-        parked = next(held for held in served.held if held.parked)
-        ended, stays, reader = (0, 1, other) if parked.request_id == "0" else (1, 0, stream)
+        await until(lambda: any(held.parked for held in served.held.answers))
+        parked = next(held for held in served.held.answers if held.parked)
+        ended, stays, reader = (0, 1, other) if parked.reservation.request_id == "0" else (1, 0, stream)
         if how == "stream break":
             await (stream if ended == 0 else other).close()
         elif how == "cancel":
@@ -135,10 +135,10 @@ def test_a_drain_waits_for_who_is_parked_or_tells_them(
         ballast = await leave_room_for(served, shipment, sequences=1.2)
         stream = served.stream()
         await start_both(served, shipment, stream, stream)
-        await until(lambda: any(held.parked for held in served.held))
-        served.worker.runner.end(served.held.find(ballast))
+        await until(lambda: any(held.parked for held in served.held.answers))
+        served.worker.runner.end_all(served.held.find(ballast))
         # a command that is still on its way would find nothing
-        await until(lambda: all(held.subscription for held in served.held))
+        await until(lambda: all(held.subscription for held in served.held.answers))
         await served.worker.drain(timeout_s)
         for number in (0, 1):
             updates = await stream.finished(number)

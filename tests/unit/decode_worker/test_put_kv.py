@@ -46,7 +46,7 @@ def test_who_attaches_first_gets_the_tokens_when_the_parcel_comes(loaded: Loaded
     async def body(served: Served) -> None:
         promise, stream = await served.reserve(), served.stream()
         await stream.attach(7, promise.token)
-        await until(lambda: served.held.find(promise.token).subscription)
+        await until(lambda: served.held.find(promise.token).answers[0].subscription)
         await served.put(frames(promise.token, shipment.manifest(), shipment.body))
         assert await stream.tokens(7) == shipment.expected
 
@@ -100,7 +100,7 @@ def test_a_sender_that_stalls_does_not_keep_the_memory_of_an_ended_request(
         for frame in frames(promise.token, shipment.manifest(), shipment.body)[:2]:
             await stalled.write(frame)
         await until(lambda: "filling" in served.held_bytes())
-        served.worker.runner.end(served.held.find(promise.token))
+        served.worker.runner.end_all(served.held.find(promise.token))
         await until(lambda: served.held_bytes() == {})
         await stalled.done_writing()
         error = await failure(stalled)

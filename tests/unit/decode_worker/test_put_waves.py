@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from decode_worker.reservations import Reservation, Stage
+from decode_worker.reservations import Stage
 from decode_worker.worker import LoadedModel
 from shared.kv.encoding import Encoding
 from shared.kv.layout import KVLayout
@@ -22,9 +22,9 @@ from tests.unit.decode_worker.waves import chunks, random_waves, travelling, wav
 
 def installed(served: Served, token: bytes) -> tuple[tuple[int, ...], bytes]:
     """Counts and KV of a sequence, as the pool gives them out."""
-    reservation: Reservation = served.held.find(token)
-    assert reservation.sequence is not None
-    kv = served.worker.runner._pool.export(reservation.sequence.kv)
+    (answer,) = served.held.find(token).answers.values()
+    assert answer.sequence is not None
+    kv = served.worker.runner._pool.export(answer.sequence.kv)
     return kv.num_kept, bytes(kv.body)
 
 
@@ -50,7 +50,7 @@ def test_all_rows_may_leave_early_or_none(loaded: LoadedModel, shipment: Shipmen
             waves = bytes([number]) * sum(manifest.num_kept)
             await served.put(wave_frames(promise.token, shipment.manifest(name), shipment.body, waves))
             assert installed(served, promise.token)[1] == bytes(shipment.body)
-            served.worker.runner.end(served.held.find(promise.token))
+            served.worker.runner.end_all(served.held.find(promise.token))
         await served.nothing_is_held()
 
     run(loaded, body)
@@ -305,7 +305,7 @@ def test_an_ended_request_does_not_wait_for_the_prefill(loaded: LoadedModel, shi
         for frame in wave_frames(promise.token, shipment.manifest(), shipment.body)[:2]:
             await stalled.write(frame)
         await until(lambda: "filling" in served.held_bytes())
-        served.worker.runner.end(served.held.find(promise.token))
+        served.worker.runner.end_all(served.held.find(promise.token))
         await until(lambda: served.held_bytes() == {})
         await stalled.done_writing()
         error = await failure(stalled)
@@ -344,7 +344,7 @@ def test_parcels_that_arrive_together_do_not_mix(loaded: LoadedModel, shipment: 
         await asyncio.gather(*(served.put(sent[name]) for name in names))
         for token in tokens.values():
             assert installed(served, token)[1] == bytes(shipment.body)
-            served.worker.runner.end(served.held.find(token))
+            served.worker.runner.end_all(served.held.find(token))
         await served.nothing_is_held()
 
     run(loaded, body)

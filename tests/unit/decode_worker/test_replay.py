@@ -234,7 +234,7 @@ def test_who_ends_during_a_replay_is_gone_after_its_pass(
         if how == "cancel":
             await stream.cancel(1)
         elif how == "release":
-            served.worker.runner.end(served.held.find(token))
+            served.worker.runner.end_all(served.held.find(token))
         else:
             await stream.close()
         await until(lambda: not list(served.held))

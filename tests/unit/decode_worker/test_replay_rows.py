@@ -125,7 +125,8 @@ def test_members_of_one_memory_are_single_steps_bit_by_bit(
 
 def test_members_read_each_other_s_rows_in_whatever_order_threads_take_them() -> None:
     def last_first(*arguments: Any) -> torch.Tensor:
-        query, key, value, pool, *places, scaling = arguments
+        query, key, value, pool, *places, scaling, shared = arguments
+        assert shared is None
         out = torch.empty_like(query)
         for member in reversed(range(len(query))):
             mine = slice(member, member + 1)

@@ -93,7 +93,7 @@ def test_text_that_fails_in_a_replay_ends_its_sequence_alone(
             promise = await served.reserve(request_id=str(handle))
             await served.put(frames(promise.token, shipment.manifest(str(handle)), shipment.body))
             if handle == 1:
-                served.held.find(promise.token).text._decode = lambda tokens: 1 // 0  # type: ignore[union-attr]
+                served.held.find(promise.token).answers[0].text._decode = lambda tokens: 1 // 0  # type: ignore[union-attr]
             await stream.attach(handle, promise.token, [shipment.prompt.first_token, RED, CIRCLE])
         assert (await stream.finished(1))[-1].error.reason == "INTERNAL"
         assert len(await stream.tokens(2)) == 5

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from decode_worker.kv_pool.slabs import SlabPool
-from decode_worker.reservations import Reservation, Reservations, Stage
+from decode_worker.reservations import Answer, Reservations, Stage, Wanted
 from shared.errors import AlreadyCommittedError, ResourceExhaustedError
-from tests.unit.decode_worker.test_reservations import LAYOUT, LEASE_S, SEQUENCE, reserve, subscribe
+from tests.unit.decode_worker.test_reservations import LAYOUT, LEASE_S, activate, reserve, subscribe
 
 
 class Life(RuleBasedStateMachine):
@@ -21,11 +21,11 @@ class Life(RuleBasedStateMachine):
         self.pool = SlabPool(8192, LAYOUT)
         self.held = Reservations(self.pool, lease_s=LEASE_S)
         self.now = 0.0
-        self.all: list[Reservation] = []
-        self.using: list[Reservation] = []
+        self.all: list[Answer] = []
+        self.using: list[Answer] = []
         self.number = 0
 
-    def pick(self, data: st.DataObject, choice: list[Reservation]) -> Reservation:
+    def pick(self, data: st.DataObject, choice: list[Answer]) -> Answer:
         return choice[data.draw(st.integers(0, len(choice) - 1))]
 
     @rule(nbytes=st.integers(1, 3000))
@@ -39,51 +39,51 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.all)
     @rule(data=st.data(), nbytes=st.integers(1, 9000))
     def grow(self, data: st.DataObject, nbytes: int) -> None:
-        reservation = self.pick(data, self.all)
-        if reservation.ended:
+        answer = self.pick(data, self.all)
+        if answer.ended:
             return
-        held = reservation.pool_bytes
+        held = answer.pool_bytes
         try:
-            self.held.grow(reservation, nbytes)
+            self.held.grow(answer.reservation, Wanted({0: nbytes}))
         except AlreadyCommittedError:
-            assert reservation.stage is not Stage.RESERVED
+            assert answer.reservation.stage is not Stage.RESERVED
         except ResourceExhaustedError:
-            assert reservation.pool_bytes == held < nbytes
+            assert answer.pool_bytes == held < nbytes
         else:
-            assert reservation.pool_bytes >= max(held, nbytes)
+            assert answer.pool_bytes >= max(held, nbytes)
 
     @precondition(lambda self: self.all)
     @rule(data=st.data())
     def begin_fill(self, data: st.DataObject) -> None:
-        reservation = self.pick(data, self.all)
-        if reservation.stage is not Stage.RESERVED:
+        answer = self.pick(data, self.all)
+        if answer.reservation.stage is not Stage.RESERVED:
             with pytest.raises(AlreadyCommittedError):
-                self.held.begin_fill(reservation)
-        elif not reservation.ended:
-            self.held.begin_fill(reservation)
-            self.using.append(reservation)
+                self.held.begin_fill(answer.reservation)
+        elif not answer.ended:
+            self.held.begin_fill(answer.reservation)
+            self.using.append(answer)
 
-    @precondition(lambda self: any(each.stage is Stage.FILLING for each in self.using))
+    @precondition(lambda self: any(each.reservation.stage is Stage.FILLING for each in self.using))
     @rule(data=st.data(), works=st.booleans(), attached=st.booleans())
     def finish_fill(self, data: st.DataObject, works: bool, attached: bool) -> None:
-        reservation = self.pick(data, [each for each in self.using if each.stage is Stage.FILLING])
-        self.using.remove(reservation)
-        if works and not reservation.ended:
-            self.held.activate(reservation, SEQUENCE, max(1, reservation.pool_bytes // 2))
+        answer = self.pick(data, [each for each in self.using if each.reservation.stage is Stage.FILLING])
+        self.using.remove(answer)
+        if works and not answer.ended:
+            activate(self.held, answer, max(1, answer.pool_bytes // 2))
             if attached:
-                subscribe(reservation)
-                reservation.in_use = True
-                self.using.append(reservation)
+                subscribe(answer)
+                answer.in_use = True
+                self.using.append(answer)
         else:
-            self.held.end_fill(reservation)
+            self.held.end_fill(answer.reservation)
 
     @precondition(lambda self: any(each.in_use for each in self.using))
     @rule(data=st.data())
     def leave_the_batch(self, data: st.DataObject) -> None:
-        reservation = self.pick(data, [each for each in self.using if each.in_use])
-        self.using.remove(reservation)
-        self.held.end(reservation)
-        self.held.release_memory(reservation)
+        answer = self.pick(data, [each for each in self.using if each.in_use])
+        self.using.remove(answer)
+        self.held.end(answer)
+        self.held.release_memory(answer)
 
     @precondition(lambda self: self.all)
     @rule(data=st.data())
@@ -93,15 +93,15 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.all)
     @rule(data=st.data())
     def renew(self, data: st.DataObject) -> None:
-        self.held.renew(self.pick(data, self.all), self.now)
+        self.held.renew(self.pick(data, self.all).reservation, self.now)
 
     @rule(passed=st.floats(0, 40))
     def expire(self, passed: float) -> None:
         self.now += passed
-        for reservation in self.held.expired(self.now):
-            assert reservation.expires_at < self.now
-            assert not (reservation.stage is Stage.ACTIVE and reservation.subscription)
-            self.held.end(reservation)
+        for answer in self.held.expired(self.now):
+            assert answer.reservation.expires_at < self.now
+            assert not (answer.reservation.stage is Stage.ACTIVE and answer.subscription)
+            self.held.end(answer)
 
     @invariant()
     def memory_in_use_is_held_and_nothing_else(self) -> None:
@@ -111,7 +111,7 @@ class Life(RuleBasedStateMachine):
         alive = [each for each in self.all if not each.ended]
         lingering = [each for each in self.using if each.ended]
         assert self.pool.used_bytes == sum(each.pool_bytes for each in (*alive, *lingering))
-        assert set(self.held) == set(alive)
+        assert set(self.held.answers) == set(alive)
         assert self.held.idle.is_set() == (not alive and not lingering)
 
 

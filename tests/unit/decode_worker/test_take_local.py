@@ -115,7 +115,7 @@ def test_memory_outlives_a_hand_over_that_is_broken_off(
         sending = asyncio.create_task(LocalTransport(served.worker.receiver).send(parcel, token))
         await gate.reached()
         if how == "released":
-            served.worker.runner.end(served.held.find(token))
+            served.worker.runner.end_all(served.held.find(token))
         else:
             sending.cancel()
         await asyncio.wait([sending], timeout=0.05)
@@ -126,7 +126,7 @@ def test_memory_outlives_a_hand_over_that_is_broken_off(
             await sending
         if how == "cancelled":
             assert served.held.find(token).stage is Stage.RESERVED
-            served.worker.runner.end(served.held.find(token))
+            served.worker.runner.end_all(served.held.find(token))
         await served.nothing_is_held()
 
     run(loaded, body)
@@ -160,7 +160,7 @@ def test_the_sender_hears_at_its_transfer_that_the_reservation_has_ended(
         ticket = Ticket(decode_worker="d", address="", token=token, transport="local", lease_s=0.06)
         parcel = Parcel(manifest=manifest_of(shipment, epoch), body=memoryview(shipment.body), slot=NO_SLOT)
         async with sender.keep_alive(ticket):
-            served.worker.runner.end(served.held.find(token))
+            served.worker.runner.end_all(served.held.find(token))
             await asyncio.sleep(0.05)
             with pytest.raises(NotFoundError) as caught:
                 await sender.send(parcel, ticket)

@@ -91,14 +91,14 @@ def test_the_parcel_is_that_of_the_lost_attempt(
     assert first.manifest is not None
     cuts = {first.tokens[:known] for known in range(len(first.tokens) + 1)}
     for delivered in (*cuts, (*first.tokens, *FOREIGN)):
-        again = Computed(compute, prompt, job(sampling=sampling, delivered=delivered, **JOBS[kind]))
+        again = Computed(compute, prompt, job(sampling=sampling, delivered=(delivered,), **JOBS[kind]))
         assert (again.manifest, again.body) == (first.manifest, first.body)
         assert again.events == first.events
 
 
 def test_delivered_tokens_are_believed(compute: PrefillCompute, prompt: Prompt) -> None:
     """Whoever delivered them may have computed on other hardware: what the client has seen stays the answer."""
-    known = Computed(compute, prompt, job(LookAheadPolicy(tokens=STEPS), GREEDY, delivered=FOREIGN))
+    known = Computed(compute, prompt, job(LookAheadPolicy(tokens=STEPS), GREEDY, delivered=(FOREIGN,)))
     assert known.tokens[: len(FOREIGN)] == FOREIGN
     assert len(known.tokens) == 1 + STEPS
     assert known.manifest is not None
@@ -115,7 +115,7 @@ def drawn(opening: Opening, logits: torch.Tensor) -> list[DrawnToken]:
 
 
 def opening(sampling: Sampling, delivered: tuple[int, ...] = ()) -> Opening:
-    return Opening(tokenizer(), sampling, frozenset({tokenizer().eos_token_id}), 40, delivered)
+    return Opening(tokenizer(), sampling, frozenset({tokenizer().eos_token_id}), 40, delivered=delivered)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -155,7 +155,7 @@ def test_a_second_attempt_drafts_what_the_first_one_did(compute: PrefillCompute,
     policy, sampling = LookAheadPolicy(tokens=STEPS), {**GREEDY, "max_new_tokens": 40}
     first = Computed(compute, prompt, job(policy, sampling, promised=promised))
     delivered = (*first.tokens, *FOREIGN, *FOREIGN)
-    work = job(policy, sampling, promised=promised + len(delivered), delivered=delivered)
+    work = job(policy, sampling, promised=promised, delivered=(delivered,))
     again = Computed(compute, prompt, work)
     assert (again.manifest, again.body) == (first.manifest, first.body)
     assert again.events == first.events

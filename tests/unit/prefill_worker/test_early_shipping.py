@@ -175,13 +175,13 @@ def paused(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def installed(served: Served, work: PrefillJob) -> bytes:
-    reservation = served.held.find(work.ticket.token)
-    assert reservation.sequence is not None
-    return bytes(served.worker.runner._pool.export(reservation.sequence.kv).body)
+    (answer,) = served.held.find(work.ticket.token).answers.values()
+    assert answer.sequence is not None
+    return bytes(served.worker.runner._pool.export(answer.sequence.kv).body)
 
 
 def release(served: Served, work: PrefillJob) -> None:
-    served.worker.runner.end(served.held.find(work.ticket.token))
+    served.worker.runner.end_all(served.held.find(work.ticket.token))
 
 
 @pytest.mark.usefixtures("no_other_way")

@@ -382,7 +382,7 @@ def test_a_new_pass_that_knows_the_answer_makes_the_same_parcel(
         request.request.sampling.CopyFrom(sampling)
         before = await stack.prefill(request)
         # what followed the first token came from the decode worker
-        request.delivered.extend([before[0].first_token.token_id, 7, 9])
+        request.delivered.add(tokens=[before[0].first_token.token_id, 7, 9])
         request.attempt, request.parcel = 2, b"another secret.."
         after = await stack.prefill(request)
         assert [event for event in after if event.WhichOneof("event") in ("first_token", "compression")] == before[:2]
@@ -394,7 +394,7 @@ def test_a_new_pass_that_knows_the_answer_makes_the_same_parcel(
 @pytest.mark.parametrize("delivered", [[1 << 20], [5] * 8, [5] * 9])
 def test_what_cannot_have_been_delivered_is_refused(loaded: LoadedModel, delivered: list[int]) -> None:
     async def body(stack: Stack) -> None:
-        error = await failure(stack.prefill(stack.request("hi", delivered=delivered)))
+        error = await failure(stack.prefill(stack.request("hi", delivered=[pb.DeliveredTokens(tokens=delivered)])))
         assert (error.code, error.reason) == ("INVALID_ARGUMENT", "DELIVERED")
         stack.nothing_is_held()
 

@@ -35,7 +35,7 @@ def test_every_token_and_report_arrives_exactly_once(answer: list[int], runs: li
         seen.rewind()
         # it draws what was delivered again, and never less than one token
         said = answer[: min(ahead, len(answer))]
-        cut = max(until, len(seen.token_ids))
+        cut = max(until, len(seen.answers[0].token_ids))
         for number, token in enumerate(said[: max(1, cut)]):
             event = prefill_pb2.FirstToken(token_id=token, text=str(token), prompt_tokens=5, visual_tokens=4)
             later = prefill_pb2.NextToken(token_id=token, text=str(token))
@@ -44,11 +44,11 @@ def test_every_token_and_report_arrives_exactly_once(answer: list[int], runs: li
             continue
         events += seen.on_compression(pb.Compression(prompt_tokens=5, visual_tokens=4))
         events += seen.on_transfer(pb.Transfer(sent_bytes=1))
-        for start in range(len(seen.token_ids), min(cut, len(answer)), at_once):
+        for start in range(len(seen.answers[0].token_ids), min(cut, len(answer)), at_once):
             tokens = answer[start : start + at_once]
             update = decode_pb2.SequenceUpdate(token_ids=tokens, text="".join(map(str, tokens)))
             events += seen.on_update(update)
-    assert [token for event in events for token in event.delta.token_ids] == answer == seen.token_ids
+    assert [token for event in events for token in event.delta.token_ids] == answer == seen.answers[0].token_ids
     assert "".join(event.delta.text for event in events) == "".join(map(str, answer))
     assert sum(event.HasField("compression") for event in events) == 1
     assert sum(event.HasField("transfer") for event in events) == 1
@@ -61,7 +61,7 @@ def test_an_end_without_a_token_is_said_all_the_same() -> None:
     seen = delivery()
     (event,) = seen.on_update(decode_pb2.SequenceUpdate(finish_reason=pb.FINISH_REASON_STOP))
     assert event.delta == pb.Delta(finish_reason=pb.FINISH_REASON_STOP)
-    assert seen.reason == pb.FINISH_REASON_STOP
+    assert seen.answers[0].reason == pb.FINISH_REASON_STOP
 
 
 def test_another_token_than_the_delivered_one_is_an_error() -> None:

@@ -103,8 +103,8 @@ def test_a_decode_worker_lost_after_any_token_is_replaced_by_a_resend(cut: int) 
             (sent,) = prefill[0].resends
             (reserve,) = other.reserves
             first = lost.reserves[0]
-            assert reserve.delivered_tokens == cut
-            assert first.delivered_tokens == 0
+            assert list(reserve.answers) == [decode_pb2.ReservedAnswer(delivered_tokens=cut)]
+            assert list(first.answers) == [decode_pb2.ReservedAnswer()]
             assert (reserve.kept_tokens_bound, reserve.prefill_epoch) == (first.kept_tokens_bound, first.prefill_epoch)
             assert reserve.arena_socket == first.arena_socket
             assert (sent.attempt, sent.ticket.decode_worker) == (reserve.attempt, other.info.name)
@@ -150,8 +150,8 @@ def test_without_the_parcel_the_prompt_is_computed_again_behind_what_was_deliver
             check_whole(await b.answer())
             await b.idle()
             check_counted_once(b)
-            again = [request for worker in prefill for request in worker.requests if request.delivered]
-            assert [list(request.delivered) for request in again] == [TOKENS[:cut]]
+            again = [request for worker in prefill for request in worker.requests if request.delivered[0].tokens]
+            assert [list(request.delivered[0].tokens) for request in again] == [TOKENS[:cut]]
             assert failovers(b, "reprefill", "DECODE_WORKER_LOST") == 1
 
     run(main)
@@ -223,7 +223,7 @@ def test_a_prefill_worker_lost_before_its_parcel_arrived_is_replaced(start: str)
             check_counted_once(b)
             first, second = sorted((request for worker in prefill for request in worker.requests), key=_attempt)
             said = [event.first_token.token_id or event.next_token.token_id for event in STARTS[start]]
-            assert list(second.delivered) == [token for token in said if token]
+            assert list(second.delivered[0].tokens) == [token for token in said if token]
             assert first.request.sampling.seed == second.request.sampling.seed
             assert first.epoch != second.epoch
             assert failovers(b, "reprefill", "UNAVAILABLE") == 1
@@ -303,7 +303,7 @@ def test_a_decode_worker_lost_while_no_parcel_is_kept_costs_one_failover(ending:
             worker.script = script
 
         def first_run(request: prefill_pb2.PrefillRequest) -> list[Any]:
-            if request.delivered:
+            if request.delivered[0].tokens:
                 return prompt_done()
             refusal = errors.AbortedError("gone", stage="transfer", worker=request.ticket.decode_worker)
             last = {"transfer": [transfer(), forever()], "refused": [refusal], "nothing": []}[ending]
@@ -434,7 +434,7 @@ def test_damaged_bytes_are_sent_again_and_then_computed_again() -> None:
             raise damaged(request)
 
         def damages_once(request: prefill_pb2.PrefillRequest) -> list[Any]:
-            if request.delivered:
+            if request.delivered[0].tokens:
                 return prompt_done()
             return [first_token(), compression(), retained(), damaged(request)]
 
@@ -559,7 +559,7 @@ def test_memory_that_stays_short_ends_a_begun_answer_with_the_usual_error() -> N
         script = once(go_on(until=4, then=breaks), go_on())
 
         def full_for_the_second(request: decode_pb2.ReserveRequest) -> None:
-            if request.delivered_tokens:
+            if request.answers[0].delivered_tokens:
                 full(request)
 
         for worker in decode:
@@ -599,7 +599,7 @@ def test_a_worker_that_draws_other_tokens_ends_the_answer_instead_of_garbling_it
 
         def diverges(request: prefill_pb2.PrefillRequest) -> list[Any]:
             start = first_token()
-            start.first_token.token_id = 9 if request.delivered else 1
+            start.first_token.token_id = 9 if request.delivered[0].tokens else 1
             return [start, compression(), transfer()]
 
         for worker in prefill:
@@ -622,15 +622,15 @@ class StandStill:
         await forever()
 
     def on_reserve(self, request: decode_pb2.ReserveRequest) -> Any:
-        return self() if request.delivered_tokens else None
+        return self() if request.answers[0].delivered_tokens else None
 
     def on_queue(self, request: decode_pb2.ReserveRequest) -> None:
-        if request.delivered_tokens:
+        if request.answers[0].delivered_tokens:
             self.reached.set()
             full(request)
 
     def on_prefill(self, request: prefill_pb2.PrefillRequest) -> list[Any]:
-        return [self()] if request.delivered else [first_token(), compression(), transfer()]
+        return [self()] if request.delivered[0].tokens else [first_token(), compression(), transfer()]
 
 
 PHASES = {

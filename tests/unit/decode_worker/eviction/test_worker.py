@@ -101,7 +101,7 @@ def test_parked_in_the_middle(loaded: LoadedModel, shipments: dict[str, RuledShi
         for number, shipment in enumerate(shipments.values()):
             assert await stream.tokens(number) == tokens_of(loaded, shipment)
         assert sum(preemptions(served).values()) > 2
-        served.worker.runner.end(served.held.find(ballast.token))
+        served.worker.runner.end_all(served.held.find(ballast.token))
         await served.nothing_is_held()
 
     # nobody renews the ballast's lease, however long the others take
@@ -124,7 +124,7 @@ def test_who_needs_no_more_rows_than_were_promised_comes_with_room_for_all(
         promise = await served.reserve(max_new_tokens=STEPS + 1, kept_tokens_bound=40)
         manifest = shipment.manifest(compatibility=loaded.identity.compatibility, sampling=SAMPLING)
         await served.put(frames(promise.token, manifest, shipment.body))
-        held = served.held.find(promise.token)
+        (held,) = served.held.find(promise.token).answers.values()
         assert held.sequence is not None
         assert held.sequence.kv.room == room
         if kind == "h2o":
@@ -139,7 +139,7 @@ def test_rows_that_are_lost_show(loaded: LoadedModel, shipments: dict[str, Ruled
         promise = await served.reserve(max_new_tokens=STEPS + 1, kept_tokens_bound=40)
         manifest = shipments["tgv"].manifest(compatibility=loaded.identity.compatibility, sampling=SAMPLING)
         await served.put(frames(promise.token, manifest, shipments["tgv"].body))
-        held = served.held.find(promise.token)
+        (held,) = served.held.find(promise.token).answers.values()
         served.worker.runner.check_integrity()
         assert held.eviction_at_rest is not None
         held.eviction_at_rest.lengths[1, 0] -= 1
@@ -178,7 +178,7 @@ def test_bad_scores_are_refused_and_leave_nothing(
         manifest = shipments["h2o"].manifest(compatibility=loaded.identity.compatibility, sampling=SAMPLING, **changes)
         error = await failure(served.put(frames(promise.token, manifest, parcel)))
         assert error.reason == reason
-        served.worker.runner.end(served.held.find(promise.token))
+        served.worker.runner.end_all(served.held.find(promise.token))
         await served.nothing_is_held()
 
     run(loaded, body)
