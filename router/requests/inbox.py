@@ -62,6 +62,10 @@ class Inbox:
     def _run_of(self, source: object) -> _Run:
         """The run near the end of the line, if it is of this source and not too long; else a new one."""
         last = self._items[-1]
+        if not isinstance(last, _Run) and isinstance(last[1], decode_pb2.SequenceUpdate):
+            joined = _Run(last[0])
+            joined.add(last[1])
+            self._items[-1] = joined
         # answers of one request come in turns, and know no order among each other
         for item in islice(reversed(self._items), MAX_ANSWERS):
             if not isinstance(item, _Run):
@@ -71,9 +75,6 @@ class Inbox:
                     return item
                 break
         run = _Run(source)
-        if not isinstance(last, _Run) and last[0] == source and isinstance(last[1], decode_pb2.SequenceUpdate):
-            run.add(last[1])
-            self._items.pop()
         self._items.append(run)
         return run
 

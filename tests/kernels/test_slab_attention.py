@@ -17,6 +17,7 @@ from shared.kernels.native import slab_attention as native
 from shared.kernels.native.build import build
 from shared.kernels.native.library import gomp_parallel, slab_attention_function
 from shared.kernels.reference import slab_attention as reference
+from shared.kernels.reference.slab_attention import SharedSlabs
 from tests.kernels.instruction_sets import function_of, runnable
 from tests.kernels.slabs import Slabs, make_slabs
 
@@ -211,3 +212,50 @@ def test_without_openmp_one_thread_does_it(loaded: Attention, monkeypatch: pytes
     monkeypatch.setattr(native, "gomp_parallel", lambda: None)
     torch.set_num_threads(2)
     check(loaded, make_slabs(RAGGED, 2, 64, torch.float32), TOLERANCE[torch.float32])
+
+
+def apart(slabs: Slabs, share: list[list[int]]) -> tuple[list[torch.Tensor | float], SharedSlabs]:
+    """The same rows with the first `share` of each head elsewhere, and NaN where they were."""
+    head_dim, pool = slabs.query.shape[-1], slabs.pool.clone()
+    pieces, end, begins = [pool], len(pool), []
+    for at in (slabs.key_at, slabs.value_at):
+        begins.append(torch.empty_like(at))
+        for sequence, head in np.ndindex(*slabs.lengths.shape):
+            begin, count = int(at[sequence, head]), share[sequence][head] * head_dim
+            pieces.append(pool[begin : begin + count].clone())
+            pool[begin : begin + count] = torch.nan
+            begins[-1][sequence, head] = end
+            end += count
+    rows = torch.tensor(share)
+    own_at = [at + rows * head_dim for at in (slabs.key_at, slabs.value_at)]
+    shared = SharedSlabs(begins[0], begins[1], rows)
+    arguments = [slabs.query, slabs.key, slabs.value, torch.cat(pieces), *own_at, slabs.lengths, slabs.scaling]
+    return arguments, shared
+
+
+# none of them, a block's worth, around the seams of blocks, all but the new one
+SHARES = [[[0, 1], [32, 31], [64, 199], [33, 2]], [[0, 0], [62, 1], [0, 0], [999, 0]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("share", SHARES)
+def test_shared_rows_are_read_as_if_all_lay_in_one_piece_bit_by_bit(
+    kernel: Attention, dtype: torch.dtype, group: int, share: list[list[int]]
+) -> None:
+    slabs = make_slabs(RAGGED, group, 64, dtype)
+    whole = kernel(*slabs.fresh())
+    arguments, shared = apart(slabs, share)
+    before = arguments[3].clone()
+    assert torch.equal(bits(kernel(*arguments, shared)), bits(whole))
+    changed = (bits(arguments[3]) != bits(before)).view(-1, dtype.itemsize).any(dim=1)
+    assert int(changed.sum()) <= 2 * slabs.lengths.numel() * 64, "nothing but the new rows is written"
+    assert not changed[len(slabs.pool) :].any(), "what is shared stays as it is"
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_reference_reads_them_too(share: list[list[int]]) -> None:
+    slabs = make_slabs(RAGGED, 2, 16, torch.float64)
+    arguments, shared = apart(slabs, share)
+    out = reference.slab_attention(*arguments, shared)
+    np.testing.assert_allclose(out.numpy(), slabs.expected(), atol=1e-12, rtol=1e-12)

@@ -13,7 +13,7 @@ from vlcache._async_client import AsyncClient
 from vlcache._async_stream import AsyncStream
 from vlcache._channel import DEFAULT_ADDRESS
 from vlcache._client import Client
-from vlcache._completion import Completion, Timings
+from vlcache._completion import Choice, Completion, Timings
 from vlcache._errors import (
     Aborted,
     AlreadyExists,
@@ -61,6 +61,7 @@ __all__ = [
     "AsyncStream",
     "Cancelled",
     "ChatMessage",
+    "Choice",
     "Client",
     "Completion",
     "Compressed",

@@ -27,6 +27,8 @@ from vlcache._summary import kv_texts, latencies_text, tokens_text
 class Timings:
     """Seconds measured by the client. A token arrives when the `Delta` that carries its id is read.
 
+    Of the first answer, where there are several.
+
     ttft_s: sending → first token, failed attempts and backoff included; None without tokens.
     ttst_s: sending → second token, which shows what the hand-off costs; None with fewer than two tokens.
     itl_s: gaps between tokens, one fewer than tokens; 0 between tokens of the same `Delta`.
@@ -40,19 +42,36 @@ class Timings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion:
-    """A finished answer. `str()` of it is its text; a notebook shows it with what was kept and how long it took.
+class Choice:
+    """One of the answers to a request.
 
-    request_id, model: which request, answered by which model.
     text, token_ids: the answer, and the tokens that were generated for it.
     finish_reason: why it ended.
-    usage: tokens of prompt and answer.
+    logprobs: one entry per token, where `Sampling.logprobs` asked for them; else empty.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[Logprobs, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A finished answer, or several: `Sampling.n`. `str()` of it is the text of the first; a notebook shows all of them
+    with what was kept and how long it took.
+
+    request_id, model: which request, answered by which model.
+    text, token_ids: the first answer, and the tokens that were generated for it.
+    finish_reason: why it ended.
+    usage: tokens of prompt and answers.
     compression: what was kept of the prompt's KV; None when the service did not say.
     transfer: how the KV travelled; None when it did not have to.
     timings: what the client measured.
     seed: draws the same answer again.
     placement: workers that served it.
     logprobs: one entry per token, where `Sampling.logprobs` asked for them; else empty.
+    choices: all answers, the first one included.
     """
 
     request_id: str
@@ -67,6 +86,7 @@ class Completion:
     seed: int
     placement: Placement
     logprobs: tuple[Logprobs, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -92,13 +112,40 @@ class Completion:
         return [tokens_text(self.usage), *kv_texts(self.compression, self.transfer), latencies]
 
     def _repr_html_(self) -> str:
-        return to_html([self.text], self._facts(), self._kept_share())
+        return to_html(self._texts(), self._facts(), self._kept_share())
 
     def _repr_markdown_(self) -> str:
-        return to_markdown([self.text], self._facts(), self._kept_share())
+        return to_markdown(self._texts(), self._facts(), self._kept_share())
+
+    def _texts(self) -> list[str]:
+        return [choice.text for choice in self.choices] or [self.text]
 
     def _kept_share(self) -> float | None:
         return None if self.compression is None else self.compression.realised_retention
+
+
+class _Gathered:
+    """The pieces of one answer."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[Logprobs] = []
+        self.finish_reason = FinishReason.UNSPECIFIED
+
+    def add(self, piece: Delta) -> None:
+        self.texts.append(piece.text)
+        self.token_ids.extend(piece.token_ids)
+        self.logprobs.extend(piece.logprobs)
+        self.finish_reason = piece.finish_reason or self.finish_reason
+
+    def choice(self) -> Choice:
+        return Choice(
+            text="".join(self.texts),
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason,
+            logprobs=tuple(self.logprobs),
+        )
 
 
 class Collector:
@@ -107,13 +154,10 @@ class Collector:
     def __init__(self, request_id: str) -> None:
         self._request_id = request_id
         self._model = ""
-        self._texts: list[str] = []
-        self._token_ids: list[int] = []
+        self._answers: dict[int, _Gathered] = {0: _Gathered()}
         self._arrivals_s: list[float] = []
-        self._logprobs: list[Logprobs] = []
         self._compression: Compressed | None = None
         self._transfer: Transferred | None = None
-        self._finish_reason = FinishReason.UNSPECIFIED
         self._finished: Finished | None = None
         self._end_s = 0.0
 
@@ -128,11 +172,9 @@ class Collector:
             case Started():
                 self._model = event.model
             case Delta():
-                self._texts.append(event.text)
-                self._token_ids.extend(event.token_ids)
-                self._logprobs.extend(event.logprobs)
-                self._finish_reason = event.finish_reason or self._finish_reason
-                self._arrivals_s.extend([at_s] * len(event.token_ids))
+                self._answers.setdefault(event.choice, _Gathered()).add(event)
+                if event.choice == 0:
+                    self._arrivals_s.extend([at_s] * len(event.token_ids))
             case Compressed():
                 self._compression = event
             case Transferred():
@@ -145,19 +187,22 @@ class Collector:
         """The whole answer; None as long as `Finished` is missing."""
         if self._finished is None:
             return None
+        choices = tuple(self._answers[number].choice() for number in sorted(self._answers))
+        first = choices[0]
         return Completion(
             request_id=self._request_id,
             model=self._model,
-            text="".join(self._texts),
-            token_ids=tuple(self._token_ids),
-            finish_reason=self._finish_reason,
+            text=first.text,
+            token_ids=first.token_ids,
+            finish_reason=first.finish_reason,
             usage=self._finished.usage,
             compression=self._compression,
             transfer=self._transfer,
             timings=self._timings(),
             seed=self._finished.seed,
             placement=self._finished.placement,
-            logprobs=tuple(self._logprobs),
+            logprobs=first.logprobs,
+            choices=choices,
         )
 
     def _timings(self) -> Timings:

@@ -93,14 +93,15 @@ class Logprobs:
 class Delta:
     """A piece of the answer. `text` holds complete characters only and may be empty while one is still open.
 
-    `logprobs` has one entry for each token where `Sampling.logprobs` asked for them. `finish_reason` is set in the last
-    piece.
+    `choice` says which of several answers it belongs to, from 0. `logprobs` has one entry for each token where
+    `Sampling.logprobs` asked for them. `finish_reason` is set in the last piece.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprobs, ...] = ()
     finish_reason: FinishReason | None = None
+    choice: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +188,7 @@ def _delta(message: inference_pb2.Delta) -> Delta:
         token_ids=tuple(message.token_ids),
         logprobs=tuple(logprobs),
         finish_reason=_REASONS.get(message.finish_reason, FinishReason.UNSPECIFIED) if message.finish_reason else None,
+        choice=message.choice,
     )
 
 

@@ -12,6 +12,7 @@ from vlcache.v1 import inference_pb2
 MAX_SEED = 2**64 - 1
 MAX_TOKEN_ID = 2**32 - 1
 MAX_REPETITION_PENALTY = 10
+MAX_ANSWERS = 16
 MAX_LOGPROBS = 20
 MAX_CONSTRAINT_BYTES = 64 << 10
 MAX_RESIDUAL = 2**32 - 1
@@ -132,6 +133,7 @@ class Sampling:
     choices: the answer is one of these texts.
 
     At most one of the last four is given. An answer that max_new_tokens or a stop string ends may be cut short.
+    n: answers to draw from one prompt, at most 16; the first is the one that is drawn alone.
 
     Raises ValueError when a value is out of its range.
     """
@@ -153,6 +155,7 @@ class Sampling:
     regex: str | None = None
     grammar: str | None = None
     choices: Sequence[str] | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         _check(
@@ -209,6 +212,7 @@ class Sampling:
             self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
             f"logprobs must be in [0, {MAX_LOGPROBS}], got {self.logprobs}",
         )
+        _check(1 <= self.n <= MAX_ANSWERS, f"n must be in [1, {MAX_ANSWERS}], got {self.n}")
 
     def to_proto(self) -> inference_pb2.SamplingParams:
         """The message of the contract; fields left None stay absent."""
@@ -227,6 +231,7 @@ class Sampling:
             min_new_tokens=self.min_new_tokens,
             logprobs=self.logprobs,
             constraint=inference_pb2.Constraint(**dict([self._constraint])) if self._constraint else None,
+            n=0 if self.n == 1 else self.n,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import takewhile
 from typing import Any
 
 from hypothesis import given
@@ -88,7 +89,9 @@ def test_what_comes_at_once_is_bounded() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from((A, B)), st.one_of(st.integers(0, 9), st.just(None)))))
-def test_only_neighbours_of_one_source_are_joined(said: list[tuple[object, int | None]]) -> None:
+def test_tokens_of_one_source_are_joined_where_only_tokens_stand_between_them(
+    said: list[tuple[object, int | None]],
+) -> None:
     """A number is a token, None something else."""
 
     async def main() -> None:
@@ -96,9 +99,10 @@ def test_only_neighbours_of_one_source_are_joined(said: list[tuple[object, int |
         expected: list[tuple[object, list[int] | None]] = []
         for source, number in said:
             inbox.put_nowait((source, PrefillEnded() if number is None else update(number, text=str(number))))
-            last = expected[-1] if expected else None
-            if number is not None and last is not None and last[0] is source and last[1] is not None:
-                last[1].append(number)
+            latest = [*takewhile(lambda item: item[1] is not None, reversed(expected))]
+            run = next((tokens for other, tokens in latest if other is source), None)
+            if number is not None and run is not None:
+                run.append(number)
             else:
                 expected.append((source, None if number is None else [number]))
         got = [

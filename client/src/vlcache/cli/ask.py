@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(to_json(completion))
     else:
+        for number, choice in enumerate(completion.choices[1:], start=2):
+            print(f"[{number}] {choice.text}")
         say_cost(completion)
 
 
@@ -48,7 +50,8 @@ def _print_text(stream: Stream) -> None:
     has_text = False
     try:
         for event in stream:
-            if isinstance(event, Delta):
+            # the others would come in between: they follow
+            if isinstance(event, Delta) and event.choice == 0:
                 has_text = has_text or bool(event.text)
                 print(event.text, end="", flush=True)
     finally:
