@@ -293,6 +293,7 @@ class Stream:
         self.worker = worker
         self.outbox: asyncio.Queue[decode_pb2.TokenStreamResponse | None] = asyncio.Queue()
         self.delivered: dict[int, list[int]] = {}
+        self.choices: dict[int, int] = {}
         self.sequences: dict[int, asyncio.Task[None]] = {}
 
     async def read(self, requests: AsyncIterator[decode_pb2.TokenStreamRequest]) -> None:
@@ -301,6 +302,7 @@ class Stream:
                 if request.HasField("attach"):
                     handle, token = request.attach.handle, request.attach.token
                     self.delivered[handle] = list(request.attach.delivered)
+                    self.choices[handle] = request.attach.choice
                     self.worker.delivered.append(self.delivered[handle])
                     self.sequences[handle] = asyncio.create_task(self._answer(handle, token))
                     self.worker.attached.append(handle)

@@ -17,9 +17,9 @@ from shared.request.params import Budget
 from shared.telemetry.metrics import RouterMetrics
 
 
-def delivery() -> Delivery:
+def delivery(n: int = 1) -> Delivery:
     account = Accounting(RouterMetrics(worker="router")).open()
-    return Delivery(account, Budget.from_proto(pb.CompressionParams(), default_retention=float(Fraction(1, 10))))
+    return Delivery(account, Budget.from_proto(pb.CompressionParams(), default_retention=float(Fraction(1, 10))), n)
 
 
 # an answer, and runs of it: how many tokens the prefill worker says, how many come in all before the run is lost
