@@ -140,6 +140,16 @@ def test_without_options_the_service_decides(service, vlcache):
     assert (service.tenants, request.priority) == ([None], 0)
 
 
+def test_ask_prints_the_first_answer_as_it_comes_and_the_others_below(service, vlcache):
+    other = delta("blue", 9, reason=pb.FINISH_REASON_STOP)
+    other.delta.choice = 1
+    events = whole_answer()
+    service.attempts = [[*events[:2], other, *events[2:]]]
+    exit_code, out, _ = vlcache("ask", "Which?", "--n", "2")
+    assert (exit_code, out) == (0, "a red dot\n[2] blue\n")
+    assert service.requests[0].sampling.n == 2
+
+
 def test_ask_json_is_one_line(service, vlcache):
     service.attempts = [whole_answer()]
     exit_code, out, err = vlcache("ask", "Which?", "--json")

@@ -194,3 +194,42 @@ def test_events_and_reasons_of_a_newer_service_are_tolerated(service, client):
     service.attempts = [[pb.GenerateResponse(), started(), delta("a", 1, reason=99), finished(1)]]
     completion = client.generate("?")
     assert (completion.text, completion.finish_reason) == ("a", FinishReason.UNSPECIFIED)
+
+
+def several() -> list:
+    """Three answers in turns; the second has ended before the others."""
+    said = [(0, "a ", 5), (1, "no", 8), (2, "b", 9), (0, "red", 6), (2, "lue", 4), (0, " dot", 7)]
+    deltas = [delta(text, token) for _, text, token in said]
+    for (choice, text, _), event in zip(said, deltas, strict=True):
+        event.delta.choice = choice
+        event.delta.finish_reason = {"no": pb.FINISH_REASON_STOP, " dot": pb.FINISH_REASON_STOP}.get(text, 0)
+    deltas[4].delta.finish_reason = pb.FINISH_REASON_LENGTH
+    return [started(), *deltas[:3], compression(), transfer(), *deltas[3:], finished(6)]
+
+
+def test_several_answers_are_told_apart(service, client):
+    service.attempts = [several()]
+    completion = client.generate("Which?", sampling=vlcache.Sampling(n=3, temperature=1.0))
+    assert service.requests[0].sampling.n == 3
+    assert completion.choices == (
+        vlcache.Choice(text="a red dot", token_ids=(5, 6, 7), finish_reason=FinishReason.STOP),
+        vlcache.Choice(text="no", token_ids=(8,), finish_reason=FinishReason.STOP),
+        vlcache.Choice(text="blue", token_ids=(9, 4), finish_reason=FinishReason.LENGTH),
+    )
+    first = completion.choices[0]
+    assert (completion.text, completion.token_ids) == (first.text, first.token_ids)
+    assert completion.finish_reason is first.finish_reason
+    assert len(completion.timings.itl_s) == 2, "gaps of the first answer"
+
+
+def test_a_lone_answer_is_the_only_choice(service, client):
+    service.attempts = [whole_answer()]
+    completion = client.generate("Which?")
+    assert [choice.text for choice in completion.choices] == [completion.text]
+    assert service.requests[0].sampling.n == 0
+
+
+@pytest.mark.parametrize("n", [0, 17])
+def test_impossible_numbers_of_answers_are_refused_at_once(n):
+    with pytest.raises(ValueError, match=r"n must be in \[1, 16\]"):
+        vlcache.Sampling(n=n)
