@@ -40,6 +40,8 @@ class Lease:
     pair: Pair
     offer: Offer
     attempt: int
+    choices: Sequence[int]
+    """The answers that it is for."""
     ticket: prefill_pb2.Ticket
     prefill_charge: Charge
     decode_charge: Charge
@@ -227,8 +229,9 @@ class Admission:
         attempt = next(self._attempts) % ATTEMPTS
         prefill_charge = pair.prefill.charge(0 if ask.holder else ask.request.prompt_tokens_bound)
         decode_charge = pair.decode.charge(pair.decode.layout.full_bytes(_kv_tokens(ask.request, offer)))
+        message = _reserve_request(pair, attempt, ask, offer)
         try:
-            response = await self._answer(pair.decode.client, _reserve_request(pair, attempt, ask, offer), ask.deadline)
+            response = await self._answer(pair.decode.client, message, ask.deadline)
         except BaseException as error:
             if isinstance(error, ServiceError):
                 decode_charge.failed(RESERVE, error)
@@ -243,6 +246,7 @@ class Admission:
             pair=pair,
             offer=offer,
             attempt=attempt,
+            choices=[answer.choice for answer in message.answers],
             ticket=_ticket(pair.decode, response),
             prefill_charge=prefill_charge,
             decode_charge=decode_charge,

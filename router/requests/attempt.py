@@ -58,13 +58,18 @@ class Attempt:
         return bool(self._attachments)
 
     def attach(self, delivered: Mapping[int, Sequence[int]]) -> None:
-        """Asks the decode worker for the tokens of answers, by choice, behind what was `delivered` of them."""
+        """Asks the decode worker for the tokens of answers, by choice, behind what was `delivered` of them.
+
+        Those that were completed since their memory was reserved end there, too.
+        """
         self._unfinished.update(delivered)
-        for choice, tokens in delivered.items():
-            sink = partial(self._heard, Source(self, choice))
+        for choice in self.lease.choices:
+            sink, tokens = partial(self._heard, Source(self, choice)), delivered.get(choice, ())
             self._attachments[choice] = self.worker.tokens.attach(
                 self.lease.ticket.token, sink, delivered=tokens, choice=choice
             )
+            if choice not in delivered:
+                self._attachments[choice].cancel()
 
     def close(self) -> None:
         """Gives the decode memory back. Idempotent; does not wait, because a cancelled handler cannot."""

@@ -111,10 +111,11 @@ def test_each_answer_is_reserved_attached_and_delivered() -> None:
             (reserve,) = b.decode[0].reserves
             assert list(reserve.answers) == asked(c0=0, c1=0, c2=0)
             assert not reserve.copies
-            # the third one had ended before there was anything to attach
-            assert b.decode[0].delivered == [[10, 11], [20]]
+            # the third one had ended before: its memory is given back
+            assert b.decode[0].delivered == [[10, 11], [20], []]
             assert not b.decode[0].releases
-            assert not b.decode[0].cancels
+            (cancelled,) = b.decode[0].cancels
+            assert b.decode[0].streams[0].choices[cancelled] == 2
 
     run(main)
 
