@@ -15,7 +15,7 @@ from vlcache.worker.v1 import prefill_pb2
 from shared.kv.encoding import Encoding
 from shared.kv.eviction import SCORE_BYTES, HeavyHitters
 from shared.kv.layout import KVLayout
-from shared.kv.manifest import Manifest
+from shared.kv.manifest import BegunAnswer, Manifest
 from shared.request.constraint import Constraint
 from shared.request.sampling import Sampling
 from tests.unit.decode_worker.parcels import manifest_of
@@ -50,6 +50,12 @@ def manifests() -> list[Manifest]:
         dataclasses.replace(plain, eviction=hitters, body_bytes=scored),
         dataclasses.replace(plain, sampling=minding, prompt_token_ids=(1, 5, 9)),
         *(dataclasses.replace(plain, sampling=Sampling(max_new_tokens=8, constraint=each)) for each in CONSTRAINTS),
+        dataclasses.replace(
+            plain,
+            generated=(5, 6),
+            sampling=Sampling(max_new_tokens=8, n=4),
+            others=(BegunAnswer(1, 7), BegunAnswer(3, 9)),
+        ),
     ]
 
 
@@ -59,7 +65,7 @@ def requests() -> list[pb.GenerateRequest]:
     whole = pb.GenerateRequest(
         request_id="r-1",
         messages=[pb.Message(role="system", parts=[pb.Part(text="Be brief.")]), pb.Message(role="user", parts=parts)],
-        sampling=pb.SamplingParams(max_new_tokens=4, temperature=0.5, stop=["x"], logit_bias={3: 1.0}, logprobs=2),
+        sampling=pb.SamplingParams(max_new_tokens=4, temperature=0.5, stop=["x"], logit_bias={3: 1.0}, logprobs=2, n=3),
         compression=pb.CompressionParams(policy="vl_cache", retention=0.2, min_retention=0.1),
     )
     whole.compression.parameters["shared_heads"] = False

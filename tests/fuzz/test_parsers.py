@@ -52,7 +52,7 @@ def read_prompt(data: bytes) -> None:
         default_retention=0.1,
     )
     assert 1 <= job.rows_bound(20, 40) <= 60 + job.policy.look_ahead
-    assert all(token < VOCABULARY for token in job.delivered)
+    assert all(token < VOCABULARY for answer in job.delivered for token in answer)
 
 
 def read_image(data: bytes) -> None:
