@@ -7,8 +7,9 @@ from random import Random
 from typing import Any, NamedTuple
 
 from benchmarks.random_kv import install, ragged
+from decode_worker.answers import Reservation, Wanted
 from decode_worker.kv_pool.base import KVPool
-from decode_worker.reservations import Reservation, Reservations, Wanted
+from decode_worker.reservations import Reservations
 from decode_worker.sequence import Sequence
 from shared.errors import ResourceExhaustedError
 from shared.request.params import Budget

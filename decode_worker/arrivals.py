@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from decode_worker.answers import Answer, Shared
 from decode_worker.eviction.kinds import opened
 from decode_worker.kv_pool.base import KVPool, SequenceKV
 from decode_worker.kv_pool.parts import divided
 from decode_worker.kv_pool.seen_rows import SeenRows
 from decode_worker.parcel_reader import plain_body
 from decode_worker.promise import Arrival, Promise, own_rows
-from decode_worker.reservations import Answer, Shared
 from shared.errors import InvalidRequestError
 from shared.kv.eviction import SCORE_BYTES
 from shared.kv.manifest import Manifest

@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Iterator
 import grpc
 from vlcache.worker.v1 import kv_pb2 as pb
 
+from decode_worker.answers import Reservation
 from decode_worker.receive_buffers import ReceiveBuffers
-from decode_worker.reservations import Reservation, Reservations
+from decode_worker.reservations import Reservations
 from decode_worker.runner import DecodeRunner
 from decode_worker.wave_receiver import receive_waves
 from shared.errors import (

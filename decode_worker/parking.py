@@ -18,10 +18,11 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Any, TypeVar
 
+from decode_worker.answers import Answer, Reservation, Wanted
 from decode_worker.kv_pool.base import ExportedKV, KVPool, SequenceKV, growth_of
 from decode_worker.kv_pool.parts import divided
 from decode_worker.promise import own_rows
-from decode_worker.reservations import Answer, Reservation, Reservations, Wanted
+from decode_worker.reservations import Reservations
 from decode_worker.sequence import Sequence
 from shared.errors import ResourceExhaustedError
 from shared.telemetry.scope import within

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from decode_worker.answers import Answer, Reservation, Wanted
 from decode_worker.eviction.kinds import rule_of
 from decode_worker.kv_pool.base import Growing, KVPool, growth_of
-from decode_worker.reservations import Answer, Reservation, Wanted
 from shared.errors import FailedPreconditionError, InvalidRequestError
 from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity

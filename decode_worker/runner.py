@@ -12,12 +12,13 @@ from typing import Any
 
 from vlcache.v1 import inference_pb2 as public
 
+from decode_worker.answers import Answer, Reservation
 from decode_worker.arrivals import Arrivals
 from decode_worker.kv_pool.base import KVPool
 from decode_worker.parking import Parking
 from decode_worker.promise import Arrival, Promise
 from decode_worker.replay import tokens_to_replay
-from decode_worker.reservations import Answer, Reservation, Reservations
+from decode_worker.reservations import Reservations
 from decode_worker.scheduler import DecodeScheduler, NewToken, StepOutcome
 from decode_worker.sequence import Sequence, resumed
 from decode_worker.token_outbox import Subscription, TokenOutbox

@@ -13,9 +13,10 @@ from vlcache.v1 import inference_pb2 as public
 from vlcache.worker.v1 import decode_pb2 as pb
 from vlcache.worker.v1 import decode_pb2_grpc, worker_pb2
 
+from decode_worker.answers import FROM_THE_BEGINNING, Reservation, Stage
 from decode_worker.arena_directory import ArenaDirectory
 from decode_worker.kv_pool.base import KVPool
-from decode_worker.reservations import FROM_THE_BEGINNING, Reservation, Reservations, Stage
+from decode_worker.reservations import Reservations
 from decode_worker.runner import DecodeRunner
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.token_outbox import Subscription, TokenOutbox

@@ -13,6 +13,7 @@ import grpc
 from transformers import PreTrainedModel
 from vlcache.worker.v1 import decode_pb2_grpc, worker_pb2
 
+from decode_worker.answers import Stage
 from decode_worker.arena_directory import ArenaDirectory
 from decode_worker.config import DecodeConfig
 from decode_worker.engine import DecodeEngine, EagerEngine
@@ -22,7 +23,7 @@ from decode_worker.kv_pool.blocks import BlockPool
 from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.kv_receiver import SERVICE_NAME as TRANSFER_SERVICE_NAME
 from decode_worker.kv_receiver import KVReceiver
-from decode_worker.reservations import Reservations, Stage
+from decode_worker.reservations import Reservations
 from decode_worker.runner import DecodeRunner
 from decode_worker.scheduler import DecodeScheduler, StepOutcome
 from decode_worker.service import SERVICE_NAME, DecodeServicer

@@ -13,9 +13,10 @@ import time
 from typing import Any
 
 from benchmarks.early_shipping.slow_link import SlowLink
+from decode_worker.answers import Wanted
 from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.kv_receiver import SERVICE_NAME, KVReceiver
-from decode_worker.reservations import Reservations, Wanted
+from decode_worker.reservations import Reservations
 from decode_worker.runner import DecodeRunner
 from shared.kv.layout import KVLayout
 from shared.model.identity import ModelIdentity

@@ -9,10 +9,11 @@ import grpc
 
 from benchmarks.transfer.methods import End
 from benchmarks.transfer.parcels import LAYOUT, MAX_NEW_TOKENS, MODEL
+from decode_worker.answers import Reservation, Wanted
 from decode_worker.arena_directory import ArenaDirectory
 from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.kv_receiver import KVReceiver
-from decode_worker.reservations import Reservation, Reservations, Wanted
+from decode_worker.reservations import Reservations
 from decode_worker.runner import DecodeRunner
 from shared.errors import FailedPreconditionError
 from shared.kv.manifest import Manifest

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from decode_worker.reservations import Answer
+from decode_worker.answers import Answer
 from decode_worker.sequence import Sequence
 from shared.kv.layout import KVLayout
 from shared.kv.manifest import Manifest, TransferId

@@ -5,7 +5,7 @@ A token takes 64 bytes, the pool has eight of them. The old request keeps one to
 
 from __future__ import annotations
 
-from decode_worker.reservations import Answer
+from decode_worker.answers import Answer
 from tests.unit.decode_worker.hand_driven import HandDriven
 from tests.unit.decode_worker.marks import LAYOUT, Client
 from tests.unit.decode_worker.pools import Pool, block_pool, poison, slab_pool

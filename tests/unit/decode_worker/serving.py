@@ -11,8 +11,8 @@ import grpc
 from vlcache.worker.v1 import decode_pb2 as pb
 from vlcache.worker.v1 import decode_pb2_grpc, kv_pb2_grpc, worker_pb2
 
+from decode_worker.answers import Stage
 from decode_worker.config import DecodeConfig
-from decode_worker.reservations import Stage
 from decode_worker.worker import DecodeWorker, LoadedModel, build_engine
 from shared.errors import ServiceError
 from shared.kv.manifest import Manifest

@@ -7,7 +7,7 @@ import re
 import pytest
 from vlcache.v1 import inference_pb2 as public
 
-from decode_worker.reservations import Stage
+from decode_worker.answers import Stage
 from decode_worker.worker import LoadedModel
 from shared.errors import InvalidRequestError
 from shared.model.sampler import Drawn

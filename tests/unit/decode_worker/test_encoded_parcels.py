@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from decode_worker import parcel_reader
-from decode_worker.reservations import Stage
+from decode_worker.answers import Stage
 from decode_worker.worker import LoadedModel
 from shared.kv.encoding import Encoding
 from shared.kv.manifest import Manifest, TransferId, body_digest

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 from vlcache.worker.v1 import decode_pb2 as pb
 
-from decode_worker.reservations import Answer, Reservations, Wanted
+from decode_worker.answers import Answer, Wanted
+from decode_worker.reservations import Reservations
 from decode_worker.worker import LoadedModel
 from prefill_worker.kv_sender import KVSender, Ticket
 from shared.errors import AlreadyCommittedError, ResourceExhaustedError, TooLargeError

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from vlcache.worker.v1 import kv_pb2
 
-from decode_worker.reservations import Stage
+from decode_worker.answers import Stage
 from decode_worker.worker import LoadedModel
 from prefill_worker.kv_sender import KVSender, Ticket
 from shared.kv.arena import Arena, Slot

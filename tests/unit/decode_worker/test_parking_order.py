@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from decode_worker.reservations import Wanted
+from decode_worker.answers import Wanted
 from shared.errors import ResourceExhaustedError
 from tests.unit.decode_worker.hand_driven import HandDriven, hand_driven
 from tests.unit.decode_worker.old_and_young import (

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from vlcache.worker.v1 import decode_pb2 as pb
 
-from decode_worker.reservations import Stage
+from decode_worker.answers import Stage
 from decode_worker.worker import LoadedModel
 from tests.unit.decode_worker.sequences import everything
 from tests.unit.decode_worker.serving import Served, failure, flipped, frames, run, until

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vlcache.worker.v1 import kv_pb2
 
-from decode_worker.reservations import Stage
+from decode_worker.answers import Stage
 from decode_worker.worker import LoadedModel
 from shared.kv.manifest import Manifest, TransferId
 from shared.kv.transport.frames import encode_chunk, encode_header

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from decode_worker.reservations import Stage
+from decode_worker.answers import Stage
 from decode_worker.worker import LoadedModel
 from shared.kv.encoding import Encoding
 from shared.kv.layout import KVLayout

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from decode_worker.answers import Answer, Stage, Wanted
 from decode_worker.kv_pool.slabs import SlabPool
-from decode_worker.reservations import TOKEN_BYTES, Answer, Reservations, Stage, Wanted
+from decode_worker.reservations import TOKEN_BYTES, Reservations
 from decode_worker.token_outbox import Subscription, TokenOutbox
 from shared.errors import AlreadyCommittedError, DuplicateRequestError, NotFoundError, ResourceExhaustedError
 from shared.kv.layout import KVLayout

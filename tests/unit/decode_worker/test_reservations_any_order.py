@@ -7,8 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from decode_worker.answers import Answer, Stage, Wanted
 from decode_worker.kv_pool.slabs import SlabPool
-from decode_worker.reservations import Answer, Reservations, Stage, Wanted
+from decode_worker.reservations import Reservations
 from shared.errors import AlreadyCommittedError, ResourceExhaustedError
 from tests.unit.decode_worker.test_reservations import LAYOUT, LEASE_S, activate, reserve, subscribe
 

@@ -11,9 +11,9 @@ import grpc
 import pytest
 from vlcache.worker.v1 import decode_pb2 as pb
 
+from decode_worker.answers import Stage
 from decode_worker.engine import EagerEngine
 from decode_worker.kv_pool.slabs import SlabPool
-from decode_worker.reservations import Stage
 from decode_worker.sequence import Sequence as Running
 from decode_worker.worker import LoadedModel
 from shared.kv.eviction import FixedSlot

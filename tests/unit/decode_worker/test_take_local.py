@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from decode_worker.reservations import Stage
+from decode_worker.answers import Stage
 from decode_worker.worker import LoadedModel
 from prefill_worker.kv_sender import KVSender, Ticket
 from shared.errors import AbortedError, AlreadyCommittedError, NotFoundError, ServiceError
