@@ -29,7 +29,8 @@ CHANGED = replace(
     logprobs=2,
     stop=("o",),
 )
-SAMPLINGS = {"sampled": HOT, "greedy": GREEDY, "endings": SHORT, "changed logits": CHANGED}
+FORMED = replace(HOT, temperature=3.0, ignore_eos=False, regex="[a-z]{2,5}( [a-z]{1,9}){0,4}")
+SAMPLINGS = {"sampled": HOT, "greedy": GREEDY, "endings": SHORT, "changed logits": CHANGED, "of a form": FORMED}
 
 
 LOOKING = vlcache.Compression(policy="look_ahead", parameters={"tokens": 5}, retention=0.1)
