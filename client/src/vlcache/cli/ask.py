@@ -1,6 +1,7 @@
 """`vlcache ask`: one question about images or videos, the answer as it comes, then what it cost."""
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from vlcache._events import Delta
@@ -17,12 +18,13 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(run=run)
     add_question(parser)
     parser.add_argument("--video", action="append", default=[], metavar="FILE", help="may be repeated")
+    parser.add_argument("--n", type=int, default=1, help="answers to draw, at most 16 (1)")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Asks and prints. Raises VlcacheError, OSError for an unreadable file, ValueError for a bad option."""
-    sampling, compression = sampling_of(args), compression_of(args)
+    sampling, compression = replace(sampling_of(args), n=args.n), compression_of(args)
     with (
         client_of(args, Timeout(total_s=args.timeout), tenant=args.tenant) as client,
         client.stream(

@@ -108,7 +108,6 @@ def _add_wire(group: Any) -> None:
 
 def _add_sampling(group: Any) -> None:
     group.add_argument("--max-new-tokens", type=int)
-    group.add_argument("--n", type=int, default=1, help="answers to draw, at most 16 (1)")
     group.add_argument("--temperature", type=float, help="0 is greedy")
     group.add_argument("--top-p", type=float)
     group.add_argument("--top-k", type=int)
@@ -169,7 +168,6 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     """The choices of how tokens are drawn. Raises ValueError for a bad one."""
     return Sampling(
         max_new_tokens=args.max_new_tokens,
-        n=args.n,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
