@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
+import re
 import ssl
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 import vlcache
@@ -115,6 +118,47 @@ def _but_sent(usage: Any) -> Any:
     said = usage.model_dump()
     assert said["kv"].pop("sent_bytes") > said["kv"]["kept_bytes"]
     return said
+
+
+def test_several_answers_of_one_prompt(stack: RunningStack, client: openai.OpenAI) -> None:
+    question, images = QUESTIONS[0]
+    asked: dict[str, Any] = {"model": MODEL, "messages": about(question, images), "n": 3, "seed": 7, "temperature": 1.5}
+    whole = client.chat.completions.create(**asked)
+    with stack.client() as grpc_client:
+        sampling = vlcache.Sampling(n=3, seed=7, temperature=1.5)
+        expected = grpc_client.generate(question, images=images, sampling=sampling)
+    texts = [choice.message.content for choice in whole.choices]
+    assert texts == [choice.text for choice in expected.choices]
+    assert len(set(texts)) > 1
+    assert whole.usage.completion_tokens == expected.usage.generated_tokens
+    streamed = ["", "", ""]
+    ends: list[int] = []
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+            ends += [choice.index] if choice.finish_reason else []
+    assert streamed == texts
+    assert sorted(ends) == [0, 1, 2]
+
+
+def test_answers_of_a_given_form(client: openai.OpenAI) -> None:
+    question, images = QUESTIONS[0]
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}, "sure": {"type": "boolean"}},
+        "required": ["colour", "sure"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "seen", "schema": schema}}
+    asked: dict[str, Any] = {"model": MODEL, "messages": about(question, images), "max_tokens": 200}
+    answer = client.chat.completions.create(**asked, response_format=form)
+    assert jsonschema.validate(json.loads(answer.choices[0].message.content), schema) is None
+    chosen = client.chat.completions.create(**asked, extra_body={"guided_choice": ["a.b", "c|d"]})
+    assert chosen.choices[0].message.content in ("a.b", "c|d")
+    matched = client.chat.completions.create(**asked, extra_body={"guided_regex": "[A-F]{3}-[0-9]{2}"})
+    assert re.fullmatch("[A-F]{3}-[0-9]{2}", matched.choices[0].message.content)
+    with pytest.raises(openai.BadRequestError, match="regex cannot be followed"):
+        client.chat.completions.create(**asked, extra_body={"guided_regex": "("})
 
 
 def test_many_at_once_through_the_async_client(stack: RunningStack) -> None:
