@@ -12,6 +12,8 @@ HOST ?= 127.0.0.1
 PORT ?= 50051
 # OpenAI's chat API over HTTP: a port, or 0 for a free one
 HTTP_PORT ?=
+# 1: a page for people at the HTTP port, which is 8000 unless said otherwise
+UI ?=
 # processes that share the test suite
 JOBS ?= 2
 # split: a prefill worker and a decode worker; both: one process in both roles, for a single GPU
@@ -54,8 +56,8 @@ $(STAMP): pyproject.toml client/pyproject.toml $(wildcard shared/kernels/native/
 demo: setup ## start router and workers (ROLE=both: one), ask about sample images, print answers and bytes, stop
 	$(BIN)/python -m deploy.local demo $(WORKERS)
 
-serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C drains it; HTTP_PORT=8000; SECURE=1: TLS and a token)
-	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT) $(WORKERS) $(if $(HTTP_PORT),--http-port $(HTTP_PORT)) $(if $(SECURE),--secure)
+serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C drains it; HTTP_PORT=8000; UI=1: a page; SECURE=1: TLS and a token)
+	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT) $(WORKERS) $(if $(HTTP_PORT),--http-port $(HTTP_PORT)) $(if $(UI),--ui) $(if $(SECURE),--secure)
 
 test: setup ## the test suite, in JOBS processes (TESTS=folder or file: a part of it)
 	$(PYTEST) -m "not chaos and not heavy and not containers and not fuzz" $(TESTS)

@@ -52,6 +52,8 @@ class RouterConfig(ServiceConfig):
     image_url_hosts: tuple[str, ...] = ()
     """Hosts from which images are fetched that requests over HTTP name by URL, each `name` or `name:port`; never from
     addresses that are not public. Without any, images come in data: URIs alone."""
+    ui: bool = False
+    """Serve a page at /ui of the HTTP port, on which people ask about images and see what was kept of them."""
     api_tokens: Path | None = None
     """File of the tokens that clients need, one per line: a tenant, and the SHA-256 of a token in hexadecimal. It is
     read again when it changes. Absent, everybody who can connect is a client."""
@@ -157,6 +159,8 @@ class RouterConfig(ServiceConfig):
             if not 0 <= self.http_port <= 65535:
                 raise ValueError(f"a port lies between 0 and 65535, not {self.http_port}")
             http_server()
+        elif self.ui:
+            raise ValueError("ui needs --http-port")
         for host in self.image_url_hosts:
             if not URL_HOST.fullmatch(host):
                 raise ValueError(f"image_url_hosts are names like images.example.org or host:8080, not {host!r}")

@@ -195,6 +195,7 @@ class Router:
             port=config.http_port,
             timeout_s=config.http_timeout_s,
             image_url_hosts=config.image_url_hosts,
+            ui=config.ui,
             is_ready=lambda: bool(self.table.served_models()) and not self.generations.draining,
             identity=self._identity,
             demand_client_cert=config.demand_client_cert,

@@ -40,6 +40,8 @@ def _document(stack: Stack) -> str:
     document: dict[str, Any] = {"address": stack.address, "log_dir": str(stack.log_dir), "services": services}
     if stack.base_url:
         document["base_url"] = stack.base_url
+    if stack.page_url:
+        document["page_url"] = stack.page_url
     if stack.credentials is not None:
         document |= {"token": stack.credentials.token, "ca_file": str(stack.credentials.ca)}
     return json.dumps(document)
@@ -53,6 +55,8 @@ def _text(stack: Stack) -> str:
         lines.append(f"  {service.role:<8} {service.name:<{width}} {where}")
     if stack.base_url:
         lines.append(f"OpenAI's chat API is at {stack.base_url}")
+    if stack.page_url:
+        lines.append(f"its page is at {stack.page_url}")
     lines += ["try", f"  {example(stack.address, stack.credentials)}", "ctrl-C drains and stops"]
     return "\n".join(lines)
 

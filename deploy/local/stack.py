@@ -26,6 +26,8 @@ from shared.rpc.lifecycle import stop_signal
 
 # What a child may take beyond its own drain time before it is killed.
 STOP_MARGIN_S = 10.0
+# Of a page for which nobody names an HTTP port.
+PAGE_PORT = 8000
 EXIT_FAILED = 1
 
 
@@ -39,6 +41,8 @@ class StackConfig:
     """gRPC port of the router; 0 picks a free one."""
     http_port: int | None = None
     """Port of OpenAI's chat API at the router; 0 picks a free one, and without it there is none."""
+    ui: bool = False
+    """The router's page for people, at its HTTP port, which then is 8000 unless said otherwise."""
     model: str = str(CHECKPOINT)
     """Checkpoint: a directory, or a Hugging Face hub id."""
     model_name: str = "shapes-vlm"
@@ -86,6 +90,11 @@ class StackConfig:
             authority_module()
         if self.start_timeout_s <= 0:
             raise ValueError(f"start_timeout_s must be greater than 0, not {self.start_timeout_s}")
+
+    @property
+    def router_http_port(self) -> int | None:
+        """Where the router serves HTTP, if at all."""
+        return PAGE_PORT if self.ui and self.http_port is None else self.http_port
 
     @property
     def prefill_roles(self) -> int:
@@ -170,6 +179,11 @@ class Stack:
         """Where OpenAI's clients reach it; empty where it serves no HTTP."""
         http = self.services[0].http_address
         return f"{'https' if self.credentials else 'http'}://{http}/v1" if http else ""
+
+    @property
+    def page_url(self) -> str:
+        """Where people reach it; empty where it serves no page."""
+        return self.base_url.removesuffix("v1") + "ui" if self._config.ui else ""
 
     @property
     def log_dir(self) -> Path:
@@ -271,8 +285,8 @@ class Stack:
 
     async def _start_router(self, workers: list[str]) -> None:
         flags = ["--name", "router", "--registry", self._config.registry or "static://" + ",".join(workers)]
-        if self._config.http_port is not None:
-            flags += ["--http-port", str(self._config.http_port)]
+        if self._config.router_http_port is not None:
+            flags += ["--http-port", str(self._config.router_http_port), "--ui", str(self._config.ui)]
         flags += ["--listen.host", self._config.host, *self._security("router"), *self._config.router_flags]
         child = await self._child(self._modules.router, "router", flags, roles=1, port=self._config.port)
         self._routers.append(child)

@@ -16,6 +16,7 @@ from vlcache.v1 import inference_pb2 as pb
 
 from router.http.chat import ChatCompletions
 from router.http.errors import body_of, error_object, headers_of, known, status_of
+from router.http.page import page_routes
 from router.listing import served_models
 from router.requests.reception import Reception
 from router.workers.table import WorkerTable
@@ -29,12 +30,13 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def make_app(
-    chat: ChatCompletions, reception: Reception, table: WorkerTable, *, is_ready: Callable[[], bool]
+    chat: ChatCompletions, reception: Reception, table: WorkerTable, *, is_ready: Callable[[], bool], ui: bool
 ) -> Starlette:
-    """The application; all but health wants a token where the router does.
+    """The application; all but health and the page's files wants a token where the router does.
 
     Args:
         is_ready: What health says.
+        ui: Whether the page is served.
     """
     pages = Pages(table, is_ready)
 
@@ -52,6 +54,7 @@ def make_app(
             Route("/v1/models/{name:path}", for_callers(pages.model), methods=["GET"]),
             Route("/version", for_callers(pages.version), methods=["GET"]),
             Route("/health", pages.health, methods=["GET"]),
+            *(page_routes() if ui else []),
         ],
         exception_handlers={HTTPException: _no_such_page},
     )

@@ -26,7 +26,7 @@ SAMPLING: Mapping[str, str] = {
     "stop": "stop",
     "n": "n",
 }
-COMPRESSION = ("policy", "min_retention", "max_dropped_attention")
+COMPRESSION = ("policy", "min_retention", "max_dropped_attention", "explain")
 SCOPES = {"cache": pb.BUDGET_SCOPE_CACHE, "visual": pb.BUDGET_SCOPE_VISUAL}
 
 

@@ -157,6 +157,7 @@ class ChatRequest(_Json):
     min_retention: float | None = None
     max_dropped_attention: float | None = None
     wire: Wire | None = None
+    explain: bool | None = None
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -48,6 +48,7 @@ class HttpServer:
         port: int,
         timeout_s: float,
         image_url_hosts: Collection[str],
+        ui: bool,
         is_ready: Callable[[], bool],
         identity: Identity | None,
         demand_client_cert: bool,
@@ -57,6 +58,7 @@ class HttpServer:
         Args:
             timeout_s: How long a client waits for all of its answer.
             image_url_hosts: From where images are fetched.
+            ui: Whether the page is served.
             is_ready: What health says.
             identity: Of the router; plaintext without it.
             demand_client_cert: Whether callers need a certificate of the CA.
@@ -68,7 +70,7 @@ class HttpServer:
         remote = RemoteImages(image_url_hosts)
         chat = ChatCompletions(reception, remote, timeout_s=timeout_s)
         context = server_context(identity, demand_client_cert=demand_client_cert) if identity else None
-        server = _Server(_config(make_app(chat, reception, table, is_ready=is_ready), context))
+        server = _Server(_config(make_app(chat, reception, table, is_ready=is_ready, ui=ui), context))
         started = cls(server, chat, remote, bound, host)
         await server.listening.wait()
         return started

@@ -6,12 +6,15 @@ from typing import Any
 
 from vlcache.v1 import inference_pb2 as pb
 
+from router.http.kept import kept_json
+
 
 class UsageReport:
     """Filled in by the events of one answer."""
 
     def __init__(self) -> None:
         self._kv: dict[str, Any] = {}
+        self._kept: dict[str, Any] = {}
         self._usage = pb.Usage()
 
     def add(self, event: pb.GenerateResponse) -> None:
@@ -26,20 +29,25 @@ class UsageReport:
                 "retention": given.realised_retention,
                 "policy": given.policy,
             }
+            if given.HasField("kept"):
+                self._kept = {"kept": kept_json(given)}
         elif kind == "transfer":
             self._kv |= {"sent_bytes": event.transfer.sent_bytes, "transport": event.transfer.transport}
         elif kind == "finished":
             self._usage = event.finished.usage
 
     def json(self) -> dict[str, Any]:
-        """The `usage` of a complete answer; what is not known of the KV is null, as where the first token ended it."""
+        """The `usage` of a complete answer; what is not known of the KV is null, as where the first token ended it.
+
+        Which tokens were kept is there where the request said `explain` and the KV was handed over.
+        """
         prompt, generated = self._usage.prompt_tokens, self._usage.generated_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
             "prompt_tokens_details": {"image_tokens": self._usage.visual_tokens},
-            "kv": {name: self._kv.get(name) for name in KV},
+            "kv": {name: self._kv.get(name) for name in KV} | self._kept,
         }
 
 
