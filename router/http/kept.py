@@ -9,8 +9,10 @@ from vlcache.v1 import inference_pb2 as pb
 
 
 def kept_json(compression: pb.Compression) -> dict[str, Any]:
-    """What `explain` asks for. Each layer's counts are base64, a byte per token: a long prompt has millions of them, and
-    as numbers they would hold the router's one thread.
+    """What `explain` asks for.
+
+    Each layer's counts are base64, a byte per token: a long prompt has millions, and writing them as numbers would hold
+    the router's one thread.
 
     Args:
         compression: With `kept`.

@@ -38,7 +38,9 @@ export function showEnd(answer) {
 function ending({ reason, usage }) {
   const cut = reason === "length" ? "Cut at the most tokens that were allowed. " : "";
   const visual = usage.prompt_tokens_details.image_tokens;
-  return `${cut}The prompt had ${usage.prompt_tokens} tokens, ${visual} of them visual.`;
+  // the first tokens are the prefill worker's, and with a policy that looks ahead the first few
+  const whole = usage.kv.full_bytes === null ? " The answer ended before its KV was handed over: nothing was dropped." : "";
+  return `${cut}The prompt had ${usage.prompt_tokens} tokens, ${visual} of them visual.${whole}`;
 }
 
 function showBytes(kv) {
