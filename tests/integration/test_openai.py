@@ -161,6 +161,20 @@ def test_answers_of_a_given_form(client: openai.OpenAI) -> None:
         client.chat.completions.create(**asked, extra_body={"guided_regex": "("})
 
 
+def test_which_tokens_were_kept(stack: RunningStack, client: openai.OpenAI) -> None:
+    question, images = QUESTIONS[1]
+    with stack.client() as grpc_client:
+        expected = grpc_client.generate(question, images=images, compression=vlcache.Compression(explain=True))
+    assert expected.compression is not None
+    assert expected.compression.kept is not None
+    answer = client.chat.completions.create(model=MODEL, messages=about(question, images), extra_body={"explain": True})
+    assert answer.usage is not None
+    kept = answer.usage.model_extra["kv"]["kept"]
+    assert [tuple(base64.b64decode(layer)) for layer in kept["layers"]] == list(expected.compression.kept.layers)
+    assert [tuple(grid["box"]) for grid in kept["images"]] == [grid.box for grid in expected.compression.kept.images]
+    assert kept["attention"] == list(expected.compression.layer_attention_mass)
+
+
 def test_many_at_once_through_the_async_client(stack: RunningStack) -> None:
     async def main() -> list[str]:
         async with async_client(stack) as client:

@@ -34,7 +34,8 @@ DROP = """([name, base64]) => {
   const bytes = Uint8Array.from(atob(base64), (byte) => byte.charCodeAt(0));
   const dataTransfer = new DataTransfer();
   dataTransfer.items.add(new File([bytes], name, { type: "image/png" }));
-  document.querySelector("#drop").dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
+  const options = { dataTransfer, bubbles: true, cancelable: true };
+  document.querySelector("#drop").dispatchEvent(new DragEvent("drop", options));
 }"""
 # The share of an image's pixels that its overlay shows clear.
 CLEAR = """(canvas) => {
@@ -64,7 +65,8 @@ PALE = """() => {
     const [low, high] = [light(ink), light(paper)].sort((a, b) => a - b);
     return (high + 0.05) / (low + 0.05);
   };
-  return [pairs.length, pairs.filter((pair) => contrast(pair) < 4.5).map(([each, ...colors]) => [each.outerHTML, ...colors])];
+  const pale = pairs.filter((pair) => contrast(pair) < 4.5);
+  return [pairs.length, pale.map(([element, ...colors]) => [element.outerHTML, ...colors])];
 }"""
 
 

@@ -3,7 +3,7 @@
 // Kept by few KV heads to kept by all; the legend of page.css has the same colours.
 const SCALE = [[255, 221, 87], [251, 146, 60], [220, 38, 38], [112, 26, 117]];
 // What is left of the colours of a patch that few heads kept.
-const FAINT = 0.4;
+const FAINT = 0.2;
 // Steps of the shares between which a line is drawn, and pixels of a patch for one of its line's width.
 const LEVELS = 6;
 const PER_LINE = 11;

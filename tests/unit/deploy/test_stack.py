@@ -20,7 +20,7 @@ from deploy.local.__main__ import main
 from deploy.local.demo import DemoConfig, load_samples, run_demo
 from deploy.local.forks import ROOT
 from deploy.local.serve import example
-from deploy.local.stack import Modules, Stack, StackConfig, run_stack
+from deploy.local.stack import PAGE_PORT, Modules, Stack, StackConfig, run_stack
 
 FAKE = "tests.unit.deploy.fake_worker"
 FAKES = Modules(prefill=FAKE, decode=FAKE, combined=FAKE, imported=())
@@ -149,7 +149,7 @@ import asyncio, functools, sys
 from deploy.local.serve import ServeConfig, run_serve
 from deploy.local.stack import Modules, run_stack
 modules = {FAKES!r}
-config = ServeConfig(port=0, http_port=0)
+config = ServeConfig(port=0, http_port=0, ui=True)
 job = functools.partial(run_serve, config=config)
 sys.exit(asyncio.run(run_stack(config, job, interrupted=0, modules=modules)))
 """
@@ -174,11 +174,19 @@ def test_serve_says_where_everything_is_and_drains_on_a_signal(number: signal.Si
         with vlcache.Client(address) as client:
             assert client.generate("hello").text == "ABC"
         (base_url,) = (line.split()[-1] for line in lines if line.startswith("OpenAI's chat API"))
+        (page_url,) = (line.split()[-1] for line in lines if line.startswith("its page is at"))
         with httpx.Client(trust_env=False) as client:
+            assert "<title>vlcache</title>" in client.get(page_url).text
             assert [model["id"] for model in client.get(f"{base_url}/models").json()["data"]] == ["toy"]
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_a_page_has_a_port_without_being_given_one() -> None:
+    assert StackConfig(ui=True).router_http_port == PAGE_PORT
+    assert StackConfig(ui=True, http_port=0).router_http_port == 0
+    assert StackConfig().router_http_port is None
 
 
 def test_the_example_names_a_bundled_image_and_the_address() -> None:

@@ -433,6 +433,7 @@ def test_a_port_that_is_taken_is_an_error() -> None:
                     port=port,
                     timeout_s=1,
                     image_url_hosts=(),
+                    ui=False,
                     is_ready=lambda: True,
                     identity=None,
                     demand_client_cert=False,

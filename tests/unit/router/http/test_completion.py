@@ -108,6 +108,28 @@ def test_an_open_character_is_no_chunk_but_an_end_is() -> None:
     assert said[-2]["choices"][0]["finish_reason"] == "stop"
 
 
+def test_which_tokens_were_kept_is_told_whole_and_in_the_last_chunk() -> None:
+    told = pb.GenerateResponse()
+    told.CopyFrom(COMPRESSION)
+    told.compression.layer_attention_mass.extend([0.5, 0.25])
+    told.compression.kept.CopyFrom(
+        pb.KeptTokens(
+            num_kv_heads=2,
+            layers=[bytes([0, 2, 1]), bytes([255, 0, 0])],
+            images=[pb.ImageGrid(first_token=1, rows=1, columns=2, left=-0.5, top=0, right=1.5, bottom=1)],
+        )
+    )
+    kept = {
+        "num_kv_heads": 2,
+        "layers": ["AAIB", "/wAA"],
+        "attention": [0.5, 0.25],
+        "images": [{"first_token": 1, "rows": 1, "columns": 2, "box": [-0.5, 0, 1.5, 1]}],
+    }
+    events = [STARTED, delta("A", reason=pb.FINISH_REASON_STOP), told, TRANSFER, FINISHED]
+    assert whole(*events)["usage"] == USAGE | {"kv": KV | {"kept": kept}}
+    assert chunks(*events, include_usage=True)[-2]["usage"]["kv"]["kept"] == kept
+
+
 def test_an_answer_that_the_first_token_ends_has_no_transfer() -> None:
     kv = whole(STARTED, delta("A", reason=pb.FINISH_REASON_STOP), COMPRESSION, FINISHED)["usage"]["kv"]
     assert kv == KV | {"sent_bytes": None, "transport": None}

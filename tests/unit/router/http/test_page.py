@@ -33,7 +33,9 @@ def test_what_is_refused_is_no_field() -> None:
 
 
 def test_every_flag_exists() -> None:
-    for flag in re.findall(r"`--(http-[\w-]+|image-[\w-]+)", PAGE):
+    flags = re.findall(r"`--(http-[\w-]+|image-[\w-]+|ui)\b", PAGE)
+    assert len(set(flags)) == 4
+    for flag in flags:
         assert flag.replace("-", "_") in RouterConfig.__dataclass_fields__
 
 
@@ -45,6 +47,8 @@ def test_every_status_is_there() -> None:
 
 
 def test_every_path_is_there() -> None:
-    app = make_app(None, None, None, is_ready=lambda: True)  # type: ignore[arg-type]
+    app = make_app(None, None, None, is_ready=lambda: True, ui=True)  # type: ignore[arg-type]
     for route in app.routes:
-        assert route.path.partition("/{")[0] in PAGE
+        path = route.path.partition("/{")[0]
+        # below /ui are the files of that page
+        assert path in PAGE or path.startswith("/ui/")

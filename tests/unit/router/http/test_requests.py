@@ -72,6 +72,7 @@ def test_sampling(fields: dict[str, Any], params: dict[str, Any]) -> None:
     ("fields", "params"),
     [
         ({"retention": 0.25, "policy": "streaming"}, {"retention": 0.25, "policy": "streaming"}),
+        ({"explain": True}, {"explain": True}),
         ({"max_kept_tokens": 64}, {"max_kept_tokens": 64}),
         ({"min_retention": 0.1, "max_dropped_attention": 0.5}, {"min_retention": 0.1, "max_dropped_attention": 0.5}),
         ({"budget_scope": "visual"}, {"budget_scope": pb.BUDGET_SCOPE_VISUAL}),

@@ -30,6 +30,7 @@ def test_hosts_of_images(host: str) -> None:
         ({"image_url_hosts": ("a.example/x",)}, "image_url_hosts are names"),
         ({"image_url_hosts": ("*.example",)}, "image_url_hosts are names"),
         ({"http_port": -1}, "a port lies between"),
+        ({"ui": True}, "ui needs --http-port"),
         ({"http_port": 70000}, "a port lies between"),
         ({"http_timeout_s": 0}, "http_timeout_s must be greater than 0"),
     ],
