@@ -211,6 +211,10 @@ def test_several_images_and_another_policy(reader: Reader) -> None:
     assert reader.text("#how").startswith("look_ahead, ")
     expect(reader.page.locator(".picture .kept")).to_have_count(2)
     assert reader.clear(0) != reader.clear(1)
+    # at once, while they are opened
+    reader.page.set_input_files("#files", [SAMPLES / f"scene_{number}.png" for number in (4, 5, 6)])
+    reader.ask()
+    expect(reader.page.locator(".picture .kept")).to_have_count(5)
     # shorter than it looks ahead
     reader.ask("Read the purple plate in image 2.")
     assert reader.text("#state").endswith("nothing was dropped.")

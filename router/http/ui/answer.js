@@ -5,6 +5,8 @@ import { drawImage, drawKept, layOut } from "./overlay.js";
 import { bytes, element, milliseconds, percent, the } from "./words.js";
 
 const STATES = { waiting: "Waiting for the first token …", answering: "Answering …", stopped: "Stopped.", failed: "Failed." };
+// Characters of an answer that are set in large letters.
+const SHORT = 160;
 const WHOLE_IMAGE = [0, 0, 1, 1];
 
 /** Shows all that is known of an answer. */
@@ -21,6 +23,7 @@ export function show(answer) {
 export function showProgress(answer) {
   the("text").textContent = answer.text;
   the("text").classList.toggle("open", answer.state === "answering");
+  the("text").classList.toggle("long", answer.text.length > SHORT);
   the("state").textContent = answer.state === "done" ? ending(answer) : STATES[answer.state];
   the("ttft").textContent = milliseconds(answer.ttft());
   the("itl").textContent = milliseconds(answer.itl());
@@ -75,7 +78,7 @@ function showPictures({ images }) {
 
 function showKept(answer) {
   if (!answer.kept) return;
-  the("legend").hidden = answer.images.length === 0 || answer.kept.images.some((grid) => !grid.rows);
+  the("legend").hidden = !answer.kept.images.some((grid) => grid.rows);
   the("overlaps").hidden = answer.kept.images.every((grid) => grid.rows);
   the("layers").hidden = false;
   const budgets = [null, ...answer.kept.layers.keys()].map((layer) => ({ layer, ...budget(answer.kept, layer) }));

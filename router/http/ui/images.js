@@ -9,6 +9,8 @@ export class Images {
   /** `onTrouble` hears in words what was no image. */
   constructor(onTrouble) {
     this.all = [];
+    /** Fulfilled once all that was added is open. */
+    this.ready = Promise.resolve();
     this.onTrouble = onTrouble;
     the("files").addEventListener("change", (event) => {
       this.add([...event.target.files]);
@@ -26,7 +28,12 @@ export class Images {
     }
   }
 
-  async add(files) {
+  add(files) {
+    // one after another, in the order of their coming
+    this.ready = this.ready.then(() => this.open(files));
+  }
+
+  async open(files) {
     for (const file of files) {
       try {
         this.all = [...this.all, await opened(file)];

@@ -4,9 +4,10 @@
 const SCALE = [[255, 221, 87], [251, 146, 60], [220, 38, 38], [112, 26, 117]];
 // What is left of the colours of a patch that few heads kept.
 const FAINT = 0.2;
-// Steps of the shares between which a line is drawn, and pixels of a patch for one of its line's width.
+// Steps of the shares between which a line is drawn; pixels of a patch for one of its line's width, which has a limit.
 const LEVELS = 6;
 const PER_LINE = 11;
+const WIDEST = 5;
 const SIDE = 960;
 
 /** Where image and grid lie on a paper that holds both, in pixels: models crop images, and pad them. */
@@ -66,7 +67,7 @@ function box([left, top, width, height], { rows, columns }, patch) {
 /** A line belongs to its higher side. */
 function drawLines(pen, boxes, shares, columns) {
   const level = (patch) => Math.ceil(shares[patch] * LEVELS);
-  const line = Math.max(1, Math.round(boxes[0][2] / PER_LINE));
+  const line = Math.min(WIDEST, Math.max(1, Math.round(boxes[0][2] / PER_LINE)));
   boxes.forEach(([x, y, width, height], patch) => {
     const column = patch % columns;
     const lower = (there, neighbour) => level(patch) > (there ? level(neighbour) : 0);

@@ -67,10 +67,11 @@ async function ask() {
     retention: the("retention").value / 100,
     max_tokens: Number(the("most").value),
   };
-  const question = new Question(the("question").value.trim(), images.all, settings);
-  complain("");
-  remember(question);
   turn(new AbortController());
+  complain("");
+  await images.ready;
+  const question = new Question(the("question").value.trim(), images.all, settings);
+  remember(question);
   try {
     await question.run(running.signal, () => shown === question && showProgress(question));
   } catch (error) {
