@@ -40,6 +40,7 @@ async function welcome() {
   }
   if (!served.length) return void setTimeout(welcome, AGAIN_MS);
   the("model").replaceChildren(...served.map(({ id }) => new Option(id)));
+  the("go").disabled = false;
   offer();
 }
 
@@ -93,7 +94,7 @@ function remember(question) {
   asked = [question, ...asked].slice(0, REMEMBERED);
   look(question);
   // on a phone it is below the form
-  the("state").scrollIntoView({ block: "nearest" });
+  the("times").scrollIntoView({ block: "nearest" });
 }
 
 function look(question) {
@@ -133,7 +134,7 @@ function entry(question) {
 
 the("ask").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (!running) ask();
+  if (!running && served.length) ask();
 });
 the("entrance").addEventListener("submit", (event) => {
   event.preventDefault();
