@@ -119,14 +119,14 @@ def _tenants(config: CapacityConfig, retention: float) -> Tenants:
     capacity, layout, budget = config.kv_memory_mib * MIB, config.layout, Budget(retention=retention)
     least = layout.full_bytes(int(budget.share_of(config.prompt) * config.prompt) + config.growth)
     pool = build_pool(
-        config, capacity, max_batch=capacity // least + 1, max_tokens=2 * config.prompt + config.new_tokens
+        config, capacity, max_num_seqs=capacity // least + 1, max_tokens=2 * config.prompt + config.new_tokens
     )
     return Tenants(pool, budget, body=random_body(config, 2 * config.prompt), chance=Random(0))
 
 
 def _step(model: Any, tenants: Tenants) -> Step:
     batch = tenants.sequences()
-    engine: DecodeEngine = build_engine(model, tenants.pool, max_batch=len(batch))
+    engine: DecodeEngine = build_engine(model, tenants.pool, max_num_seqs=len(batch))
 
     def step() -> None:
         for sequence, drawn in zip(batch, engine.step(batch), strict=True):

@@ -4,7 +4,7 @@ Random weights in a Llama shape, one ragged batch. In each round every variant t
 noisy machine disturbs all alike; the figures are ratios of medians of one run. On a GPU, where the variants would not
 fit beside each other, they run one after another.
 
-    python -m benchmarks.decode_step --dtype bf16 --kv-heads 8 --batch 16 --prompt 2000 --json -
+    python -m benchmarks.decode_step --dtype bfloat16 --kv-heads 8 --batch 16 --prompt 2000 --json -
     python -m benchmarks.decode_step --device cuda --shape llava-1.6-mistral-7b --batch 64 --prompt 2000 --json -
 """
 
@@ -90,11 +90,11 @@ class Variants:
         pool = build_pool(
             config,
             pool_bytes(config, num_kept, growth, config.batch),
-            max_batch=config.batch,
+            max_num_seqs=config.batch,
             max_tokens=config.prompt + growth,
         )
         body = random_body(config, -(-sum(num_kept) // (self._layout.num_layers * self._layout.num_kv_heads)))
-        engine = build_engine(self._ours, pool, max_batch=config.batch)
+        engine = build_engine(self._ours, pool, max_num_seqs=config.batch)
         batch = [
             install(
                 pool,

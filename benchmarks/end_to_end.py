@@ -97,11 +97,11 @@ class Ours:
         self._pool = build_pool(
             config,
             pool_bytes(config, rows, self._growth, config.batch),
-            max_batch=config.batch,
+            max_num_seqs=config.batch,
             max_tokens=config.prompt + config.new_tokens,
             random=False,
         )
-        self._engine = build_engine(decode, self._pool, max_batch=config.batch)
+        self._engine = build_engine(decode, self._pool, max_num_seqs=config.batch)
         self._body = memoryview(bytearray(self._layout.full_bytes(bound)))
         self.seconds: dict[str, float] = {}
 

@@ -76,7 +76,7 @@ class ImageReuseConfig:
     model: str = str(CHECKPOINT)
     """Checkpoint directory or hub id."""
     dtype: Dtype = "auto"
-    """Precision of weights and KV; auto is bf16 on a GPU or an AMX machine, else fp32."""
+    """Precision of weights and KV; auto is bfloat16 on a GPU or an AMX machine, else float32."""
     threads: int = 1
     """torch threads; more than there are idle cores is far slower than one."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE|-")] = None

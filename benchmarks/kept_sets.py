@@ -130,7 +130,7 @@ def main(config: KeptSetsConfig) -> None:
             "query_heads": QUERY_HEADS,
             "kv_heads": KV_HEADS,
             "head_dim": HEAD_DIM,
-            "dtype": "fp32",
+            "dtype": "float32",
             "prompt": config.prompt,
             "seed": config.seed,
             "policies": {policy.name: dataclasses.asdict(policy) for policy in POLICIES},  # type: ignore[call-overload]

@@ -67,10 +67,10 @@ class _Running:
 class LocalDecoding:
     """The decode half: pool, engine and batch. One thread."""
 
-    def __init__(self, model: PreTrainedModel, pool: KVPool[Any, Any], *, max_batch: int) -> None:
+    def __init__(self, model: PreTrainedModel, pool: KVPool[Any, Any], *, max_num_seqs: int) -> None:
         self._pool = pool
         self._engine = EagerEngine(model, pool)
-        self._max_batch = max_batch
+        self._max_num_seqs = max_num_seqs
         self._waiting: deque[Track] = deque()
         self._running: list[_Running] = []
         self._logits = torch.empty(0)
@@ -84,7 +84,7 @@ class LocalDecoding:
     @property
     def num_places(self) -> int:
         """Tracks that would find a place in the batch."""
-        return max(0, self._max_batch - len(self._waiting) - len(self._running))
+        return max(0, self._max_num_seqs - len(self._waiting) - len(self._running))
 
     def add(self, track: Track) -> None:
         """The track, which has not ended, begins when there is a place and memory."""
@@ -111,7 +111,7 @@ class LocalDecoding:
         self._logits = output.logits[:, -1]
 
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._max_batch:
+        while self._waiting and len(self._running) < self._max_num_seqs:
             track = self._waiting[0]
             manifest, tokens = track.manifest, track.manifest.tokens_to_come
             rows, eviction = opened(manifest, track.body)

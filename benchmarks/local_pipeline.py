@@ -35,7 +35,7 @@ TRANSFER = TransferId(request_id="local", attempt=0, prefill_epoch="local")
 NO_GUARD = Guard()
 MAX_IMAGES = 16
 
-Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,10 @@ class LocalPipeline:
         sharing: Which layers of the model may share KV.
     """
 
-    def __init__(self, model: str, *, dtype: Dtype, threads: int, kv_memory_mib: int, max_batch: int) -> None:
+    def __init__(self, model: str, *, dtype: Dtype, threads: int, kv_memory_mib: int, max_num_seqs: int) -> None:
         prefill = load_prefill(PrefillConfig(model=model, dtype=dtype, threads=threads))
         decode_config = DecodeConfig(
-            model=model, dtype=dtype, threads=threads, kv_memory_mib=kv_memory_mib, max_batch=max_batch
+            model=model, dtype=dtype, threads=threads, kv_memory_mib=kv_memory_mib, max_num_seqs=max_num_seqs
         )
         decode = load_decode(decode_config)
         self._tokenizer: Any = prefill.processor.tokenizer
@@ -73,7 +73,7 @@ class LocalPipeline:
         metrics = PrefillMetrics(worker="local", model="local")
         self._compute = PrefillCompute(prefill.engine, self._tokenizer, prefill.spec, prefill.identity, metrics)
         pool, _ = build_engine(decode_config, decode)
-        self.decoding = LocalDecoding(decode.model, pool, max_batch=max_batch)
+        self.decoding = LocalDecoding(decode.model, pool, max_num_seqs=max_num_seqs)
 
     def build(self, messages: list[public.Message], *, max_new_tokens: int) -> Prompt:
         """The prompt of a conversation."""

@@ -57,14 +57,14 @@ class RandomBlockPool(BlockPool):
 
 
 def build_pool(
-    config: ModelConfig, capacity: int, *, max_batch: int, max_tokens: int, random: bool = True
+    config: ModelConfig, capacity: int, *, max_num_seqs: int, max_tokens: int, random: bool = True
 ) -> KVPool[Any, Any]:
     """The storage that the decode worker would choose, on the same device.
 
     Args:
         config: The model.
         capacity: Bytes.
-        max_batch: Sequences in one step at most.
+        max_num_seqs: Sequences in one step at most.
         max_tokens: Context of the model.
         random: Whether installed sequences will be random anyway, so that a GPU's pool need not copy them.
     """
@@ -77,15 +77,15 @@ def build_pool(
         device=config.torch_device,
         kernels=kernels_for(config.torch_device),
         block_size=config.block_size,
-        max_batch=max_batch,
+        max_num_seqs=max_num_seqs,
         max_tokens=max_tokens,
     )
 
 
-def build_engine(model: PreTrainedModel, pool: KVPool[Any, Any], *, max_batch: int) -> DecodeEngine:
+def build_engine(model: PreTrainedModel, pool: KVPool[Any, Any], *, max_num_seqs: int) -> DecodeEngine:
     """The steps that the decode worker would run over such a pool."""
     if isinstance(pool, BlockPool):
-        return GraphEngine(model, pool, max_batch=max_batch)
+        return GraphEngine(model, pool, max_num_seqs=max_num_seqs)
     return EagerEngine(model, pool)
 
 

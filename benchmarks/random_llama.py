@@ -31,7 +31,7 @@ class ModelConfig:
     """On `cuda` the KV lies in blocks and steps are CUDA graphs, as in the decode worker."""
     shape: ShapeName | None = None
     """Sizes of a known language model, in place of `layers`, `hidden`, `kv_heads` and `vocabulary`."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and KV."""
     kv_heads: int = 8
     """KV heads."""

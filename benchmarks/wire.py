@@ -162,7 +162,7 @@ def _cpu_ms(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
 
 def measure_prompt(config: WireConfig) -> list[dict[str, Any]]:
     """Body bytes of one question's parcel with the bundled model."""
-    pipeline = LocalPipeline(str(CHECKPOINT), dtype="bf16", threads=config.threads, kv_memory_mib=1, max_batch=1)
+    pipeline = LocalPipeline(str(CHECKPOINT), dtype="bfloat16", threads=config.threads, kv_memory_mib=1, max_num_seqs=1)
     (sample,) = draw_samples(seed=config.seed, count=1)
     message = vlcache.Message(role="user", parts=[*map(vlcache.Image, sample.images), sample.question])
     prompt = pipeline.build([message.to_proto()], max_new_tokens=2)

@@ -6,7 +6,7 @@ import asyncio
 
 from decode_worker.config import DecodeConfig
 from decode_worker.worker import DecodeWorker, build_engine, load_model
-from shared.config import parse_config
+from shared.command_line import parse_config
 from shared.model.checkpoint import refused_in_a_sentence
 from shared.rpc.serving import serve
 from shared.telemetry.logs import configure_logging

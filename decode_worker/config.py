@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from shared.config import WorkerConfig
+from shared.flags import FAILURES, LIMITS, MEMORY, NETWORK
 from shared.rpc.identity import DECODE
 
 
@@ -15,27 +16,27 @@ class DecodeConfig(WorkerConfig):
 
     roles: ClassVar[tuple[str, ...]] = (DECODE,)
 
-    name: str = "decode-0"
+    name: Annotated[str, NETWORK] = "decode-0"
     """Name of this worker in placements, metrics and logs."""
-    kv_memory_mib: int = 512
+    kv_memory_mib: Annotated[int, MEMORY] = 512
     """Memory for KV on the device, MiB; allocated once at start."""
-    block_size: int = 16
+    block_size: Annotated[int, MEMORY] = 16
     """Tokens in a block of KV on a GPU."""
-    promised_tokens: int | None = None
+    promised_tokens: Annotated[int | None, MEMORY] = None
     """New tokens whose room a reservation includes; without it all that a request may generate. A small number admits
     more sequences; one that outgrows it waits outside the pool for room, together with the youngest when it is full."""
-    transport: Literal["auto", "grpc"] = "auto"
+    transport: Annotated[Literal["auto", "grpc"], NETWORK] = "auto"
     """auto takes parcels through memory from a prefill worker in the same process or on the same host; grpc never."""
-    max_batch: int = 64
+    max_num_seqs: Annotated[int, LIMITS] = 64
     """Sequences in one step at most; more wait their turn."""
-    lease_s: float = 30.0
+    lease_s: Annotated[float, FAILURES] = 30.0
     """Life of a reservation without renewal, seconds."""
-    step_timeout_s: float = 30.0
+    step_timeout_s: Annotated[float, FAILURES] = 30.0
     """A worker whose step takes longer fails its polls until the step has ended, so that routers give it up."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kv_memory_mib", "max_batch", "block_size"):
+        for name in ("kv_memory_mib", "max_num_seqs", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.step_timeout_s <= 0:

@@ -49,14 +49,14 @@ class StepGraph:
 class GraphEngine:
     """Implements `DecodeEngine` over a `BlockPool`. Graphs are captured at construction, the largest first."""
 
-    def __init__(self, model: PreTrainedModel, pool: BlockPool, *, max_batch: int) -> None:
+    def __init__(self, model: PreTrainedModel, pool: BlockPool, *, max_num_seqs: int) -> None:
         self._model = model
         self._pool = pool
         self._eager = EagerEngine(model, pool)
         self._device = pool.key_blocks.device
         self._stream, self._memory = _stream_and_memory(self._device)
         # the smaller ones live in the memory of the largest
-        sizes = batch_sizes(max_batch)[::-1]
+        sizes = batch_sizes(max_num_seqs)[::-1]
         self._graphs = {size: self._capture(size) for size in track(sizes, "decode steps captured")}
         log.info("captured decode steps of %s sequences", ", ".join(str(size) for size in sorted(self._graphs)))
 
@@ -125,10 +125,10 @@ class GraphEngine:
         return logits, greedy, graph.replay
 
 
-def batch_sizes(max_batch: int) -> list[int]:
-    """Powers of two, and `max_batch` itself."""
-    sizes = [1 << exponent for exponent in range(max_batch.bit_length()) if 1 << exponent < max_batch]
-    return [*sizes, max_batch]
+def batch_sizes(max_num_seqs: int) -> list[int]:
+    """Powers of two, and `max_num_seqs` itself."""
+    sizes = [1 << exponent for exponent in range(max_num_seqs.bit_length()) if 1 << exponent < max_num_seqs]
+    return [*sizes, max_num_seqs]
 
 
 def _stream_and_memory(device: torch.device) -> tuple[torch.cuda.Stream | None, Any]:

@@ -68,12 +68,12 @@ class DecodeScheduler:
         engine: DecodeEngine,
         deliver: Callable[[StepOutcome], None],
         *,
-        max_batch: int,
+        max_num_seqs: int,
         metrics: DecodeMetrics,
     ) -> None:
         self._engine = engine
         self._deliver = deliver
-        self._max_batch = max_batch
+        self._max_num_seqs = max_num_seqs
         self._metrics = metrics
         self._changed = threading.Condition()
         self._joining: deque[Sequence] = deque()
@@ -166,7 +166,7 @@ class DecodeScheduler:
                 return None
             left = self._remove(self._leaving)
             self._leaving = set()
-            while self._joining and len(self._running) < self._max_batch:
+            while self._joining and len(self._running) < self._max_num_seqs:
                 joins = self._joining.popleft()
                 now = time.monotonic()
                 joins.runs_since = joins.runs_since or now
@@ -211,7 +211,7 @@ class DecodeScheduler:
 
     def _replay(self, sequence: Sequence) -> StepOutcome:
         """One pass, as large as a batch and the sequence's room allow."""
-        number = min(len(sequence.known), self._max_batch, sequence.kv.room - sequence.kv.appended)
+        number = min(len(sequence.known), self._max_num_seqs, sequence.kv.room - sequence.kv.appended)
         try:
             self._engine.replay(sequence, number)
         except Exception:

@@ -78,10 +78,10 @@ def build_engine(config: DecodeConfig, model: LoadedModel) -> tuple[KVPool[Any, 
         device=device,
         kernels=kernels_for(device),
         block_size=config.block_size,
-        max_batch=config.max_batch,
+        max_num_seqs=config.max_num_seqs,
         max_tokens=model.identity.context_tokens,
     )
-    return blocks, GraphEngine(model.model, blocks, max_batch=config.max_batch)
+    return blocks, GraphEngine(model.model, blocks, max_num_seqs=config.max_num_seqs)
 
 
 class DecodeWorker:
@@ -122,7 +122,7 @@ class DecodeWorker:
         def deliver(outcome: StepOutcome) -> None:
             loop.call_soon_threadsafe(self.runner.deliver, outcome)
 
-        scheduler = DecodeScheduler(engine, deliver, max_batch=config.max_batch, metrics=self.metrics)
+        scheduler = DecodeScheduler(engine, deliver, max_num_seqs=config.max_num_seqs, metrics=self.metrics)
         self.runner.connect(scheduler)
         self._arenas = ArenaDirectory() if config.transport == "auto" else None
         self.receiver = KVReceiver(self.runner, self._reservations, model.identity.layout)

@@ -24,7 +24,7 @@ from prefill_worker.compression.sparse.kv_sharer import KVSharerPrefill
 from prefill_worker.config import PrefillConfig
 from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.prompt import Prompt, PromptBuilder
-from shared.config import parse_config
+from shared.command_line import parse_config
 from shared.errors import ServiceError
 from shared.model.checkpoint import open_checkpoint
 from shared.model.loading import checkpoint_hash, load_prefill_model
@@ -41,7 +41,7 @@ class CalibrationConfig:
     """JSON list of prompts like those to come: {"images": [files beside it], "question": text}; others are ignored."""
     threshold: float = 0.5
     """What the cosine of the last hidden states with the undisturbed model's must exceed, in [-1, 1]."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the passes; what is found serves all."""
     device: str = "cpu"
     """torch device."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from prefill_worker.preprocess.video_limits import MAX_VIDEO_FRAMES, MAX_VIDEO_TOKENS, MIN_FRAME_TOKENS
 from shared.config import WorkerConfig
+from shared.flags import COMPRESSION, COMPUTE, FAILURES, LIMITS, MEMORY, NETWORK
 from shared.rpc.identity import PREFILL
 from shared.rpc.options import MIB
 
@@ -32,55 +33,55 @@ class PrefillConfig(WorkerConfig):
 
     roles: ClassVar[tuple[str, ...]] = (PREFILL,)
 
-    name: str = "prefill-0"
+    name: Annotated[str, NETWORK] = "prefill-0"
     """Name of this worker in placements, metrics and logs."""
-    arena_mib: int = 256
+    arena_mib: Annotated[int, MEMORY] = 256
     """Shared memory for parcels, MiB."""
-    retained_mib: int | None = None
+    retained_mib: Annotated[int | None, MEMORY] = None
     """Parcels that stay there after their transfer, to be sent again when a decode worker is lost, MiB at most; half of
     the arena when absent, so that new parcels find room without giving one up each time. 0 keeps none."""
-    parcel_lease_s: float = 30.0
+    parcel_lease_s: Annotated[float, FAILURES] = 30.0
     """Life of a retained parcel without renewal, seconds."""
-    socket_dir: Path = field(default_factory=lambda: Path(tempfile.gettempdir()) / "vlcache-arenas")
+    socket_dir: Annotated[Path, NETWORK] = field(default_factory=lambda: Path(tempfile.gettempdir()) / "vlcache-arenas")
     """Private directory of the Unix socket that hands the arena to decode workers on this host."""
-    max_images: int = 16
+    max_images: Annotated[int, LIMITS] = 16
     """Images and videos of one request at most."""
-    max_video_frames: int = MAX_VIDEO_FRAMES
+    max_video_frames: Annotated[int, LIMITS] = MAX_VIDEO_FRAMES
     """Frames that are looked at of one video, at most."""
-    max_video_tokens: int = MAX_VIDEO_TOKENS
+    max_video_tokens: Annotated[int, LIMITS] = MAX_VIDEO_TOKENS
     """Visual tokens of one video at most: frames are shown smaller where they would be more. At least 8 per frame."""
-    max_new_tokens: int = 4096
-    """Largest max_new_tokens that a request may ask for."""
-    default_max_new_tokens: int = 256
-    """max_new_tokens of a request that names none."""
-    default_retention: float = 0.10
+    max_new_tokens: Annotated[int, LIMITS] = 4096
+    """Largest `max_new_tokens` that a request may ask for."""
+    default_max_new_tokens: Annotated[int, LIMITS] = 256
+    """`max_new_tokens` of a request that names none."""
+    default_retention: Annotated[float, COMPRESSION] = 0.10
     """Kept share of a request that names none, in (0, 1]."""
-    max_dropped_attention: float = 1.0
+    max_dropped_attention: Annotated[float, COMPRESSION] = 1.0
     """Quality guard of a request that names none: the largest weight, in [0, 1], that one of an answer's first tokens
     may give a dropped token, mean over layers, before more is kept; 1 is off."""
-    cascade: bool = False
+    cascade: Annotated[bool, COMPRESSION] = False
     """Drop KV layer by layer during a prefill, where the policy allows it: the same parcels from far less memory, for
     some more work in each layer."""
-    early_shipping: bool = False
-    """Send KV that is certain to be kept while the prefill goes on, where it travels over gRPC; needs `cascade`. Gains
-    on slow links alone."""
-    max_waiting: int = 256
+    early_shipping: Annotated[bool, COMPRESSION] = False
+    """Send KV that is certain to be kept while the prefill goes on, where it travels over gRPC; needs `--cascade`.
+    Gains on slow links alone."""
+    max_waiting: Annotated[int, LIMITS] = 256
     """Requests admitted and not yet computing; more are refused."""
-    vision_cache_mib: int = 256
+    vision_cache_mib: Annotated[int, MEMORY] = 256
     """What the vision tower made of images that may come again, MiB of the device at most; 0 keeps none."""
-    prefix_cache_mib: int = 0
+    prefix_cache_mib: Annotated[int, MEMORY] = 0
     """Full KV of prompts up to their last image, for more questions about the same images: MiB of the device at most;
     0 keeps none. An image takes as much as its tokens' KV before compression."""
-    prefill_chunk: int = 4096
+    prefill_chunk: Annotated[int, COMPUTE] = 4096
     """Longer prompts pass through the model in pieces of so many tokens, which bounds the memory of activations; 0
     passes every prompt at once."""
-    preprocess_processes: int = 2
+    preprocess_processes: Annotated[int, COMPUTE] = 2
     """Processes that decode images and tokenise."""
-    preprocess_timeout_s: float = 20.0
+    preprocess_timeout_s: Annotated[float, FAILURES] = 20.0
     """Time that one request may take there, seconds; its process is then replaced."""
-    preprocess_memory_mib: int = 2048
+    preprocess_memory_mib: Annotated[int, MEMORY] = 2048
     """Memory for data that each of them may have, MiB."""
-    preprocess_queue_mib: int = 512
+    preprocess_queue_mib: Annotated[int, MEMORY] = 512
     """Requests that wait for one of them, MiB together."""
 
     def __post_init__(self) -> None:

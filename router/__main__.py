@@ -9,7 +9,7 @@ import uvloop
 
 from router.config import RouterConfig
 from router.router import Router
-from shared.config import parse_config
+from shared.command_line import parse_config
 from shared.rpc.lifecycle import stop_signal
 from shared.telemetry.announce import announce
 from shared.telemetry.logs import configure_logging

@@ -116,15 +116,15 @@ class Router:
         Raises:
             OSError: A port cannot be bound.
         """
-        listen = self._config.listen
+        config = self._config
         servicer = InferenceServicer(self._reception, self.table, self.accounting)
         async with contextlib.AsyncExitStack() as stack:
-            exporter = MetricsExporter(self.metrics.registry, host=listen.host, port=listen.metrics_port)
+            exporter = MetricsExporter(self.metrics.registry, host=config.host, port=config.metrics_port)
             stack.enter_context(exporter)
             self._server = await RpcServer.start(
-                name=self._config.name,
-                host=listen.host,
-                port=listen.port,
+                name=config.name,
+                host=config.host,
+                port=config.port,
                 register=servicer.register,
                 services=[SERVICE_NAME],
                 max_request_bytes=MAX_REQUEST_BYTES,
@@ -139,7 +139,7 @@ class Router:
             stack.push_async_callback(self._server.stop, 0)
             self.http_address = await self._serve_http(stack)
             await stack.enter_async_context(_running(self.table.run()))
-            await stack.enter_async_context(_running(break_silence(self.table, self._config.token_timeout_s)))
+            await stack.enter_async_context(_running(break_silence(self.table, config.token_timeout_s)))
             await stack.enter_async_context(_running(self._migration.run()))
             await stack.enter_async_context(watch_event_loop(self.metrics.event_loop_delay))
             self._health = asyncio.create_task(follow_workers(self.table, self.accounting, self._server.set_ready))
@@ -191,7 +191,7 @@ class Router:
         server = await http_server().HttpServer.start(
             self._reception,
             self.table,
-            host=config.listen.host,
+            host=config.host,
             port=config.http_port,
             timeout_s=config.http_timeout_s,
             image_url_hosts=config.image_url_hosts,

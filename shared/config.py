@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-import tyro
-
+from shared.flags import COMPUTE, FAILURES, MODEL, NETWORK, TELEMETRY
 from shared.registry.address import split_address
 from shared.registry.location import open_listing
 from shared.rpc.security import Security
 from shared.telemetry.logs import LogFormat, LogLevel
 from shared.telemetry.tracer import check_endpoint
 
-Config = TypeVar("Config")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 WILDCARDS = ("0.0.0.0", "[::]", "::")  # noqa: S104 - to refuse telling others to connect to them
 
 
+def check_port(port: int) -> None:
+    """Raises ValueError where there is no such port."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"a port lies between 0 and 65535, not {port}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Listen:
-    """Where a service listens."""
-
-    host: str = "127.0.0.1"
-    """Address to bind."""
-    port: int = 0
-    """gRPC port; 0 picks a free one."""
-    metrics_port: int = 0
-    """HTTP port of /metrics; 0 picks a free one."""
-
-    def __post_init__(self) -> None:
-        for port in (self.port, self.metrics_port):
-            if not 0 <= port <= 65535:
-                raise ValueError(f"a port lies between 0 and 65535, not {port}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerListen(Listen):
     """Where a worker listens, and where others find it."""
 
+    host: str = "127.0.0.1"
+    port: int = 0
+    metrics_port: int = 0
     advertise: str = ""
-    """host:port that is written to the registry, port 0 for the bound one; the bound address when empty."""
+    """host:port that others are told, port 0 for the bound one; the bound address when empty."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.advertise:
             split_address(self.advertise, lowest_port=0)
 
@@ -57,16 +47,27 @@ class WorkerListen(Listen):
 class ServiceConfig(Security):
     """What every service is told."""
 
-    log_level: LogLevel = "INFO"
+    host: Annotated[str, NETWORK] = "127.0.0.1"
+    """Address to bind. Others than loopback take certificates, or `--allow-plaintext`."""
+    port: Annotated[int, NETWORK] = 0
+    """gRPC port; 0 picks a free one."""
+    metrics_port: Annotated[int, NETWORK] = 0
+    """HTTP port of /metrics; 0 picks a free one."""
+    log_level: Annotated[LogLevel, TELEMETRY] = "INFO"
     """What is logged to stderr; DEBUG tells more of this service's own code, and of no library."""
-    log_format: LogFormat = "text"
+    log_format: Annotated[LogFormat, TELEMETRY] = "text"
     """Lines for people, or one JSON object per line."""
-    otlp_endpoint: str = ""
+    otlp_endpoint: Annotated[str, TELEMETRY] = ""
     """Where traces go, over OTLP/gRPC: host:port or http://host:port in plaintext, https://host:port over TLS; nothing
     is traced when empty. Needs the extra `traces`."""
+    drain_s: Annotated[float, FAILURES] = 30.0
+    """Time that running requests get to finish at SIGTERM or SIGINT, seconds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_host(self.host)
+        check_port(self.port)
+        check_port(self.metrics_port)
         if self.otlp_endpoint:
             check_endpoint(self.otlp_endpoint)
 
@@ -75,38 +76,38 @@ class ServiceConfig(Security):
 class WorkerConfig(ServiceConfig):
     """What every kind of worker is told."""
 
-    model: str
+    model: Annotated[str, MODEL]
     """Checkpoint: a directory, or a Hugging Face hub id."""
-    revision: str = ""
-    """Branch, tag or commit of a hub id, the same on all workers; its main branch when empty."""
-    model_name: str = ""
+    revision: Annotated[str, MODEL] = ""
+    """Branch, tag or commit of a hub id; its main branch when empty."""
+    served_model_name: Annotated[str, MODEL] = ""
     """Name under which clients ask for the model; the checkpoint's own name when empty."""
-    listen: WorkerListen = field(default_factory=WorkerListen)
-    """Where to listen."""
-    registry: str = ""
+    dtype: Annotated[Dtype, MODEL] = "auto"
+    """Precision of weights and KV; auto is bfloat16 on a GPU or an AMX machine, else float32."""
+    max_model_len: Annotated[int | None, MODEL] = None
+    """Tokens of prompt and answer together; the model's own limit when absent, which is also the most. Workers with
+    different ones are never paired."""
+    advertise: Annotated[str, NETWORK] = ""
+    """host:port that is written to the registry, port 0 for the bound one; the bound address when empty."""
+    registry: Annotated[str, NETWORK] = ""
     """Where the worker publishes itself: redis://[user@]host:port[/db][?prefix=...], or rediss:// for TLS; empty when
     routers have a static list. A password is best left to VLCACHE_REDIS_PASSWORD."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of weights and KV, the same on all workers; auto is bf16 on a GPU or an AMX machine, else fp32."""
-    device: str = "cpu"
+    device: Annotated[str, COMPUTE] = "cpu"
     """torch device, such as cpu or cuda:0; decode keeps KV in slabs on a CPU, in blocks on a GPU."""
-    threads: int = 0
+    threads: Annotated[int, COMPUTE] = 0
     """torch threads of each role in the process; 0 leaves torch's own choice."""
-    drain_s: float = 30.0
-    """Time that running requests get to finish at SIGTERM, seconds."""
+
+    @property
+    def listen(self) -> Listen:
+        """Where to listen."""
+        return Listen(host=self.host, port=self.port, metrics_port=self.metrics_port, advertise=self.advertise)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_host(self.listen.host)
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ValueError(f"max_model_len must be at least 1, not {self.max_model_len}")
+        listen = self.listen
         if self.registry:
             open_listing(self.registry)
-            if self.listen.host in WILDCARDS and not self.listen.advertise:
-                raise ValueError(f"nobody can connect to {self.listen.host}: tell others where with --listen.advertise")
-
-
-def parse_config(config: type[Config], description: str) -> Config:
-    """Builds a configuration from the command line; a bad value ends the process with a sentence and code 2."""
-    try:
-        return tyro.cli(config, description=description, config=(tyro.conf.FlagConversionOff,))
-    except ValueError as error:
-        raise SystemExit(f"configuration error: {error}") from error
+            if listen.host in WILDCARDS and not listen.advertise:
+                raise ValueError(f"nobody can connect to {listen.host}: tell others where with --advertise")

@@ -9,6 +9,7 @@ import tyro
 
 from deploy.local.stack import StackConfig
 from models.shapes_vlm.paths import CHECKPOINT
+from shared.config import Dtype
 
 # A parcel that nobody renews is given up after this.
 LEASE_S = 5.0
@@ -34,7 +35,7 @@ class ChaosConfig:
     """Of every other question."""
     model: str = str(CHECKPOINT)
     """Checkpoint directory or hub id; prompts are about the bundled model's kind of images."""
-    dtype: str = "fp32"
+    dtype: Dtype = "float32"
     """Precision of the workers: an answer that goes on in another batch is the same one where sums are exact enough."""
     seed: int = 31
     """Seed of questions, answers and deaths."""
@@ -55,7 +56,7 @@ class ChaosConfig:
             model=self.model,
             prefill_workers=self.workers,
             decode_workers=self.workers,
-            worker_flags=("--dtype", self.dtype),
+            dtype=self.dtype,
             prefill_flags=("--parcel-lease-s", str(LEASE_S), "--preprocess-processes", "1"),
             router_flags=("--poll-interval-s", "0.2"),
         )

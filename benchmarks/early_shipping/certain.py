@@ -24,7 +24,7 @@ def certain_shares(policies: list[str], budget: Budget, *, prompts: int, threads
 
     `density` is that of `vl_cache`, whatever the policy.
     """
-    pipeline = LocalPipeline(str(CHECKPOINT), dtype="fp32", threads=threads, kv_memory_mib=1, max_batch=1)
+    pipeline = LocalPipeline(str(CHECKPOINT), dtype="float32", threads=threads, kv_memory_mib=1, max_num_seqs=1)
     passed = [_layers(pipeline, policies, budget, sample) for sample in draw_samples(seed=0, count=prompts)]
     density = statistics.fmean(1 - VLCache().sparsity(layer) for layers in passed for layer in layers)
     rows = []

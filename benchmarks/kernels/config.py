@@ -17,7 +17,7 @@ class KernelsConfig:
 
     device: Literal["cuda", "cpu"] = "cuda"
     """`cpu` runs the reference kernels: it tries the benchmark, its figures say nothing about the kernels."""
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of queries and KV."""
     batch: int = 16
     """Sequences in the step."""

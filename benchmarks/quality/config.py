@@ -44,7 +44,7 @@ class QualityConfig:
     model: str = str(CHECKPOINT)
     """Checkpoint directory or hub id; questions are about the bundled model's kind of images."""
     dtype: Dtype = "auto"
-    """Precision of weights and KV; auto is bf16 on a GPU or an AMX machine, else fp32."""
+    """Precision of weights and KV; auto is bfloat16 on a GPU or an AMX machine, else float32."""
     threads: int = 1
     """torch threads; more than there are idle cores is far slower than one."""
     max_new_tokens: int = 64

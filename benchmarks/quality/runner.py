@@ -49,7 +49,7 @@ class QualityRunner:
             dtype=config.dtype,
             threads=config.threads,
             kv_memory_mib=config.kv_memory_mib,
-            max_batch=config.batch,
+            max_num_seqs=config.batch,
         )
         self._contenders = [contender for contender in config.contenders if self._runs(contender)]
         self.settings = config.settings(self._contenders)

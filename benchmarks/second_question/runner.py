@@ -31,7 +31,7 @@ class SecondQuestionRunner:
             dtype=config.dtype,
             threads=config.threads,
             kv_memory_mib=config.kv_memory_mib,
-            max_batch=config.batch,
+            max_num_seqs=config.batch,
         )
         self._engine = load_engine(PrefillConfig(model=config.model, dtype=config.dtype, threads=config.threads))
         self._pairs = draw_pairs(seed=config.seed, count=config.pairs, tasks=config.tasks)

@@ -23,7 +23,7 @@ class ServeBenchConfig:
     """host:port of a stack that runs; a stack of its own is started when empty."""
     kv_memory_mib: int = 14
     """Own stack: memory of each decode worker for KV, MiB."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Own stack: precision of weights and KV."""
     prefill_workers: int = 1
     """Own stack: prefill workers."""
@@ -91,5 +91,5 @@ class ServeBenchConfig:
             decode_workers=self.decode_workers,
             kv_memory_mib=self.kv_memory_mib,
             threads=self.threads,
-            worker_flags=("--dtype", self.dtype),
+            dtype=self.dtype,
         )

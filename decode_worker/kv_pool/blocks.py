@@ -55,7 +55,7 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         device: Where the blocks lie.
         kernels: Of that device.
         block_size: Tokens in a block.
-        max_batch: Sequences in one step at most.
+        max_num_seqs: Sequences in one step at most.
         max_tokens: Tokens of one sequence at most, generated ones included.
     """
 
@@ -67,7 +67,7 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         device: torch.device,
         kernels: Kernels,
         block_size: int,
-        max_batch: int,
+        max_num_seqs: int,
         max_tokens: int,
     ) -> None:
         super().__init__(layout)
@@ -87,7 +87,7 @@ class BlockPool(KVPool[BlockAllocation, BlockKV]):
         self._used = np.zeros(self._num_blocks, dtype=np.bool_)
         self.tables = SlotTables(
             layout=layout,
-            slots=max_batch,
+            slots=max_num_seqs,
             max_blocks=min(-(-max_tokens // block_size), self._num_blocks),
             trash_block=TRASH_BLOCK,
             device=device,

@@ -6,7 +6,7 @@ import asyncio
 
 from deploy.combined.config import CombinedConfig
 from deploy.combined.worker import build_workers, load_model
-from shared.config import parse_config
+from shared.command_line import parse_config
 from shared.model.checkpoint import refused_in_a_sentence
 from shared.rpc.serving import serve
 from shared.telemetry.logs import configure_logging

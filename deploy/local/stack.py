@@ -17,10 +17,12 @@ from typing import Any
 
 import vlcache
 
+from decode_worker.config import DecodeConfig
 from deploy.local.credentials import Credentials, authority_module
 from deploy.local.forks import Forks
 from deploy.local.processes import Announcement, Child, ChildFailedError
 from models.shapes_vlm.paths import CHECKPOINT
+from shared.config import Dtype, WorkerConfig
 from shared.registry.location import open_listing
 from shared.rpc.lifecycle import stop_signal
 
@@ -45,8 +47,18 @@ class StackConfig:
     """The router's page for people, at its HTTP port, which then is 8000 unless said otherwise."""
     model: str = str(CHECKPOINT)
     """Checkpoint: a directory, or a Hugging Face hub id."""
-    model_name: str = "shapes-vlm"
+    revision: str = WorkerConfig.revision
+    """Branch, tag or commit of a hub id; its main branch when empty."""
+    served_model_name: str = "shapes-vlm"
     """Name under which clients ask for it."""
+    dtype: Dtype = WorkerConfig.dtype
+    """Precision of weights and KV; auto is bfloat16 on a GPU or an AMX machine, else float32."""
+    device: str = WorkerConfig.device
+    """torch device of all workers, such as cpu or cuda:0."""
+    max_model_len: int | None = WorkerConfig.max_model_len
+    """Tokens of prompt and answer together; the model's own limit when absent."""
+    max_num_seqs: int = DecodeConfig.max_num_seqs
+    """Sequences in one step of a process that decodes, at most; more wait their turn."""
     prefill_workers: int = 1
     """Processes that compute prompts."""
     decode_workers: int = 1
@@ -277,7 +289,8 @@ class Stack:
         return [*arena, *self._config.prefill_flags]
 
     def _decode_flags(self) -> list[str]:
-        return ["--kv-memory-mib", str(self._config.kv_memory_mib), *self._config.decode_flags]
+        memory, seqs = str(self._config.kv_memory_mib), str(self._config.max_num_seqs)
+        return ["--kv-memory-mib", memory, "--max-num-seqs", seqs, *self._config.decode_flags]
 
     async def _start_worker(self, module: str, name: str, flags: list[str], *, roles: int = 1) -> None:
         child = await self._child(module, name, [*self._worker_flags(name), *flags], roles=roles)
@@ -286,14 +299,17 @@ class Stack:
     async def _start_router(self, workers: list[str]) -> None:
         flags = ["--name", "router", "--registry", self._config.registry or "static://" + ",".join(workers)]
         if self._config.router_http_port is not None:
-            flags += ["--http-port", str(self._config.router_http_port), "--ui", str(self._config.ui)]
-        flags += ["--listen.host", self._config.host, *self._security("router"), *self._config.router_flags]
+            flags += ["--http-port", str(self._config.router_http_port), "--ui" if self._config.ui else "--no-ui"]
+        flags += ["--host", self._config.host, *self._security("router"), *self._config.router_flags]
         child = await self._child(self._modules.router, "router", flags, roles=1, port=self._config.port)
         self._routers.append(child)
 
     def _worker_flags(self, name: str) -> list[str]:
         config = self._config
-        model = ["--model", config.model, "--model-name", config.model_name]
+        model = ["--model", config.model, "--revision", config.revision]
+        model += ["--served-model-name", config.served_model_name, "--dtype", config.dtype, "--device", config.device]
+        if config.max_model_len is not None:
+            model += ["--max-model-len", str(config.max_model_len)]
         threads = config.threads or max(1, (os.cpu_count() or 1) // (config.prefill_roles + config.decode_roles))
         flags = [*model, "--name", name, "--threads", str(threads), *self._security(name), *config.worker_flags]
         return [*flags, "--registry", config.registry]
@@ -308,7 +324,7 @@ class Stack:
 
     async def _spawn(self, name: str, launch: Launch, ports: tuple[str, str]) -> Child:
         """Starts a child; `ports` are those of gRPC and of the metrics."""
-        flags = [*launch.flags, "--listen.port", ports[0], "--listen.metrics-port", ports[1]]
+        flags = [*launch.flags, "--port", ports[0], "--metrics-port", ports[1]]
         return await Child.start(self._forks, launch.module, name, flags, log_dir=self.log_dir, roles=launch.roles)
 
     def _note_end(self, child: Child, code: int, *, expected: bool) -> None:

@@ -116,9 +116,14 @@ class WorkerTable:
         return {worker.info.model.name for worker in self.workers()}
 
     def served_models(self) -> dict[str, Worker]:
-        """Models that at least one ready pair serves, each with a prefill worker that describes it."""
+        """Models that at least one ready pair serves, each with a prefill worker that describes it.
+
+        While workers are replaced by others with another `--max-model-len`, it is one of the longest: what is reserved
+        by its description is enough for all.
+        """
         ready = {name: [each for each in groups if each.ready] for name, groups in sorted(self._all_groups().items())}
-        return {name: groups[0].prefill[0] for name, groups in ready.items() if groups}
+        described = {name: [group.prefill[0] for group in groups] for name, groups in ready.items() if groups}
+        return {name: max(workers, key=_context_tokens) for name, workers in described.items()}
 
     def check_integrity(self, *, idle: bool = False) -> None:
         """Asserts the invariant; `idle` says that no request is in flight."""
@@ -226,6 +231,10 @@ class WorkerTable:
         for watcher in watchers:
             watcher.cancel()
         await asyncio.gather(*watchers, return_exceptions=True)
+
+
+def _context_tokens(worker: Worker) -> int:
+    return worker.info.model.context_tokens
 
 
 def _why(error: ServiceError) -> str:

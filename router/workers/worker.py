@@ -110,9 +110,10 @@ class Worker:
         self.circuits = Circuits(CALLS[self.info.role], self.clock)
 
     @property
-    def key(self) -> tuple[str, str]:
-        """Model and compatibility hash: workers with equal keys can exchange KV."""
-        return self.info.model.name, self.info.model.compatibility
+    def key(self) -> tuple[str, str, int]:
+        """Model, compatibility hash and context: workers with equal keys can exchange KV of every prompt."""
+        model = self.info.model
+        return model.name, model.compatibility, model.context_tokens
 
     @property
     def ready(self) -> bool:

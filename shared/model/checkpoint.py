@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,13 +42,25 @@ def open_checkpoint(config: WorkerConfig) -> Checkpoint:
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        UnsupportedModelError: Its architecture cannot be served, or its weights are pickled.
+        UnsupportedModelError: Its architecture cannot be served, its weights are pickled, or it has fewer tokens of
+            context than it was asked for.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     device = torch.device(config.device)
     path = resolve_checkpoint(config.model, config.revision)
     dtype = pick_dtype(config.dtype, device)
-    spec = load_spec(path, dtype)
-    identity = ModelIdentity.of(config.model_name, path, spec)
+    spec = _shortened(load_spec(path, dtype), config.max_model_len)
+    identity = ModelIdentity.of(config.served_model_name, path, spec)
     return Checkpoint(path=path, device=device, dtype=dtype, spec=spec, identity=identity)
+
+
+def _shortened(spec: VLMSpec, max_model_len: int | None) -> VLMSpec:
+    """The same with a context of `max_model_len` tokens; None leaves the model's own."""
+    if max_model_len is None:
+        return spec
+    if max_model_len > spec.context_tokens:
+        raise UnsupportedModelError(
+            f"--max-model-len {max_model_len} is more than the {spec.context_tokens} tokens of the model"
+        )
+    return replace(spec, context_tokens=max_model_len)

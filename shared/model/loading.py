@@ -26,7 +26,7 @@ from shared.model.trial import try_out
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Bytes of each weight file that enter the compatibility hash; hashing 14 GB at every start would take a minute.
 HASHED_BYTES = 1 << 20
 LANGUAGE_PARTS = ("language_model", "text_model")

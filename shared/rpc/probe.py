@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from shared.config import parse_config
+from shared.command_line import parse_config
 from shared.rpc.identity import channel_credentials
 from shared.rpc.security import Tls
 from shared.rpc.server import SERVING

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from shared.flags import SECURITY
 from shared.rpc.identity import Identity, TlsFiles
 
 
@@ -17,12 +18,12 @@ class Tls:
     roles: ClassVar[tuple[str, ...]] = ()
     """What its certificate must name."""
 
-    tls_cert: Path | None = None
+    tls_cert: Annotated[Path | None, SECURITY] = None
     """PEM file of this process's certificate, which names its hosts and, as spiffe://vlcache/ROLE, its roles; with
-    tls_key and tls_ca all services speak TLS with each other. Replaced files are used without a restart."""
-    tls_key: Path | None = None
+    --tls-key and --tls-ca all services speak TLS with each other. Replaced files are used without a restart."""
+    tls_key: Annotated[Path | None, SECURITY] = None
     """PEM file of its private key."""
-    tls_ca: Path | None = None
+    tls_ca: Annotated[Path | None, SECURITY] = None
     """PEM file of the CA that signs the certificates of all services."""
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ class Tls:
 class Security(Tls):
     """Part of the configuration of every service."""
 
-    allow_plaintext: bool = False
+    allow_plaintext: Annotated[bool, SECURITY] = False
     """Listen without TLS on other addresses than loopback, where others may read along and call."""
 
     def check_host(self, host: str) -> None:
@@ -59,7 +60,7 @@ class Security(Tls):
         if self.tls_cert is None and not self.allow_plaintext and not is_loopback(host):
             raise ValueError(
                 f"without TLS everybody who reaches {host} could read along and call: give --tls-cert, --tls-key and "
-                "--tls-ca, listen on 127.0.0.1, or allow it with --allow-plaintext True"
+                "--tls-ca, listen on 127.0.0.1, or allow it with --allow-plaintext"
             )
 
 

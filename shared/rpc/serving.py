@@ -10,7 +10,7 @@ from typing import Protocol
 import grpc
 from vlcache.worker.v1 import worker_pb2
 
-from shared.config import WorkerListen
+from shared.config import Listen
 from shared.registry.entry import Entry
 from shared.registry.presence import listed
 from shared.rpc.access import RoleInterceptor
@@ -34,7 +34,7 @@ class Worker(Protocol):
         """What it says it is: prefill or decode."""
 
     @property
-    def listen(self) -> WorkerListen:
+    def listen(self) -> Listen:
         """Where it wants to listen, and where others find it."""
 
     @property

@@ -35,7 +35,7 @@ class Compose:
             # what pip is configured with
             "TORCH_INDEX": "",
             # answers are compared token by token, whatever batches they shared
-            "DTYPE": "fp32",
+            "DTYPE": "float32",
             **(more or {}),
         }
 

@@ -69,8 +69,8 @@ def eager(model: Any, layout: KVLayout) -> tuple[Pool, DecodeEngine]:
 
 
 def captured(model: Any, layout: KVLayout) -> tuple[Pool, DecodeEngine]:
-    pool = block_pool(layout, CAPACITY, max_batch=MAX_BATCH, max_tokens=1024)
-    return pool, GraphEngine(model, pool, max_batch=MAX_BATCH)
+    pool = block_pool(layout, CAPACITY, max_num_seqs=MAX_BATCH, max_tokens=1024)
+    return pool, GraphEngine(model, pool, max_num_seqs=MAX_BATCH)
 
 
 @pytest.mark.parametrize("build", [eager, captured])

@@ -52,7 +52,7 @@ async def served(worker: Any) -> AsyncIterator[str]:
 @contextlib.asynccontextmanager
 async def stack(checkpoint: Path, sockets: Path) -> AsyncIterator[vlcache.AsyncClient]:
     """A client of a router of two workers."""
-    common: Any = {"model": str(checkpoint), "dtype": "fp32"}
+    common: Any = {"model": str(checkpoint), "dtype": "float32"}
     prefills = PrefillConfig(arena_mib=4, socket_dir=sockets, preprocess_processes=1, prefill_chunk=CHUNK, **common)
     decodes = DecodeConfig(kv_memory_mib=4, **common)
     model = decode.load_model(decodes)

@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> LoadedModel:
-    return load_model(DecodeConfig(model=str(checkpoint), model_name="tiny", dtype="fp32"))
+    return load_model(DecodeConfig(model=str(checkpoint), served_model_name="tiny", dtype="float32"))
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,6 @@ async def innocent(served: Served, shipment: Shipment) -> None:
 @pytest.mark.fuzz
 def test_lives(loaded: LoadedModel, shipment: Shipment) -> None:
     seen = Counter[str]()
-    run(loaded, life_after_life(shipment, seen), timeout_s=None, max_batch=4)
+    run(loaded, life_after_life(shipment, seen), timeout_s=None, max_num_seqs=4)
     # or the lives would say little
     assert {"OK", "tokens", "INVALID_ARGUMENT", "NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION"} <= seen.keys(), seen

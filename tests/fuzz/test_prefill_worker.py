@@ -31,7 +31,7 @@ ADDRESSES = ("", "127.0.0.1:1", "nobody", "127.0.0.1:99999", "unix:/tmp/x", "dns
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     torch.set_num_threads(1)
     checkpoint: Path = save_checkpoint(tmp_path_factory.mktemp("tiny"))
-    return load_model(PrefillConfig(model=str(checkpoint), dtype="fp32"))
+    return load_model(PrefillConfig(model=str(checkpoint), dtype="float32"))
 
 
 def prompt(chance: random.Random, stack: Stack) -> pb.PrefillRequest:

@@ -8,16 +8,17 @@ import pytest
 
 from deploy.local.forks import Forks
 from deploy.local.stack import StackConfig
+from shared.config import Dtype
 from tests.integration.reference import Reference
 from tests.integration.running_stack import RunningStack
 
-EXACT = ("--dtype", "fp32")
+EXACT: Dtype = "float32"
 COMBINED = {"prefill_workers": 0, "decode_workers": 0, "combined_workers": 1}
 
 
 def stack_config(transport: str, **more: object) -> StackConfig:
     """Exact arithmetic; `grpc` never maps the arena."""
-    return StackConfig(worker_flags=EXACT, decode_flags=("--transport", transport), **more)
+    return StackConfig(dtype=EXACT, decode_flags=("--transport", transport), **more)
 
 
 @pytest.fixture(scope="package")

@@ -16,7 +16,7 @@ from tests.integration.test_observability import samples_of
 
 NEW_TOKENS = 110
 # room for two of these answers, 8 KiB per token
-OVERCOMMITTED = StackConfig(worker_flags=EXACT, decode_flags=("--promised-tokens", "2"), kv_memory_mib=2)
+OVERCOMMITTED = StackConfig(dtype=EXACT, decode_flags=("--promised-tokens", "2"), kv_memory_mib=2)
 
 
 def requests() -> list[tuple[str, tuple[object, ...], vlcache.Sampling]]:

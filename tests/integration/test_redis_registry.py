@@ -19,7 +19,7 @@ import grpc
 import pytest
 from vlcache.worker.v1 import worker_pb2
 
-from shared.config import WorkerListen
+from shared.config import Listen
 from shared.errors import UnavailableError
 from shared.registry import presence, redis_client, redis_listing, redis_registry
 from shared.registry.entry import Entry
@@ -303,7 +303,7 @@ class Role:
     """A worker whose last request ends when the test says so."""
 
     role, name, services, max_request_bytes = "decode", "w", (), 1 << 20
-    listen = WorkerListen(host="127.0.0.1", advertise="node-1:0")
+    listen = Listen(host="127.0.0.1", advertise="node-1:0")
 
     def __init__(self) -> None:
         self.metrics = DecodeMetrics(worker="w", model="m")

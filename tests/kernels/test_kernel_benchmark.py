@@ -19,7 +19,7 @@ from shared.kernels.dispatch import REFERENCE, kernels_for
 
 TINY = {
     "device": "cpu",
-    "dtype": "fp32",
+    "dtype": "float32",
     "batch": 2,
     "query_heads": 4,
     "kv_heads": 2,

@@ -13,7 +13,7 @@ from vlcache.cli import main
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
-from shared.config import parse_config
+from shared.command_line import parse_config
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "security.md").read_text()
@@ -51,8 +51,8 @@ def test_every_flag_of_the_page_is_one() -> None:
     for config in SERVICES.values():
         known |= {"--" + name.replace("_", "-") for name in config.__dataclass_fields__}
     of_others = {
-        "--listen.host",
-        "--listen.port",
+        "--host",
+        "--port",
         "--hosts",
         "--ca-file",
         "--image",

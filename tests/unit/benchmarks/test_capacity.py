@@ -27,7 +27,7 @@ TOKEN_BYTES = 3 * 2 * 128 * 4
 
 def tenants_of(path: Any, retention: float) -> Tenants:
     config = path(CapacityConfig)(**SMALL)
-    pool = build_pool(config, 2 * MIB, max_batch=200, max_tokens=2 * PROMPT)
+    pool = build_pool(config, 2 * MIB, max_num_seqs=200, max_tokens=2 * PROMPT)
     return Tenants(pool, Budget(retention=retention), body=random_body(config, 2 * PROMPT), chance=Random(3))
 
 
@@ -100,7 +100,7 @@ def test_the_full_pool_steps_on_either_path(path: Any) -> None:
 
 @pytest.mark.gpu
 def test_the_full_pool_steps_on_a_gpu() -> None:
-    found = measure(CapacityConfig(**{**SMALL, "dtype": "bf16"}, device="cuda"))
+    found = measure(CapacityConfig(**{**SMALL, "dtype": "bfloat16"}, device="cuda"))
     assert found["device"] == torch.cuda.get_device_name()
     assert found["throughput_ratio"] > 0
 

@@ -51,7 +51,7 @@ def test_all_variants_step_on_either_path(path: Any) -> None:
 
 @pytest.mark.gpu
 def test_all_variants_step_on_a_gpu() -> None:
-    found = measure(DecodeStepConfig(**{**SMALL, "dtype": "bf16"}, device="cuda"))
+    found = measure(DecodeStepConfig(**{**SMALL, "dtype": "bfloat16"}, device="cuda"))
     assert list(found["percentiles_ms"]) == VARIANTS
     assert found["device"] == torch.cuda.get_device_name()
 
@@ -140,7 +140,7 @@ def test_ragged_counts_differ_and_are_never_zero() -> None:
 def test_a_pool_holds_exactly_its_sequences(path: Any) -> None:
     config = path(ModelConfig)(**SIZES)
     num_kept = (5, 16, 33)
-    pool = build_pool(config, pool_bytes(config, num_kept, 7, 3), max_batch=3, max_tokens=60)
+    pool = build_pool(config, pool_bytes(config, num_kept, 7, 3), max_num_seqs=3, max_tokens=60)
     for _ in range(3):
         pool.allocate(pool.sequence_bytes(num_kept, 7))
     assert pool.capacity - pool.used_bytes < pool.sequence_bytes(num_kept, 7)
@@ -151,10 +151,10 @@ def test_random_blocks_are_dealt_and_read() -> None:
     """Two sequences with the same tokens differ by their KV alone: were it zeros, their logits would be equal."""
     config = gpu_path(ModelConfig)(**SIZES)
     num_kept, growth = (5, 16, 33), WARM_UPS
-    pool = build_pool(config, pool_bytes(config, num_kept, growth, 2), max_batch=2, max_tokens=60)
+    pool = build_pool(config, pool_bytes(config, num_kept, growth, 2), max_num_seqs=2, max_tokens=60)
     assert isinstance(pool, RandomBlockPool)
     model = build_model(config, positions=60)
-    engine = build_engine(model, pool, max_batch=2)
+    engine = build_engine(model, pool, max_num_seqs=2)
     assert isinstance(engine, GraphEngine)
     batch = [
         install(

@@ -13,7 +13,7 @@ from benchmarks.image_reuse import KEEPS, ImageReuseConfig
 
 
 def test_it_prints_a_table_and_one_json_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    flags = ["--pairs=2", "--tasks", "read", "--dtype=fp32", "--json=-"]
+    flags = ["--pairs=2", "--tasks", "read", "--dtype=float32", "--json=-"]
     monkeypatch.setattr(sys, "argv", ["image_reuse", *flags])
     image_reuse.main()
     *lines, last = capsys.readouterr().out.splitlines()

@@ -41,7 +41,7 @@ def test_figures() -> None:
         assert found[f"{stage}_overhead"] == pytest.approx(found[f"{stage}_ms"] / found["plain_ms"] - 1)
     shares = found["stage_shares"]
     assert found["statistics_and_selection_share"] == shares["statistics"]["p50"] + shares["selection"]["p50"]
-    assert (found["rows"], found["prompt"], found["dtype"]) == (10, 60, "fp32")
+    assert (found["rows"], found["prompt"], found["dtype"]) == (10, 60, "float32")
 
 
 def test_a_gpu_has_no_stages_within_a_pass() -> None:
@@ -53,7 +53,7 @@ def test_a_gpu_has_no_stages_within_a_pass() -> None:
 @pytest.mark.gpu
 def test_it_runs_on_a_gpu() -> None:
     torch.manual_seed(0)
-    found = measure(PrefillOverheadConfig(**{**SMALL, "dtype": "bf16", "device": "cuda"}))
+    found = measure(PrefillOverheadConfig(**{**SMALL, "dtype": "bfloat16", "device": "cuda"}))
     assert found["plain_ms"] > 0
 
 

@@ -29,7 +29,7 @@ from shared.rpc.options import MIB
 from tests.unit.decode_worker.tiny import load_whole
 
 TASKS = ("read", "shape", "which")
-SETTINGS: dict[str, Any] = {"samples": 3, "tasks": TASKS, "dtype": "fp32", "kv_memory_mib": 64, "max_new_tokens": 16}
+SETTINGS: dict[str, Any] = {"samples": 3, "tasks": TASKS, "dtype": "float32", "kv_memory_mib": 64, "max_new_tokens": 16}
 POLICIES = ("vl_cache", "snap_kv:window=8", "fast_v", "oracle")
 RETENTIONS = (1.0, 0.1)
 
@@ -103,7 +103,7 @@ def test_a_pool_that_holds_few_sequences_makes_the_others_wait(together: dict[tu
 
 @pytest.fixture(scope="module")
 def pipeline() -> LocalPipeline:
-    return LocalPipeline(str(CHECKPOINT), dtype="fp32", threads=1, kv_memory_mib=32, max_batch=4)
+    return LocalPipeline(str(CHECKPOINT), dtype="float32", threads=1, kv_memory_mib=32, max_num_seqs=4)
 
 
 @pytest.fixture(scope="module")

@@ -34,12 +34,12 @@ CLOSE: dict[str, float] = {"atol": 2e-4, "rtol": 1e-3}
 
 @pytest.fixture(scope="module")
 def pipeline() -> LocalPipeline:
-    return LocalPipeline(str(CHECKPOINT), dtype="fp32", threads=1, kv_memory_mib=32, max_batch=4)
+    return LocalPipeline(str(CHECKPOINT), dtype="float32", threads=1, kv_memory_mib=32, max_num_seqs=4)
 
 
 @pytest.fixture(scope="module")
 def engine() -> TextEngine:
-    return load_engine(PrefillConfig(model=str(CHECKPOINT), dtype="fp32", threads=1))
+    return load_engine(PrefillConfig(model=str(CHECKPOINT), dtype="float32", threads=1))
 
 
 @pytest.fixture(scope="module")

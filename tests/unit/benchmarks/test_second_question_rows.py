@@ -135,7 +135,7 @@ def test_settings_are_policies_by_retentions() -> None:
 
 
 def test_a_batch_of_one_gives_the_same_answers() -> None:
-    settings: dict[str, Any] = {"pairs": 1, "tasks": ("shape",), "policies": ("vl_cache",), "dtype": "fp32"}
+    settings: dict[str, Any] = {"pairs": 1, "tasks": ("shape",), "policies": ("vl_cache",), "dtype": "float32"}
     found = []
     for batch in (1, 16):
         config = SecondQuestionConfig(**settings, retentions=(0.1,), batch=batch, max_new_tokens=12, kv_memory_mib=32)

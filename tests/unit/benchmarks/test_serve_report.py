@@ -72,9 +72,9 @@ def test_concurrency_is_a_closed_loop_and_a_rate_an_open_one() -> None:
 
 
 def test_the_stack_gets_its_settings() -> None:
-    stack = ServeBenchConfig(kv_memory_mib=7, dtype="fp32", decode_workers=2, threads=1).stack
+    stack = ServeBenchConfig(kv_memory_mib=7, dtype="float32", decode_workers=2, threads=1).stack
     assert (stack.kv_memory_mib, stack.decode_workers, stack.threads) == (7, 2, 1)
-    assert stack.worker_flags == ("--dtype", "fp32")
+    assert stack.dtype == "float32"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from benchmarks.random_llama import ModelConfig
 
-SIZES: dict[str, Any] = {"dtype": "fp32", "kv_heads": 1, "layers": 3, "hidden": 256, "vocabulary": 97}
+SIZES: dict[str, Any] = {"dtype": "float32", "kv_heads": 1, "layers": 3, "hidden": 256, "vocabulary": 97}
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
 
 SomeConfig = TypeVar("SomeConfig", bound=ModelConfig)

@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def loaded(checkpoint: Path) -> LoadedModel:
-    return load_model(DecodeConfig(model=str(checkpoint), model_name="tiny", dtype="fp32"))
+    return load_model(DecodeConfig(model=str(checkpoint), served_model_name="tiny", dtype="float32"))
 
 
 @pytest.fixture(scope="session")

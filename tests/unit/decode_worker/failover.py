@@ -33,9 +33,9 @@ SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.9, "seed": 4}
 def interpreted(config: DecodeConfig, loaded: LoadedModel) -> tuple[Any, Any]:
     """Blocks under Triton's kernels."""
     kernels = kernels_for(CPU, "triton")
-    pool = block_pool(LAYOUT, 1 << 20, block_size=4, max_batch=config.max_batch, max_tokens=128, kernels=kernels)
+    pool = block_pool(LAYOUT, 1 << 20, block_size=4, max_num_seqs=config.max_num_seqs, max_tokens=128, kernels=kernels)
     poison(pool)
-    return pool, GraphEngine(loaded.model, pool, max_batch=config.max_batch)
+    return pool, GraphEngine(loaded.model, pool, max_num_seqs=config.max_num_seqs)
 
 
 def sampling(max_new_tokens: int = ANSWER, **how: Any) -> Sampling:

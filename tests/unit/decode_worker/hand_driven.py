@@ -75,12 +75,12 @@ class HeldScheduler(DecodeScheduler):
 class HandDriven:
     """The worker on an event loop that turns only inside these methods."""
 
-    def __init__(self, pool: Pool, *, promised_tokens: int | None, max_batch: int = 4) -> None:
+    def __init__(self, pool: Pool, *, promised_tokens: int | None, max_num_seqs: int = 4) -> None:
         self.pool, self.clients = pool, list[Client]()
         self.engine, self.delivered = MarkingEngine(pool), deque[StepOutcome]()
         self.loop = asyncio.new_event_loop()
         config = DecodeConfig(
-            model="marks", promised_tokens=promised_tokens, max_batch=max_batch, transport="grpc", lease_s=1e6
+            model="marks", promised_tokens=promised_tokens, max_num_seqs=max_num_seqs, transport="grpc", lease_s=1e6
         )
         self._run(self._build, config)
         self.reservations = self.worker._reservations

@@ -32,7 +32,7 @@ def block_pool(
     capacity: int = 1 << 18,
     *,
     block_size: int = 16,
-    max_batch: int = 8,
+    max_num_seqs: int = 8,
     max_tokens: int = 256,
     device: torch.device = CPU,
     kernels: Kernels = REFERENCE,
@@ -43,7 +43,7 @@ def block_pool(
         device=device,
         kernels=kernels,
         block_size=block_size,
-        max_batch=max_batch,
+        max_num_seqs=max_num_seqs,
         max_tokens=max_tokens,
     )
 

@@ -62,14 +62,14 @@ class Engine:
 class Running:
     """A scheduler, its engine, and what it delivered."""
 
-    def __init__(self, max_batch: int) -> None:
+    def __init__(self, max_num_seqs: int) -> None:
         self.engine = Engine()
         self.outcomes: queue.Queue[StepOutcome] = queue.Queue()
         self.left: list[Sequence] = []
         """Who left between two steps, so far."""
         self.metrics = DecodeMetrics(worker="d", model="m")
         deliver = self.outcomes.put
-        self.scheduler = DecodeScheduler(self.engine, deliver, max_batch=max_batch, metrics=self.metrics)  # type: ignore[arg-type]
+        self.scheduler = DecodeScheduler(self.engine, deliver, max_num_seqs=max_num_seqs, metrics=self.metrics)  # type: ignore[arg-type]
 
     def step(self) -> StepOutcome:
         """Lets one step happen and returns its outcome."""
@@ -86,8 +86,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(max_batch: int = 8) -> Iterator[Running]:
-    made = Running(max_batch)
+def running(max_num_seqs: int = 8) -> Iterator[Running]:
+    made = Running(max_num_seqs)
     try:
         yield made
     finally:

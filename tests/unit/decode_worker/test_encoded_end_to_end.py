@@ -31,7 +31,7 @@ NEW_TOKENS = 8
 
 @pytest.fixture(scope="module")
 def prefill_model(checkpoint: Path) -> LoadedPrefill:
-    return load_prefill(PrefillConfig(model=str(checkpoint), model_name="tiny", dtype="fp32"))
+    return load_prefill(PrefillConfig(model=str(checkpoint), served_model_name="tiny", dtype="float32"))
 
 
 @dataclass(kw_only=True)

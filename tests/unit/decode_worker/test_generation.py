@@ -134,7 +134,7 @@ def test_more_sequences_than_places_are_all_served(loaded: LoadedModel, shipment
             assert await stream.tokens(handle) == shipment.expected
         await served.nothing_is_held()
 
-    run(loaded, body, max_batch=2)
+    run(loaded, body, max_num_seqs=2)
 
 
 def test_a_sampled_answer_is_the_one_of_its_seed(loaded: LoadedModel, shipment: Shipment) -> None:
@@ -222,7 +222,7 @@ def test_what_a_worker_says_about_itself(loaded: LoadedModel, shipment: Shipment
         assert info.kv.capacity == 1 << 20
         engine.gate.open()
 
-    run(model, body, max_batch=1)
+    run(model, body, max_num_seqs=1)
 
 
 def test_a_drain_lets_answers_finish_and_refuses_new_ones(loaded: LoadedModel, shipment: Shipment) -> None:

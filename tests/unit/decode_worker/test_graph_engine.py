@@ -134,12 +134,16 @@ class Together:
 def test_the_three_engines_agree(model: Any, prompts: list[Prefilled], seed: int) -> None:
     """Ragged sequences join, leave, skip steps, are parked and follow each other in their slots."""
     noting, noted = of_eager(model)
-    slabs, blocks, graphs = slab_pool(LAYOUT), block_pool(LAYOUT), block_pool(LAYOUT, block_size=4, max_batch=MAX_BATCH)
+    slabs, blocks, graphs = (
+        slab_pool(LAYOUT),
+        block_pool(LAYOUT),
+        block_pool(LAYOUT, block_size=4, max_num_seqs=MAX_BATCH),
+    )
     together = Together(
         [
             (Runs(slabs, EagerEngine(noting, slabs), prompts), noted),
             (Runs(blocks, EagerEngine(noting, blocks), prompts), noted),
-            (Runs(graphs, GraphEngine(model, graphs, max_batch=MAX_BATCH), prompts), of_graph),
+            (Runs(graphs, GraphEngine(model, graphs, max_num_seqs=MAX_BATCH), prompts), of_graph),
         ]
     )
     chance, newest = random.Random(seed), -1
@@ -164,9 +168,9 @@ def test_the_three_engines_agree(model: Any, prompts: list[Prefilled], seed: int
 def test_padding_changes_nothing_and_goes_nowhere(model: Any, prompts: list[Prefilled]) -> None:
     """Not even when what it reads is not a number."""
     made = []
-    for max_batch in (3, 8):
-        pool = block_pool(LAYOUT, max_batch=max_batch)
-        run = Runs(pool, GraphEngine(model, pool, max_batch=max_batch), prompts)
+    for max_num_seqs in (3, 8):
+        pool = block_pool(LAYOUT, max_num_seqs=max_num_seqs)
+        run = Runs(pool, GraphEngine(model, pool, max_num_seqs=max_num_seqs), prompts)
         for number in range(3):
             run.come(number)
         tokens, bystander = [], pool.allocate(4096)
@@ -187,17 +191,17 @@ def test_capturing_touches_no_sequence(model: Any, prompts: list[Prefilled]) -> 
     run.come(1)
     run.step([1])
     before = bytes(pool.export(run.live[1].kv).body)
-    run.engine = GraphEngine(model, pool, max_batch=4)
+    run.engine = GraphEngine(model, pool, max_num_seqs=4)
     assert bytes(pool.export(run.live[1].kv).body) == before
     run.step([1])
 
 
-@pytest.mark.parametrize("max_batch", range(1, 70))
-def test_every_batch_has_a_size_that_is_less_than_double(max_batch: int) -> None:
-    sizes = batch_sizes(max_batch)
+@pytest.mark.parametrize("max_num_seqs", range(1, 70))
+def test_every_batch_has_a_size_that_is_less_than_double(max_num_seqs: int) -> None:
+    sizes = batch_sizes(max_num_seqs)
     assert sizes == sorted(set(sizes))
-    assert sizes[-1] == max_batch
-    assert all(min(size for size in sizes if size >= batch) < 2 * batch for batch in range(1, max_batch + 1))
+    assert sizes[-1] == max_num_seqs
+    assert all(min(size for size in sizes if size >= batch) < 2 * batch for batch in range(1, max_num_seqs + 1))
 
 
 class OnTheDevice(TorchDispatchMode):
@@ -233,9 +237,9 @@ def test_a_captured_step_needs_nothing_of_the_host(windows: tuple[int, ...]) -> 
         append_token=lambda *rest: None,
     )
     layout = dataclasses.replace(LAYOUT, windows=windows)
-    pool = block_pool(layout, device=meta, kernels=kernels, max_batch=3)
+    pool = block_pool(layout, device=meta, kernels=kernels, max_num_seqs=3)
     with OnTheDevice() as watch, torch.inference_mode():
-        engine = GraphEngine(model, pool, max_batch=3)
+        engine = GraphEngine(model, pool, max_num_seqs=3)
         for graph in engine._graphs.values():
             graph.replay()
     assert watch.on_the_host == []

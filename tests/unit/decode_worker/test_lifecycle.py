@@ -145,7 +145,7 @@ def test_a_waiting_sequence_leaves_without_a_step(loaded: LoadedModel, shipment:
         assert stream.updates(1) == []
         assert all(batch == [0] for batch in engine.batches)
 
-    run(model, body, max_batch=1)
+    run(model, body, max_num_seqs=1)
 
 
 def test_a_lease_that_nobody_renews_ends(loaded: LoadedModel) -> None:

@@ -34,9 +34,9 @@ class Life(RuleBasedStateMachine):
 
     storage: str
 
-    @initialize(promised_tokens=st.sampled_from([1, 1, 2, 5]), max_batch=st.sampled_from([1, 3, 8]))
-    def start(self, promised_tokens: int, max_batch: int) -> None:
-        self.it = HandDriven(pool_of(self.storage), promised_tokens=promised_tokens, max_batch=max_batch)
+    @initialize(promised_tokens=st.sampled_from([1, 1, 2, 5]), max_num_seqs=st.sampled_from([1, 3, 8]))
+    def start(self, promised_tokens: int, max_num_seqs: int) -> None:
+        self.it = HandDriven(pool_of(self.storage), promised_tokens=promised_tokens, max_num_seqs=max_num_seqs)
 
     def some(self, data: st.DataObject, clients: list[Client]) -> Client:
         return clients[data.draw(st.integers(0, len(clients) - 1))]
@@ -144,7 +144,7 @@ TestSlabLife, TestBlockLife = SlabLife.TestCase, BlockLife.TestCase
 @pytest.mark.parametrize("seed", range(3))
 def test_a_crowd_that_never_fits_is_served_to_the_last(storage: str, seed: int) -> None:
     chance = random.Random(seed)
-    with hand_driven(pool_of(storage), promised_tokens=2, max_batch=5) as it:
+    with hand_driven(pool_of(storage), promised_tokens=2, max_num_seqs=5) as it:
         wanted = [chance.randint(10, MAX_NEW_TOKENS) for _ in range(40)]
         for _ in range(20_000):
             event = chance.random()

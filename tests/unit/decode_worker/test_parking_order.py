@@ -154,7 +154,7 @@ def test_a_sequence_that_finishes_when_asked_to_leave_is_not_parked(it: HandDriv
 
 
 def test_the_first_of_two_to_go_back_is_the_elder_although_it_came_out_later() -> None:
-    with hand_driven(pool_of("slabs", tokens=16), promised_tokens=2, max_batch=2) as it:
+    with hand_driven(pool_of("slabs", tokens=16), promised_tokens=2, max_num_seqs=2) as it:
         first, second = it.ready(9), it.ready(9)
         it.turn()
         it.turn()

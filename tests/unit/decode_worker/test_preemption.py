@@ -38,9 +38,9 @@ def slabs(config: DecodeConfig, loaded: LoadedModel) -> tuple[Any, Any]:
 
 def blocks(config: DecodeConfig, loaded: LoadedModel) -> tuple[Any, Any]:
     """What a GPU gets, on the CPU."""
-    pool = block_pool(loaded.identity.layout, 1 << 20, block_size=4, max_batch=config.max_batch)
+    pool = block_pool(loaded.identity.layout, 1 << 20, block_size=4, max_num_seqs=config.max_num_seqs)
     poison(pool)
-    return pool, GraphEngine(loaded.model, pool, max_batch=config.max_batch)
+    return pool, GraphEngine(loaded.model, pool, max_num_seqs=config.max_num_seqs)
 
 
 STORAGES: dict[str, BuildEngine] = {"slabs": slabs, "blocks": blocks}
@@ -103,7 +103,7 @@ def test_everyone_finishes_with_the_tokens_of_an_unhurried_worker(
         assert preemptions(served)["outgrown"] >= len(HOW)
         await only_that_is_left(served, ballast)
 
-    run(loaded, body, build=STORAGES[storage], promised_tokens=PROMISED, max_batch=6)
+    run(loaded, body, build=STORAGES[storage], promised_tokens=PROMISED, max_num_seqs=6)
 
 
 @pytest.mark.parametrize("how", ["cancel", "release", "stream break"])

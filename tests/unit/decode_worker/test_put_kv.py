@@ -151,7 +151,7 @@ def test_parcels_that_arrive_together_do_not_mix(loaded: LoadedModel, shipment: 
             assert await stream.tokens(handle) == shipment.expected
         await served.nothing_is_held()
 
-    run(loaded, body, max_batch=4)
+    run(loaded, body, max_num_seqs=4)
 
 
 def test_commands_that_are_not_known_are_ignored(loaded: LoadedModel, shipment: Shipment) -> None:

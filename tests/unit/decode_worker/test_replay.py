@@ -73,7 +73,7 @@ def test_wherever_it_was_cut_the_rest_is_the_same(
         cuts = range(drawn + 1, ANSWER)
         assert replayed(served) == (sum(cut - drawn for cut in cuts), len(cuts))
 
-    run(loaded, body, build=STORAGES[storage], max_batch=5)
+    run(loaded, body, build=STORAGES[storage], max_num_seqs=5)
 
 
 def test_under_tritons_kernels(loaded: LoadedModel, shipment: Shipment, parcel: Ahead) -> None:
@@ -85,15 +85,15 @@ def test_under_tritons_kernels(loaded: LoadedModel, shipment: Shipment, parcel: 
         await go_on(served, parcel, stream, 1, answer[:12])
         assert await stream.tokens(1) == answer[12:]
 
-    run(loaded, body, build=interpreted, max_batch=5)
+    run(loaded, body, build=interpreted, max_num_seqs=5)
 
 
 @storages
 @pytest.mark.parametrize(
-    ("max_batch", "passes"), [(64, [13]), (13, [13]), (5, [5, 5, 3]), (1, [1] * 13)], ids=["64", "13", "5", "1"]
+    ("max_num_seqs", "passes"), [(64, [13]), (13, [13]), (5, [5, 5, 3]), (1, [1] * 13)], ids=["64", "13", "5", "1"]
 )
 def test_it_takes_as_few_passes_as_a_batch_allows(
-    loaded: LoadedModel, shipment: Shipment, parcel: Ahead, storage: str, max_batch: int, passes: list[int]
+    loaded: LoadedModel, shipment: Shipment, parcel: Ahead, storage: str, max_num_seqs: int, passes: list[int]
 ) -> None:
     answer, watched = answer_of(shipment), Watched()
 
@@ -103,7 +103,7 @@ def test_it_takes_as_few_passes_as_a_batch_allows(
         assert await stream.tokens(1) == answer[14:]
         assert watched.passes == [("replay", number) for number in passes] + [("step", 1)]
 
-    run(loaded, body, build=watched.build(STORAGES[storage]), max_batch=max_batch)
+    run(loaded, body, build=watched.build(STORAGES[storage]), max_num_seqs=max_num_seqs)
 
 
 @storages
@@ -128,7 +128,7 @@ def test_the_others_go_on_in_between(loaded: LoadedModel, shipment: Shipment, pa
         assert all(watched.passes[number + 1] == ("step", 3) for number in at[:-1]), "one piece, then a step"
         assert watched.passes[at[-1] + 1] == ("step", 4)
 
-    run(loaded, body, build=watched.build(STORAGES[storage]), max_batch=4)
+    run(loaded, body, build=watched.build(STORAGES[storage]), max_num_seqs=4)
 
 
 def hold_steps(watched: Watched, held: asyncio.Event) -> Callable[[], Any]:
@@ -244,7 +244,7 @@ def test_who_ends_during_a_replay_is_gone_after_its_pass(
         assert watched.passes == [("replay", 4)]
         assert stream.updates(1) == []
 
-    run(loaded, body, build=watched.build(STORAGES[storage]), max_batch=4)
+    run(loaded, body, build=watched.build(STORAGES[storage]), max_num_seqs=4)
 
 
 @storages
@@ -297,4 +297,4 @@ def test_a_step_that_fails_leaves_those_that_replay(loaded: LoadedModel, shipmen
         assert (await stream.finished(1))[-1].error.code == grpc.StatusCode.INTERNAL.value[0]
         assert watched.replays == [5, 5, 3]
 
-    run(loaded, body, build=watched.build(STORAGES["slabs"]), max_batch=5)
+    run(loaded, body, build=watched.build(STORAGES["slabs"]), max_num_seqs=5)

@@ -165,7 +165,7 @@ class Held:
         self.pool: KVPool[Any, Any] = POOLS[storage](LAYOUT, CAPACITY)
         poison(self.pool)
         eager = storage == "slabs"
-        self.engine = EagerEngine(model, self.pool) if eager else GraphEngine(model, self.pool, max_batch=MAX_BATCH)
+        self.engine = EagerEngine(model, self.pool) if eager else GraphEngine(model, self.pool, max_num_seqs=MAX_BATCH)
         self.each = sequence(prompt, pooled(self.pool, prompt, some(3, prompt.num_tokens), room), room)
         self.neighbour = sequence(prompt, pooled(self.pool, prompt, some(5, prompt.num_tokens), room), room)
 

@@ -54,7 +54,7 @@ def test_who_leaves_is_handed_back_before_the_next_step_ends() -> None:
 
 
 def test_a_full_batch_lets_the_others_wait_in_order() -> None:
-    with running(max_batch=2) as it:
+    with running(max_num_seqs=2) as it:
         short, long, third, fourth = (sequence(n) for n in (3, 100, 100, 100))
         it.scheduler.join(short)
         it.in_step()
@@ -73,7 +73,7 @@ def test_a_full_batch_lets_the_others_wait_in_order() -> None:
 
 
 def test_the_wait_for_a_place_is_measured() -> None:
-    with running(max_batch=1) as it:
+    with running(max_num_seqs=1) as it:
         first, second = sequence(2), sequence(3)
         it.scheduler.join(first)
         it.in_step()
@@ -88,7 +88,7 @@ def test_the_wait_for_a_place_is_measured() -> None:
 
 
 def test_who_waits_may_leave() -> None:
-    with running(max_batch=1) as it:
+    with running(max_num_seqs=1) as it:
         first, second, third = sequence(), sequence(), sequence()
         it.scheduler.join(first)
         it.in_step()
@@ -103,7 +103,7 @@ def test_who_waits_may_leave() -> None:
 
 
 def test_joining_and_leaving_at_once_comes_back_without_a_step() -> None:
-    with running(max_batch=1) as it:
+    with running(max_num_seqs=1) as it:
         blocker, brief = sequence(), sequence()
         it.scheduler.join(blocker)
         it.in_step()
@@ -161,7 +161,7 @@ def test_a_sequence_ends_with_its_reason(
 
 
 def test_a_failed_step_fails_its_batch_and_the_thread_lives_on() -> None:
-    with running(max_batch=2) as it:
+    with running(max_num_seqs=2) as it:
         first, second, third = sequence(), sequence(), sequence()
         it.scheduler.join(first)
         it.in_step()

@@ -63,7 +63,7 @@ def test_a_leave_that_came_too_late_is_forgotten_when_it_joins_again() -> None:
 
 def test_who_comes_back_goes_before_those_that_have_not_begun() -> None:
     """A pause in the middle of an answer is worse than a late start."""
-    with running(max_batch=1) as it:
+    with running(max_num_seqs=1) as it:
         moved, waiting = sequence(room=1), sequence()
         it.scheduler.join(moved)
         it.in_step()

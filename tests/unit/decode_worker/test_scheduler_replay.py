@@ -25,7 +25,7 @@ def told(outcome: StepOutcome) -> list[int]:
 
 
 def test_pieces_are_as_large_as_a_batch_and_steps_come_in_between() -> None:
-    with running(max_batch=4) as it:
+    with running(max_num_seqs=4) as it:
         other, late = sequence(), knowing(*range(10, 20))
         it.scheduler.join(other)
         it.in_step()
@@ -41,7 +41,7 @@ def test_pieces_are_as_large_as_a_batch_and_steps_come_in_between() -> None:
 
 
 def test_one_after_the_other_in_the_order_in_which_they_came() -> None:
-    with running(max_batch=4) as it:
+    with running(max_num_seqs=4) as it:
         other, first, second = sequence(), knowing(1, 2, 3), knowing(4, 5)
         it.scheduler.join(other)
         it.in_step()
@@ -69,7 +69,7 @@ def test_a_replay_ends_where_the_room_does() -> None:
 
 
 def test_who_is_asked_to_leave_leaves_between_two_pieces() -> None:
-    with running(max_batch=2) as it:
+    with running(max_num_seqs=2) as it:
         each = knowing(1, 2, 3, 4)
         it.scheduler.join(each)
         it.in_step()
@@ -104,7 +104,7 @@ def test_a_replay_that_fails_takes_nobody_with_it() -> None:
 
 
 def test_a_step_that_fails_leaves_who_has_more_to_replay() -> None:
-    with running(max_batch=2) as it:
+    with running(max_num_seqs=2) as it:
         other, each = sequence(), knowing(1, 2, 3)
         it.scheduler.join(other)
         it.in_step()

@@ -94,7 +94,7 @@ TestTurns = Turns.TestCase
 
 def test_a_slot_s_next_sequence_reads_nothing_of_the_last_one() -> None:
     """Neither its longer table nor its blocks, which are someone else's by now."""
-    pool = block_pool(LAYOUT, block_size=4, max_batch=1)
+    pool = block_pool(LAYOUT, block_size=4, max_num_seqs=1)
     long, short = Rows(LAYOUT, (30, 20, 9, 33), 0), Rows(LAYOUT, (1, 2, 3, 1), 1)
     held: list[Any] = []
     for rows in (long, short):

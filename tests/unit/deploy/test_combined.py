@@ -20,7 +20,6 @@ from prefill_worker.compression.pipeline import sparse_prefill_for, statistics_f
 from prefill_worker.compression.registry import build_policy
 from prefill_worker.config import PrefillConfig
 from prefill_worker.prompt import Prompt, PromptBuilder
-from shared.config import Listen
 from shared.model.loading import load_decode_model
 from shared.model.packing import PackedLinear
 from shared.request.params import Budget
@@ -47,23 +46,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> LoadedModel:
-    return load_model(CombinedConfig(model=str(checkpoint), dtype="fp32"))
+    return load_model(CombinedConfig(model=str(checkpoint), dtype="float32"))
 
 
 def test_every_half_gets_the_settings_of_its_role() -> None:
     config = CombinedConfig(
         model="m",
-        model_name="toy",
+        served_model_name="toy",
         name="both",
-        listen=Listen(port=1),
-        decode_listen=Listen(port=2),
+        port=1,
+        decode_port=2,
+        decode_metrics_port=3,
+        decode_advertise="node-1:0",
         threads=3,
         max_images=4,
         kv_memory_mib=5,
     )
-    shared: dict[str, Any] = {"model": "m", "model_name": "toy", "threads": 3}
-    assert config.prefill() == PrefillConfig(name="both-prefill", listen=Listen(port=1), max_images=4, **shared)
-    assert config.decode() == DecodeConfig(name="both-decode", listen=Listen(port=2), kv_memory_mib=5, **shared)
+    shared: dict[str, Any] = {"model": "m", "served_model_name": "toy", "threads": 3}
+    assert config.prefill() == PrefillConfig(name="both-prefill", port=1, max_images=4, **shared)
+    assert config.decode() == DecodeConfig(
+        name="both-decode", port=2, metrics_port=3, advertise="node-1:0", kv_memory_mib=5, **shared
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"kv_memory_mib": 0}, {"max_images": 0}, {"default_retention": 1.5}])
@@ -81,7 +84,7 @@ def test_there_is_one_copy_of_the_weights(loaded: LoadedModel) -> None:
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 arithmetic")
 def test_linear_layers_are_packed_once_for_both(checkpoint: Path) -> None:
-    loaded = load_model(CombinedConfig(model=str(checkpoint), dtype="bf16"))
+    loaded = load_model(CombinedConfig(model=str(checkpoint), dtype="bfloat16"))
     assert loaded.prefill.engine._model is loaded.decode.model
     kinds = {type(module) for module in loaded.decode.model.modules()}
     assert PackedLinear in kinds
@@ -95,7 +98,7 @@ def eager(model: Any) -> tuple[KVPool[Any, Any], DecodeEngine]:
 
 def graphs(model: Any) -> tuple[KVPool[Any, Any], DecodeEngine]:
     pool = block_pool(LAYOUT)
-    return pool, GraphEngine(model, pool, max_batch=4)
+    return pool, GraphEngine(model, pool, max_num_seqs=4)
 
 
 def generated(pool: KVPool[Any, Any], engine: DecodeEngine, checkpoint: Path) -> list[list[int]]:

@@ -44,7 +44,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     path = tiny.save_checkpoint(tmp_path_factory.mktemp("tiny"))
-    return load_model(CombinedConfig(model=str(path), dtype="fp32"))
+    return load_model(CombinedConfig(model=str(path), dtype="float32"))
 
 
 class Host:

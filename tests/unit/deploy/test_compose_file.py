@@ -16,7 +16,7 @@ import yaml
 from decode_worker.config import DecodeConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
-from shared.config import parse_config
+from shared.command_line import parse_config
 from shared.registry.redis_client import PASSWORD_VARIABLE, RedisLocation
 from shared.rpc.probe import ProbeConfig
 from tests.containers.compose import FILES
@@ -84,10 +84,10 @@ def test_every_flag_exists_and_fits_the_rest_of_the_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, service = configuration(name, tmp_path, monkeypatch), SERVICES[name]
-    assert config.listen.host == "0.0.0.0"
-    assert ProbeConfig().address == f"127.0.0.1:{config.listen.port}"
+    assert config.host == "0.0.0.0"
+    assert ProbeConfig().address == f"127.0.0.1:{config.port}"
     (exposed,) = of(service["build"]["target"], "EXPOSE")
-    assert exposed == f"{config.listen.port} {config.listen.metrics_port}"
+    assert exposed == f"{config.port} {config.metrics_port}"
     assert RedisLocation.parse(config.registry).host in SERVICES
     assert PASSWORD_VARIABLE in service["environment"]
     grace = re.fullmatch(r"(\d+)s", service["stop_grace_period"])
@@ -98,7 +98,7 @@ def test_every_flag_exists_and_fits_the_rest_of_the_file(
 @each_worker
 def test_replicas_of_a_worker_are_told_apart(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration(name, tmp_path, monkeypatch)
-    assert config.listen.advertise == f"{HOSTNAME}:{config.listen.port}"
+    assert config.advertise == f"{HOSTNAME}:{config.port}"
     assert HOSTNAME in config.name
     # neither would let a second container start
     assert not {"container_name", "hostname", "ports"} & SERVICES[name].keys()
@@ -127,10 +127,10 @@ def test_decode_workers_reach_the_sockets_of_prefill_workers(
     assert mounts(f"decode{suffix}")[shared] == "arenas"
 
 
-@pytest.mark.parametrize("variable", ["MODEL", "MODEL_NAME", "DTYPE"])
+@pytest.mark.parametrize("variable", ["MODEL", "SERVED_MODEL_NAME", "DTYPE"])
 def test_both_roles_hear_the_same_of_the_model(variable: str) -> None:
-    changed = read({PASSWORD_VARIABLE: "0123abcd", variable: "fp16"})["services"]
-    flags = {name: [flag for flag in changed[name]["command"] if flag.endswith("=fp16")] for name in WORKERS}
+    changed = read({PASSWORD_VARIABLE: "0123abcd", variable: "float16"})["services"]
+    flags = {name: [flag for flag in changed[name]["command"] if flag.endswith("=float16")] for name in WORKERS}
     assert all(len(found) == 1 for found in flags.values())
     assert len({found[0] for found in flags.values()}) == 1
 
@@ -161,7 +161,7 @@ def test_prometheus_looks_for_names_that_mean_the_services(tmp_path: Path, monke
         aliases = {alias for each in chosen.values() for alias in _aliases(each)}
         assert set(search["names"]) <= {*chosen, *aliases}
     router = configuration("router", tmp_path, monkeypatch)
-    assert search["port"] == router.listen.metrics_port
+    assert search["port"] == router.metrics_port
     assert mounts("prometheus")["/etc/prometheus"] == "./deploy/prometheus"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from vlcache.certs.authority import make_certificates
 
-from shared.config import parse_config
+from shared.command_line import parse_config
 from shared.registry.redis_client import PASSWORD_VARIABLE
 from shared.rpc.probe import ProbeConfig
 from tests.unit.deploy.compose_file import SECURE, VARIABLE, arguments, read
@@ -71,7 +71,7 @@ def test_a_worker_is_called_by_a_name_that_its_certificate_has(
 ) -> None:
     config = configuration(name, folder, tmp_path, monkeypatch)
     role = name.removesuffix("-gpu")
-    assert config.listen.advertise == f"{role}:{config.listen.port}"
+    assert config.advertise == f"{role}:{config.port}"
     aliases = SERVICES[name].get("networks", {}).get("default", {}).get("aliases", [])
     assert role in (name, *aliases)
 

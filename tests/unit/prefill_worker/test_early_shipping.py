@@ -143,7 +143,9 @@ def world(engine: PrefillEngine, builder: PromptBuilder, checkpoint: Path) -> Wo
     metrics = PrefillMetrics(worker="p", model="tiny")
     compute = PrefillCompute(engine, tokenizer(), spec, identity, metrics, cascade=True)
     prompt = builder.build([user(encoded(picture(1)), encoded(picture(2)), QUESTION)], max_new_tokens=8)
-    return World(compute, prompt, load_model(DecodeConfig(model=str(checkpoint), model_name="tiny", dtype="fp32")))
+    return World(
+        compute, prompt, load_model(DecodeConfig(model=str(checkpoint), served_model_name="tiny", dtype="float32"))
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ PARTS = (encoded(picture(1)), QUESTION)
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> LoadedModel:
-    return load_model(PrefillConfig(model=str(checkpoint), dtype="fp32"))
+    return load_model(PrefillConfig(model=str(checkpoint), dtype="float32"))
 
 
 class Gate:

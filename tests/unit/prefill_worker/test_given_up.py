@@ -23,7 +23,7 @@ KINDS = ["first_token", "compression", "retained", "transfer"]
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> LoadedModel:
-    return load_model(PrefillConfig(model=str(checkpoint), dtype="fp32"))
+    return load_model(PrefillConfig(model=str(checkpoint), dtype="float32"))
 
 
 @pytest.mark.parametrize("stage", ["building", "computing", "arriving"])

@@ -188,11 +188,11 @@ def test_few_tokens_of_few_layers_travel_and_are_answered_alike_everywhere(
     assert (manifest.encoding is None) == wire.plain
     assert not any(b"".join(manifest.kept_tokens[-KV_HEADS:]))
     model = load_decode_model(checkpoint, dtype=torch.float32, device=CPU)
-    slabs, blocks = POOLS["slabs"](LAYOUT, 1 << 20), block_pool(LAYOUT, 1 << 20, block_size=4, max_batch=2)
+    slabs, blocks = POOLS["slabs"](LAYOUT, 1 << 20), block_pool(LAYOUT, 1 << 20, block_size=4, max_num_seqs=2)
     for pool in (slabs, blocks):
         poison(pool)
     eager = answer_of(EagerEngine(model, slabs), installed(slabs, manifest, body))
-    assert answer_of(GraphEngine(model, blocks, max_batch=2), installed(blocks, manifest, body)) == eager
+    assert answer_of(GraphEngine(model, blocks, max_num_seqs=2), installed(blocks, manifest, body)) == eager
 
 
 def test_at_retention_one_nothing_is_shared(compute: PrefillCompute, engine: PrefillEngine, prompt: Prompt) -> None:
@@ -280,12 +280,12 @@ def test_what_the_command_finds_is_what_the_policy_takes(checkpoint: Path, tmp_p
     (tmp_path / "one.png").write_bytes(encoded(picture(1)))
     prompts = tmp_path / "prompts.json"
     prompts.write_text('[{"images": ["one.png"], "question": "What?", "answer": "that"}, {"question": "Who?"}]')
-    found = calibrate(CalibrationConfig(model=str(copy), prompts=prompts, threshold=-1.0, dtype="fp32"))
+    found = calibrate(CalibrationConfig(model=str(copy), prompts=prompts, threshold=-1.0, dtype="float32"))
     assert found.prompts.startswith("2 prompts of prompts.json, ")
     taken = KVSharer().for_checkpoint(found)
     assert taken.pairs == tuple((pair.borrower, pair.lender) for pair in found.pairs)
     with pytest.raises(ValueError, match="no pair"):
-        calibrate(CalibrationConfig(model=str(copy), prompts=prompts, threshold=1.0, dtype="fp32"))
+        calibrate(CalibrationConfig(model=str(copy), prompts=prompts, threshold=1.0, dtype="float32"))
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "[3]", '[{"images": []}]', "nothing", '{"question": "?"}'])

@@ -28,7 +28,7 @@ def hits_and_misses(stack: Stack, cache: str) -> tuple[float, float]:
 @pytest.fixture
 def keeping(checkpoint: Path) -> LoadedModel:
     """Not shared among tests: it remembers."""
-    return load_model(PrefillConfig(model=str(checkpoint), dtype="fp32", prefix_cache_mib=4))
+    return load_model(PrefillConfig(model=str(checkpoint), dtype="float32", prefix_cache_mib=4))
 
 
 def test_each_tenant_is_spared_its_own_images_alone(keeping: LoadedModel) -> None:
@@ -46,7 +46,7 @@ def test_each_tenant_is_spared_its_own_images_alone(keeping: LoadedModel) -> Non
 
 
 def test_by_default_features_are_kept_and_prefixes_are_not(checkpoint: Path) -> None:
-    loaded = load_model(PrefillConfig(model=str(checkpoint), dtype="fp32"))
+    loaded = load_model(PrefillConfig(model=str(checkpoint), dtype="float32"))
 
     async def body(stack: Stack) -> None:
         for _ in range(2):

@@ -24,7 +24,7 @@ from tests.unit.prefill_worker.sharing import sharing
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> LoadedModel:
-    return load_model(PrefillConfig(model=str(checkpoint), dtype="fp32"))
+    return load_model(PrefillConfig(model=str(checkpoint), dtype="float32"))
 
 
 def test_a_request_becomes_a_token_a_report_and_a_parcel(loaded: LoadedModel) -> None:

@@ -29,7 +29,7 @@ from router.placement.round_robin import RoundRobin
 from router.validation import accept
 from router.workers.slow_start import SlowStart
 from router.workers.worker import CALLS, READY, UNREACHABLE, Worker
-from shared.config import parse_config
+from shared.command_line import parse_config
 from shared.errors import InternalError, ResourceExhaustedError, ServiceError, TooLargeError
 from tests.unit.router.fakes import FakeDecode, FakePrefill, bench, first_token, run, served_model
 from tests.unit.router.fleet import Clock, decode, demand, group_of, names, prefill, worker
@@ -391,6 +391,30 @@ def test_groups_are_those_who_can_exchange_kv() -> None:
     assert {model: [(group.prefill, group.decode) for group in found] for model, found in groups.items()} == {
         "toy": [(everyone[:2], everyone[2:])]
     }
+
+
+def test_workers_with_another_context_are_of_another_group() -> None:
+    """The shorter one could not take what the longer one computes."""
+    short = worker("prefill", "short")
+    short.info.model.CopyFrom(served_model(context_tokens=100))
+    [group] = groups_by_model([short, *prefill(1), *decode(1)])["toy"]
+    assert [each.info.name for each in group.prefill] == ["p0"]
+    assert "toy" not in groups_by_model([short, *decode(1)])
+
+
+def test_a_model_is_described_by_its_longest_workers() -> None:
+    """What a request reserves must be enough wherever it is placed."""
+
+    async def main() -> None:
+        models = {name: served_model(context_tokens=tokens) for name, tokens in (("a", 100), ("b", 900), ("c", 300))}
+        prefillers = [FakePrefill(f"prefill-{name}", model=model) for name, model in models.items()]
+        decoders = [FakeDecode(f"decode-{name}", model=model) for name, model in models.items()]
+        async with bench(prefillers, decoders) as b:
+            assert len(b.router.table.groups("toy")) == 3
+            described = b.router.table.served_models()["toy"]
+            assert (described.info.name, described.info.model.context_tokens) == ("prefill-b", 900)
+
+    run(main)
 
 
 def test_only_compatible_workers_are_paired() -> None:

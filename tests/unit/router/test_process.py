@@ -172,7 +172,7 @@ def test_a_drain_that_takes_too_long_cancels_what_runs_and_still_ends_with_0() -
         ("--registry", "static://127.0.0.1:1", "--tenant-burst", "0"),
         ("--registry", "static://127.0.0.1:1", "--min-retention", "0"),
         ("--registry", "static://127.0.0.1:1", "--shadow-share", "1.1"),
-        ("--registry", "static://127.0.0.1:1", "--listen.port", "70000"),
+        ("--registry", "static://127.0.0.1:1", "--port", "70000"),
         (),
     ],
 )

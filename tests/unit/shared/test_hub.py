@@ -77,8 +77,8 @@ def test_the_environment_says_where_and_that_it_is_offline(tmp_path: Path, tiny_
 
 def test_a_checkpoint_of_the_cache_is_opened(cache: Cache, tiny_checkpoint: Path) -> None:
     cache.add(tiny_checkpoint, COMMITS[0], "v1")
-    opened = open_checkpoint(WorkerConfig(model="owner/name", revision="v1", model_name="tiny", dtype="fp32"))
-    plain = open_checkpoint(WorkerConfig(model=str(tiny_checkpoint), model_name="tiny", dtype="fp32"))
+    opened = open_checkpoint(WorkerConfig(model="owner/name", revision="v1", served_model_name="tiny", dtype="float32"))
+    plain = open_checkpoint(WorkerConfig(model=str(tiny_checkpoint), served_model_name="tiny", dtype="float32"))
     assert opened.spec == plain.spec
     assert opened.identity == plain.identity
 

@@ -105,9 +105,9 @@ def test_the_tokenizer_alone_is_that_of_the_processor(tiny_checkpoint: Path) -> 
 
 
 def test_dtypes_by_name() -> None:
-    assert pick_dtype("fp32", CPU) is torch.float32
-    assert pick_dtype("bf16", CPU) is torch.bfloat16
-    assert pick_dtype("fp16", CPU) is torch.float16
+    assert pick_dtype("float32", CPU) is torch.float32
+    assert pick_dtype("bfloat16", CPU) is torch.bfloat16
+    assert pick_dtype("float16", CPU) is torch.float16
     assert pick_dtype("auto", torch.device("cuda")) is torch.bfloat16
     assert pick_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
 

@@ -15,7 +15,8 @@ from decode_worker.config import DecodeConfig
 from deploy.combined.config import CombinedConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
-from shared.config import Listen, WorkerConfig, WorkerListen, parse_config
+from shared.command_line import parse_config
+from shared.config import WorkerConfig
 from shared.rpc.identity import TlsFiles
 from shared.rpc.security import Security, is_loopback
 from tests.certificates import Certificates, flags, settings
@@ -102,17 +103,16 @@ FAR = ["0.0.0.0", "[::]", "10.0.0.1", "node-1"]
 
 
 def listening_on(host: str, **given: object) -> Iterator[Callable[[], Security]]:
-    """Configurations of every service, and of either half of a combined one."""
-    yield lambda: RouterConfig(registry="static://a:1", listen=Listen(host=host), **given)
+    """Configurations of every service."""
+    yield lambda: RouterConfig(registry="static://a:1", host=host, **given)
     for kind in (WorkerConfig, PrefillConfig, DecodeConfig, CombinedConfig):
-        yield partial(kind, model="m", listen=WorkerListen(host=host), **given)
-    yield lambda: CombinedConfig(model="m", decode_listen=WorkerListen(host=host), **given)
+        yield partial(kind, model="m", host=host, **given)
 
 
 @pytest.mark.parametrize("host", FAR)
 def test_plaintext_stays_on_loopback_unless_it_is_allowed(certificates: Certificates, host: str) -> None:
     for configure_one in listening_on(host):
-        with pytest.raises(ValueError, match=re.escape(host) + ".*--tls-cert.*--allow-plaintext True"):
+        with pytest.raises(ValueError, match=re.escape(host) + ".*--tls-cert.*--allow-plaintext"):
             configure_one()
     tls = settings(certificates.files("all", ["router", "prefill", "decode"]))
     for configure_one in (*listening_on(host, allow_plaintext=True), *listening_on(host, **tls)):
@@ -145,7 +145,7 @@ def test_a_command_line_that_is_wrong_ends_with_a_sentence(
     of_no_service = flags(certificates.files("client"))
     monkeypatch.setenv("COLUMNS", "1000")
     for given, said in (
-        (["--listen.host", "0.0.0.0"], "--allow-plaintext"),
+        (["--host", "0.0.0.0"], "--allow-plaintext"),
         (of_no_service[:2], "all three or none"),
         (of_no_service, "not for this service"),
     ):

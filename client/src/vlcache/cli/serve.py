@@ -39,4 +39,4 @@ def launcher_flags(flags: list[str]) -> list[str]:
     """The launcher's flags: a leading MODEL becomes its own, and its last part the name that clients ask for."""
     if not flags or flags[0].startswith("-"):
         return flags
-    return ["--model", flags[0], "--model-name", PurePath(flags[0]).name, *flags[1:]]
+    return ["--model", flags[0], "--served-model-name", PurePath(flags[0]).name, *flags[1:]]

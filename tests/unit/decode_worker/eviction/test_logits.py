@@ -139,9 +139,9 @@ def test_a_graph_engine_steps_a_batch_with_evictions_eagerly(
     slabs = POOLS["slabs"](LAYOUT, 1 << 20)
     eager = EagerEngine(single, slabs)  # type: ignore[arg-type]
     expected = [decode(eager, [shipments[kind].installed(slabs, STEPS)], STEPS)[0] for kind in kinds]
-    pool = block_pool(LAYOUT, 1 << 20, block_size=4, max_batch=4)
+    pool = block_pool(LAYOUT, 1 << 20, block_size=4, max_num_seqs=4)
     poison(pool)
-    engine = GraphEngine(load_decode_model(checkpoint, dtype=torch.float32, device=CPU), pool, max_batch=4)
+    engine = GraphEngine(load_decode_model(checkpoint, dtype=torch.float32, device=CPU), pool, max_num_seqs=4)
     batch = [shipments[kind].installed(pool, STEPS) for kind in kinds]
     made = decode(engine, batch[:1], 3)[0]
     for place, tokens in enumerate(decode(engine, batch, STEPS - 3)):

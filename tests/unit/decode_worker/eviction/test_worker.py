@@ -80,7 +80,7 @@ def test_all_kinds_at_once(loaded: LoadedModel, shipments: dict[str, RuledShipme
             assert await stream.tokens(number) == tokens_of(loaded, shipment)
         await served.nothing_is_held()
 
-    run(loaded, body, build=STORAGES[storage], max_batch=6)
+    run(loaded, body, build=STORAGES[storage], max_num_seqs=6)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -105,7 +105,7 @@ def test_parked_in_the_middle(loaded: LoadedModel, shipments: dict[str, RuledShi
         await served.nothing_is_held()
 
     # nobody renews the ballast's lease, however long the others take
-    run(loaded, body, build=STORAGES[storage], promised_tokens=3, max_batch=6, lease_s=300.0)
+    run(loaded, body, build=STORAGES[storage], promised_tokens=3, max_num_seqs=6, lease_s=300.0)
 
 
 @pytest.mark.parametrize(("kind", "room"), [("nothing", 3), ("h2o", STEPS), ("tgv", 3), ("elastic", 3)])

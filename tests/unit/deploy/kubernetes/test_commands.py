@@ -14,7 +14,8 @@ from decode_worker.config import DecodeConfig
 from deploy.local.stack import STOP_MARGIN_S
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
-from shared.config import WorkerConfig, parse_config
+from shared.command_line import parse_config
+from shared.config import WorkerConfig
 from shared.registry.redis_client import PASSWORD_VARIABLE, RedisLocation
 from shared.rpc.server import LIVE
 from shared.version import VERSION
@@ -65,7 +66,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, secrets_of: Callable[[str], dict[str,
     def read(container: Container) -> RouterConfig | PrefillConfig | DecodeConfig:
         files = secrets_of(container.spec["name"])
         arguments = [each.partition("=") for each in container.arguments]
-        words = [f"{flag}={files.get(value, value)}" for flag, _, value in arguments]
+        words = [f"{flag}{equals}{files.get(value, value)}" for flag, equals, value in arguments]
         monkeypatch.setattr(sys, "argv", [container.name, *words])
         return parse_config(CONFIGS[container.image], "")
 
@@ -89,15 +90,15 @@ def test_processes_listen_where_the_manifests_say(shape: str, parse) -> None:
     for container in rendered(shape).services:
         config = parse(container)
         ports = container.ports
-        assert config.listen.host == "0.0.0.0"
+        assert config.host == "0.0.0.0"
         http = {config.http_port} if isinstance(config, RouterConfig) and config.http_port is not None else set()
-        assert set(ports.values()) == {config.listen.port, config.listen.metrics_port, *http}
-        assert {name for name, port in ports.items() if port == config.listen.metrics_port} <= {
+        assert set(ports.values()) == {config.port, config.metrics_port, *http}
+        assert {name for name, port in ports.items() if port == config.metrics_port} <= {
             "metrics",
             "decode-metrics",
         }
         if isinstance(config, WorkerConfig):
-            assert config.listen.advertise == f"{container.environment['ADDRESS']}:{config.listen.port}"
+            assert config.advertise == f"{container.environment['ADDRESS']}:{config.port}"
         # one or the other, never neither
         assert config.allow_plaintext == (config.identity() is None)
 
@@ -105,7 +106,7 @@ def test_processes_listen_where_the_manifests_say(shape: str, parse) -> None:
 @each_plain_shape
 def test_probes_ask_what_health_answers(shape: str, parse) -> None:
     for container in rendered(shape).services:
-        port = parse(container).listen.port
+        port = parse(container).port
         spec = container.spec
         assert spec["readinessProbe"]["grpc"] == {"port": port}
         # what restarts a process asks whether it lives: a router without workers must not be restarted
@@ -138,7 +139,7 @@ def test_workers_and_routers_meet_in_one_registry(shape: str, parse) -> None:
 @each_shape
 def test_workers_are_told_the_same_model(shape: str, parse) -> None:
     workers = [parse(each) for each in rendered(shape).services if each.image != "vlcache/router"]
-    assert len({(config.model, config.revision, config.model_name, config.dtype) for config in workers}) == 1
+    assert len({(config.model, config.revision, config.served_model_name, config.dtype) for config in workers}) == 1
     assert len(workers) == 2
 
 

@@ -56,7 +56,7 @@ def test_workers_are_reached_at_names_that_a_certificate_can_have() -> None:
         domain = f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc"
         # a variable knows those before it
         assert container.environment["ADDRESS"] == f"{FIELDS['metadata.name']}.{domain}"
-        assert flags_of(container)["--listen.advertise"] == f"$(ADDRESS):{container.ports['grpc']}"
+        assert flags_of(container)["--advertise"] == f"$(ADDRESS):{container.ports['grpc']}"
         assert f"| `vlcache-{name}-tls` | `spiffe://vlcache/{name}` | `*.{domain}` |" in PAGE.read_text()
 
 

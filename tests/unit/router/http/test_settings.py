@@ -49,8 +49,8 @@ def test_a_port_without_its_libraries_is_a_sentence(monkeypatch: pytest.MonkeyPa
 
 def test_plaintext_stays_on_loopback() -> None:
     """The host is the gRPC listener's, and so is the rule."""
-    code = "from router.config import RouterConfig; from shared.config import Listen; "
-    code += "RouterConfig(registry='static://127.0.0.1:1', http_port=0, listen=Listen(host='0.0.0.0'))"
+    code = "from router.config import RouterConfig; "
+    code += "RouterConfig(registry='static://127.0.0.1:1', http_port=0, host='0.0.0.0')"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "without TLS everybody who reaches 0.0.0.0" in ended.stderr
 
