@@ -14,6 +14,8 @@ PORT ?= 50051
 HTTP_PORT ?=
 # 1: a page for people at the HTTP port, which is 8000 unless said otherwise
 UI ?=
+# more flags of `vlcache serve`, such as "--max-num-seqs 16"
+FLAGS ?=
 # processes that share the test suite
 JOBS ?= 2
 # split: a prefill worker and a decode worker; both: one process in both roles, for a single GPU
@@ -57,7 +59,7 @@ demo: setup ## start router and workers (ROLE=both: one), ask about sample image
 	$(BIN)/python -m deploy.local demo $(WORKERS)
 
 serve: setup ## keep the same stack up in the foreground at HOST:PORT (ctrl-C drains it; HTTP_PORT=8000; UI=1: a page; SECURE=1: TLS and a token)
-	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT) $(WORKERS) $(if $(HTTP_PORT),--http-port $(HTTP_PORT)) $(if $(UI),--ui) $(if $(SECURE),--secure)
+	$(BIN)/python -m deploy.local serve --host $(HOST) --port $(PORT) $(WORKERS) $(if $(HTTP_PORT),--http-port $(HTTP_PORT)) $(if $(UI),--ui) $(if $(SECURE),--secure) $(FLAGS)
 
 test: setup ## the test suite, in JOBS processes (TESTS=folder or file: a part of it)
 	$(PYTEST) -m "not chaos and not heavy and not containers and not fuzz" $(TESTS)
@@ -101,9 +103,10 @@ proto: $(PROTO_VENV)/.stamp ## regenerate the stubs under client/src from proto/
 proto-check: proto ## fail when the committed stubs differ from proto/
 	git diff --exit-code --stat -- client/src/vlcache/v1 client/src/vlcache/worker
 
-docs: setup ## rewrite what is written from code or rules: dashboards, tables of metrics and policies, the PrometheusRule
+docs: setup ## rewrite what is written from code or rules: dashboards, tables of metrics, flags and policies, the PrometheusRule
 	$(BIN)/python -m deploy.grafana
 	$(BIN)/python -m deploy.operations
+	$(BIN)/python -m deploy.flags
 	$(BIN)/python -m deploy.kubernetes
 	$(BIN)/python -m prefill_worker.compression.catalogue
 

@@ -25,7 +25,7 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.local_pipeline import MAX_IMAGES, Dtype, local_job
+from benchmarks.local_pipeline import MAX_IMAGES, local_job
 from benchmarks.quality.runner import messages_for
 from benchmarks.report import table, write_json
 from benchmarks.stopwatch import percentiles
@@ -39,6 +39,7 @@ from prefill_worker.config import PrefillConfig
 from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.job import Event, FirstToken
 from prefill_worker.prompt import PromptBuilder
+from shared.config import Dtype
 from shared.model.checkpoint import open_checkpoint
 from shared.model.loading import load_prefill_model
 from shared.model.processor import load_processor

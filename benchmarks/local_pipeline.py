@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from vlcache.v1 import inference_pb2 as public
 
@@ -25,6 +25,7 @@ from prefill_worker.job import Compressed, Event, PrefillJob
 from prefill_worker.kv_sender import Ticket
 from prefill_worker.prompt import Prompt, PromptBuilder
 from prefill_worker.worker import load_model as load_prefill
+from shared.config import Dtype
 from shared.kv.manifest import Manifest, TransferId
 from shared.request.params import Budget, Guard
 from shared.request.sampling import Sampling
@@ -34,8 +35,6 @@ NO_TICKET = Ticket(decode_worker="", address="", token=b"", transport="", lease_
 TRANSFER = TransferId(request_id="local", attempt=0, prefill_epoch="local")
 NO_GUARD = Guard()
 MAX_IMAGES = 16
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)

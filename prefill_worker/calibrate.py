@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ from prefill_worker.config import PrefillConfig
 from prefill_worker.engine.engine import PrefillEngine
 from prefill_worker.prompt import Prompt, PromptBuilder
 from shared.command_line import parse_config
+from shared.config import Dtype
 from shared.errors import ServiceError
 from shared.model.checkpoint import open_checkpoint
 from shared.model.loading import checkpoint_hash, load_prefill_model
@@ -41,7 +42,7 @@ class CalibrationConfig:
     """JSON list of prompts like those to come: {"images": [files beside it], "question": text}; others are ignored."""
     threshold: float = 0.5
     """What the cosine of the last hidden states with the undisturbed model's must exceed, in [-1, 1]."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Precision of the passes; what is found serves all."""
     device: str = "cpu"
     """torch device."""

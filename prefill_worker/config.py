@@ -38,8 +38,8 @@ class PrefillConfig(WorkerConfig):
     arena_mib: Annotated[int, MEMORY] = 256
     """Shared memory for parcels, MiB."""
     retained_mib: Annotated[int | None, MEMORY] = None
-    """Parcels that stay there after their transfer, to be sent again when a decode worker is lost, MiB at most; half of
-    the arena when absent, so that new parcels find room without giving one up each time. 0 keeps none."""
+    """Parcels that stay in the arena after their transfer, to be sent again when a decode worker is lost, MiB at most;
+    half of it when absent, so that new parcels find room without giving one up each time. 0 keeps none."""
     parcel_lease_s: Annotated[float, FAILURES] = 30.0
     """Life of a retained parcel without renewal, seconds."""
     socket_dir: Annotated[Path, NETWORK] = field(default_factory=lambda: Path(tempfile.gettempdir()) / "vlcache-arenas")
@@ -78,11 +78,11 @@ class PrefillConfig(WorkerConfig):
     preprocess_processes: Annotated[int, COMPUTE] = 2
     """Processes that decode images and tokenise."""
     preprocess_timeout_s: Annotated[float, FAILURES] = 20.0
-    """Time that one request may take there, seconds; its process is then replaced."""
+    """Time that decoding and tokenising one request may take, seconds; its process is then replaced."""
     preprocess_memory_mib: Annotated[int, MEMORY] = 2048
-    """Memory for data that each of them may have, MiB."""
+    """Memory for data that each process that decodes and tokenises may have, MiB."""
     preprocess_queue_mib: Annotated[int, MEMORY] = 512
-    """Requests that wait for one of them, MiB together."""
+    """Requests that wait for such a process, MiB together."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,13 +10,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks.local_pipeline import Dtype
 from benchmarks.quality.contenders import Contender, contenders_of
 from benchmarks.quality.setting import Setting
 from models.shapes_vlm.held_out import KNOWN_TASKS
 from models.shapes_vlm.paths import CHECKPOINT
 from models.shapes_vlm.questions import TASKS
 from prefill_worker.compression.registry import DEFAULT_POLICY
+from shared.config import Dtype
 from shared.errors import InvalidRequestError
 from shared.request.params import Budget, BudgetScope, Guard
 

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import tyro
 
-from benchmarks.local_pipeline import Dtype
 from benchmarks.quality.contenders import Contender, contenders_of
 from benchmarks.quality.setting import Setting
 from benchmarks.second_question.reuse import only_selects
 from models.shapes_vlm.paths import CHECKPOINT
 from models.shapes_vlm.questions import TASKS
 from prefill_worker.compression.registry import POLICIES
+from shared.config import Dtype
 from shared.errors import InvalidRequestError
 from shared.request.params import Budget
 
