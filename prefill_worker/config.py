@@ -94,6 +94,8 @@ class PrefillConfig(WorkerConfig):
             raise ValueError("early_shipping needs cascade, which knows what is certain")
         if not 1 <= self.default_max_new_tokens <= self.max_new_tokens:
             raise ValueError("default_max_new_tokens must lie between 1 and max_new_tokens")
+        if self.max_model_len is not None and self.default_max_new_tokens >= self.max_model_len:
+            raise ValueError("default_max_new_tokens must leave room for a prompt within max_model_len")
         if self.prefill_chunk < 0 or self.prefill_chunk == 1:
             raise ValueError(f"prefill_chunk must be 0, or 2 at least, not {self.prefill_chunk}")
         self._check_ranges()

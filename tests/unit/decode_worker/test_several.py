@@ -245,7 +245,7 @@ def test_who_outgrows_its_promise_parks_by_itself(loaded: LoadedModel, shipment:
         assert preemptions(served)["outgrown"] >= 3
         await only_that_is_left(served, ballast)
 
-    run(loaded, body, build=STORAGES[storage], promised_tokens=2, max_batch=8)
+    run(loaded, body, build=STORAGES[storage], promised_tokens=2, max_num_seqs=8)
 
 
 # a parcel is installed in five pieces: what is shared, and what each answer has for itself

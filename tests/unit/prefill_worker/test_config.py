@@ -25,6 +25,12 @@ def test_a_bad_setting_is_refused_by_its_name(wrong: dict[str, Any]) -> None:
         PrefillConfig(model="m", **wrong)
 
 
+def test_a_request_that_names_no_length_finds_room_in_the_context() -> None:
+    assert PrefillConfig(model="m", max_model_len=257).max_model_len == 257
+    with pytest.raises(ValueError, match="default_max_new_tokens must leave room"):
+        PrefillConfig(model="m", max_model_len=256)
+
+
 def test_nothing_leaves_early_where_nothing_is_certain() -> None:
     assert PrefillConfig(model="m", cascade=True, early_shipping=True).early_shipping
     with pytest.raises(ValueError, match="early_shipping needs cascade"):
