@@ -21,10 +21,30 @@ PAGES = (
 """Those whose commands are meant for whoever reads them now; pages of results and the change log tell of the past."""
 
 # What a command begins with. A block without a language that begins with none of these must say what it is.
-PROGRAMS = (
-    "make vlcache python python3 pip git cd curl source kubectl docker podman apt promtool guidellm vllm echo export eval "
-    "sudo .venv/bin/python .venv/bin/vlcache"
-).split()
+PROGRAMS = [
+    "make",
+    "vlcache",
+    "python",
+    "python3",
+    "pip",
+    "git",
+    "cd",
+    "curl",
+    "source",
+    "kubectl",
+    "docker",
+    "podman",
+    "apt",
+    "promtool",
+    "guidellm",
+    "vllm",
+    "echo",
+    "export",
+    "eval",
+    "sudo",
+    ".venv/bin/python",
+    ".venv/bin/vlcache",
+]
 # Blocks without a language that are no commands: figures, formulas, and what a program prints.
 LISTINGS = (
     "vlcache (client/src)",

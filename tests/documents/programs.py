@@ -23,7 +23,7 @@ PARSERS = ("tyro.cli(", "parse_config(", ".parse_args(", "subcommand_cli_from_di
 _FLAG = re.compile(r"--[a-z][a-z0-9.-]*")
 
 
-class _Parsed(BaseException):  # noqa: N818 - no error; and nothing of a program may catch it
+class _Parsed(BaseException):
     def __init__(self, value: Any) -> None:
         super().__init__()
         self.value = value

@@ -43,6 +43,13 @@ def test_paths_that_a_page_names_exist(page: str) -> None:
     assert gone - set(MADE) == set()
 
 
+def test_files_of_the_recipes_exist() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    named = set(re.findall(r"`([\w/]+\.(?:py|proto))`", text_of("CONTRIBUTING.md")))
+    assert len(named) > 10
+    assert [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in tracked)] == []
+
+
 def test_every_page_is_found_from_the_readme() -> None:
     linked = set(LINK.findall(text_of("README.md")))
     listed = subprocess.run(["git", "ls-files", "docs/*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
