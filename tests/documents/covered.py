@@ -93,6 +93,7 @@ RULES = (
     Rule(pattern=r"python -m models\.shapes_vlm\.evaluate", by=CHECKPOINT, why="an hour; its answerer runs there"),
     Rule(pattern=r"python -m models\.shapes_vlm\.make_samples", by=CHECKPOINT, why="writes into models/"),
     # Doors: that they exist, and that what they start takes its flags.
+    Rule(pattern=r"make serve", by=HERE, why="with other ports, and without setting up"),
     Rule(pattern=r"make ", by="tests/documents/test_commands.py", why="dry; CI calls these targets themselves"),
     # Of others.
     Rule(pattern=r"docker build", by="tests/unit/deploy/test_dockerfile.py", why="make test-containers builds it"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Mapping
 
@@ -23,6 +24,7 @@ MADE = {
 }
 
 
+@functools.cache
 def reasons() -> dict[str, set[str]]:
     """By status code the reasons of all errors that the services raise, those that a class has by default included."""
     trees = {file: ast.parse(file.read_text()) for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))}

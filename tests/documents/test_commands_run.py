@@ -5,13 +5,17 @@ Addresses are the only thing that is changed in them, beside the placeholders of
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import vlcache
@@ -37,12 +41,18 @@ PRELUDES = {
     f"folder = {str(ROOT / 'models/shapes_vlm/checkpoint')!r}",
 }
 HTTP = "http://127.0.0.1:8000/v1"
+# `make` waits for its command after ctrl-C, and then ends as if it had not caught it.
+MAKE_INTERRUPTED = -signal.SIGINT
 WITHOUT_ADDRESS = ("certs", "token", "completion")
 
 
 def is_typed_here(command: Command) -> bool:
     rule = rule_of(command)
     return rule is not None and rule.by == HERE and not rule.why
+
+
+def is_make_serve(command: Command) -> bool:
+    return command.text.startswith("make serve")
 
 
 TYPED = {filled_in(command.text): command for command in all_commands() if is_typed_here(command)}
@@ -73,6 +83,8 @@ def run(arguments: list[str], folder: Path, stdin: str = "") -> str:
 def test_commands_run_as_written(stack: RunningStack, folder: Path, text: str) -> None:
     program, *words = TYPED[text].words
     if program == "curl":
+        if shutil.which("curl") is None:
+            pytest.skip("there is no curl")
         served = json.loads(run(["curl", "-sSf", *(word.replace(HTTP, stack.base_url) for word in words)], folder))
         assert served["data"][0]["id"] == "shapes-vlm"
         return
@@ -84,7 +96,13 @@ def test_commands_run_as_written(stack: RunningStack, folder: Path, text: str) -
     stack.wait_idle()
 
 
-@pytest.mark.parametrize("block", [pytest.param(block, id=block.name) for block in SNIPPETS])
+def as_parameter(block: Block) -> pytest.param:
+    """Those that load a model themselves take longer than all others together."""
+    marks = [pytest.mark.heavy] if "from_pretrained" in block.text else []
+    return pytest.param(block, id=block.name, marks=marks)
+
+
+@pytest.mark.parametrize("block", [as_parameter(block) for block in SNIPPETS])
 def test_programs_run_as_written(stack: RunningStack, folder: Path, block: Block) -> None:
     starts = [start for start in PRELUDES if block.text.startswith(start)]
     prelude = PRELUDES[starts[0]].format(address=stack.address) + "\n" if starts else ""
@@ -113,18 +131,40 @@ def test_the_page_for_beginners_shows_what_they_will_see(stack: RunningStack, fo
     assert done.stderr.startswith(told)
 
 
+def answers_and_drains(process: subprocess.Popen[str], address: str, *, code: int, **options: Any) -> None:
+    with vlcache.Client(address, **options) as client:
+        assert client.generate("What does the yellow plate say?", images=[SCENE]).text == "It says AY4AFF."
+    # as ctrl-C does: to make, where there is one, and to what it has started
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == code
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("text", SERVE)
 def test_services_start_as_written(text: str) -> None:
-    words = TYPED[text].words[1:] if "checkpoint" not in text else text.split()[1:]
-    command = [sys.executable, "-m", "vlcache.cli", *words, "--port", "0", "--json"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "vlcache.cli", *text.split()[1:], "--port", "0", "--json"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         try:
-            said = json.loads(process.stdout.readline())
-            with vlcache.Client(said["address"]) as client:
-                assert client.generate("What does the yellow plate say?", images=[SCENE]).text == "It says AY4AFF."
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=60) == 0
+            answers_and_drains(process, json.loads(process.stdout.readline())["address"], code=0)
         finally:
             process.kill()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("text", sorted({command.text for command in all_commands() if is_make_serve(command)}))
+def test_make_serves_as_written(text: str) -> None:
+    words = [*text.replace("HTTP_PORT=8000", "HTTP_PORT=0").split(), "PORT=0", "--old-file", "setup"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        try:
+            said = "".join(iter(process.stdout.readline, "ctrl-C drains and stops\n"))
+            (address,) = re.findall(r"vlcache listens at (\S+),", said)
+            assert ("OpenAI's chat API is at" in said) == ("HTTP_PORT" in text)
+            secure = re.search(r"VLCACHE_TOKEN=(\S+) .* --ca-file (\S+)", said)
+            assert (secure is not None) == ("SECURE=1" in text)
+            options = {"token": secure[1], "tls": vlcache.Tls(ca=secure[2])} if secure else {}
+            answers_and_drains(process, address, code=MAKE_INTERRUPTED, **options)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
