@@ -58,6 +58,11 @@ RULES = (
     ),
     Rule(pattern=r"python -m deploy\.local", by=HERE, why="the same program as `vlcache serve`, which is run"),
     Rule(pattern=r"python -m shared\.rpc\.probe", by="tests/unit/shared/test_probe.py"),
+    Rule(
+        pattern=r"python -m deploy\.ui_picture",
+        by="tests/integration/test_ui.py",
+        why="needs a browser, as the page's tests",
+    ),
     Rule(pattern=r"python -m deploy\.grafana\.picture", by="tests/documents/test_commands.py", why="needs a browser"),
     Rule(
         pattern=r"python -m prefill_worker\.compression\.catalogue",

@@ -54,6 +54,7 @@ LISTINGS = (
     "2026-11-22 02:07:19,582 router",
     "--total-queued-requests-metric",
     '"kv": {"full_bytes"',
+    '"kept": {"num_kv_heads"',
     "dropped = mean over layers",
     # a program of which the reader writes the rest
     "from vlcache import Client, Tls",
@@ -63,7 +64,10 @@ _IN_A_SPAN = re.compile(rf"(?:{'|'.join(map(re.escape, PROGRAMS))}) \S")
 _FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?<=\n\n)((?: {4}\S[^\n]*\n)+)")
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+_NAMED = re.compile(r"<!-- (\S+\.\w+) -->\n```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _ENVIRONMENT = re.compile(r"^(?:[A-Z_]+=(?:\$\([^)]*\)|\S*) )+")
+# What is said behind a command, and may tell another one.
+_COMMENT = re.compile(r"\s+# +(?:(?:or: |(?=vlcache ))(?P<command>\S+ .*)|.*)$")
 _CONTINUED = re.compile(r"\s*\\\n\s*")
 _SUBSTITUTED = re.compile(r"\$\((vlcache [^()]*?)(?: 2>>\S+)?\)")
 _FLAGS_OF_THE_ROW_ABOVE = re.compile(r"\| same, `(--[^`]*)`")
@@ -134,6 +138,11 @@ def blocks(page: str) -> list[Block]:
     return fenced + indented
 
 
+def named_files(text: str) -> dict[str, str]:
+    """Files that a page shows, by name: blocks behind a comment that is a name."""
+    return {match[1]: match[2] for match in _NAMED.finditer(text)}
+
+
 def without_blocks(text: str) -> str:
     """The same lines, those of fenced blocks empty."""
     return _FENCE.sub(lambda match: "\n" * match[0].count("\n"), text)
@@ -172,6 +181,10 @@ def _of_spans(page: str) -> Iterator[Command]:
 def _of_line(page: str, line: int, text: str, *, whole: bool) -> Iterator[Command]:
     """The commands of one line of a shell: those joined by `&&`, and those whose output is taken."""
     joined = _CONTINUED.sub(" ", text).strip()
+    said = _COMMENT.search(joined)
+    if said and said["command"]:
+        yield Command(page, line, said["command"], whole=True)
+    joined = _COMMENT.sub("", joined)
     for part in joined.split(" && "):
         if stripped := _ENVIRONMENT.sub("", part.strip()):
             yield Command(page, line, stripped, whole)

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from tests.documents.pages import ROOT
+from tests.documents.pages import PAGES, ROOT, named_files, text_of
 
 PLACEHOLDERS = {
     "DIR_OR_HUB_ID": "models/shapes_vlm/checkpoint",
@@ -35,3 +35,6 @@ def lay_out(folder: Path) -> None:
     (folder / "docs").mkdir()
     schema = {"type": "object", "properties": {"code": {"type": "string"}}}
     (folder / "schema.json").write_text(json.dumps(schema))
+    for page in PAGES:
+        for name, text in named_files(text_of(page)).items():
+            (folder / name).write_text(text)

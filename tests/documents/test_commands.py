@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.documents.covered import BENCHMARKS, RULES, Rule, names_a_test, rule_of
-from tests.documents.pages import LISTINGS, PAGES, ROOT, Block, Command, all_commands, blocks, commands
+from tests.documents.pages import LISTINGS, PAGES, ROOT, Block, Command, all_commands, blocks, commands, named_files
 from tests.documents.programs import complaint, has_parser, module_file, unknown_flags
 from tests.documents.stand_ins import filled_in, lay_out
 
@@ -55,7 +55,8 @@ def test_commands_are_found_wherever_they_stand() -> None:
     found = {(command.page, command.text, command.whole) for command in COMMANDS}
     assert ("README.md", "vlcache status", True) in found
     assert ("README.md", "python -m benchmarks.capacity", False) in found
-    # behind a variable, behind "same", continued, joined, and within another one
+    # behind a variable, behind "same", continued, joined, in a comment, and within another one
+    assert ("docs/kubernetes.md", 'vlcache ask --image a.png "What is it?"', True) in found
     assert ("README.md", "docker compose --profile cpu up --build", False) in found
     same = "python -m benchmarks.decode_step --rounds 16 --hidden 4096 --layers 3 --kv-heads 32"
     assert ("README.md", same, False) in found
@@ -67,6 +68,11 @@ def test_commands_are_found_wherever_they_stand() -> None:
 def test_somebody_takes_care_of_every_command() -> None:
     nobodys = [command.name for command in COMMANDS if rule_of(command) is None]
     assert not nobodys, "who runs it? covered.py has the answers"
+
+
+def test_a_block_behind_a_name_is_a_file() -> None:
+    page = "with\n\n<!-- a.yaml -->\n```yaml\nport: 1\n```\n<!-- no file -->\n```\nx\n```\n"
+    assert named_files(page) == {"a.yaml": "port: 1\n"}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.pattern)

@@ -142,7 +142,8 @@ def answers_and_drains(process: subprocess.Popen[str], address: str, *, code: in
 @pytest.mark.heavy
 @pytest.mark.parametrize("text", SERVE)
 def test_services_start_as_written(text: str) -> None:
-    command = [sys.executable, "-m", "vlcache.cli", *text.split()[1:], "--port", "0", "--json"]
+    free = ["--port", "0", *(["--http-port", "0"] if "--ui" in text else [])]
+    command = [sys.executable, "-m", "vlcache.cli", *text.split()[1:], *free, "--json"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         try:
@@ -154,13 +155,14 @@ def test_services_start_as_written(text: str) -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize("text", sorted({command.text for command in all_commands() if is_make_serve(command)}))
 def test_make_serves_as_written(text: str) -> None:
-    words = [*text.replace("HTTP_PORT=8000", "HTTP_PORT=0").split(), "PORT=0", "--old-file", "setup"]
+    has_http = "HTTP_PORT" in text or "UI=1" in text
+    words = [*text.split(), "PORT=0", *(["HTTP_PORT=0"] if has_http else []), "--old-file", "setup"]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         try:
             said = "".join(iter(process.stdout.readline, "ctrl-C drains and stops\n"))
             (address,) = re.findall(r"vlcache listens at (\S+),", said)
-            assert ("OpenAI's chat API is at" in said) == ("HTTP_PORT" in text)
+            assert ("OpenAI's chat API is at" in said) == has_http
             secure = re.search(r"VLCACHE_TOKEN=(\S+) .* --ca-file (\S+)", said)
             assert (secure is not None) == ("SECURE=1" in text)
             options = {"token": secure[1], "tls": vlcache.Tls(ca=secure[2])} if secure else {}
