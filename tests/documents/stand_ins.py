@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.documents.pages import PAGES, ROOT, named_files, text_of
 
 PLACEHOLDERS = {
+    "serve MODEL": "serve models/shapes_vlm/checkpoint",
     "DIR_OR_HUB_ID": "models/shapes_vlm/checkpoint",
     "CHECKPOINT": "models/shapes_vlm/checkpoint",
     "host:port,host:port": "127.0.0.1:50061,127.0.0.1:50062",

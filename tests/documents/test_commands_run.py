@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -156,7 +157,7 @@ def test_services_start_as_written(text: str) -> None:
 @pytest.mark.parametrize("text", sorted({command.text for command in all_commands() if is_make_serve(command)}))
 def test_make_serves_as_written(text: str) -> None:
     has_http = "HTTP_PORT" in text or "UI=1" in text
-    words = [*text.split(), "PORT=0", *(["HTTP_PORT=0"] if has_http else []), "--old-file", "setup"]
+    words = [*shlex.split(text), "PORT=0", *(["HTTP_PORT=0"] if has_http else []), "--old-file", "setup"]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         try:
