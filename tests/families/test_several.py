@@ -17,7 +17,7 @@ from decode_worker.engine import EagerEngine
 from decode_worker.kv_pool.slabs import SlabPool
 from decode_worker.promise import Promise
 from decode_worker.reservations import Reservations
-from decode_worker.sequence import Sequence
+from decode_worker.sequence import Sequence, resumed
 from prefill_worker.compression.policies.look_ahead import LookAheadPolicy
 from shared.kv.manifest import Manifest
 from shared.model.identity import ModelIdentity
@@ -65,7 +65,10 @@ def installed(pool: Pool, prefilling: Prefilling, manifest: Manifest, body: memo
     arrival = promise.arrival(reservation, manifest)
     answers, arrivals = list(reservation.answers.values()), Arrivals(pool=pool, promise=promise)
     kvs = arrivals.copy(answers, arrival, manifest, body, verify=True, in_waves=False)
-    return {choice: Sequence.from_manifest(alone, kvs[choice], frozenset()) for choice, alone in arrival.alone.items()}
+    return {
+        choice: Sequence.from_manifest(alone, kvs[choice], resumed(alone, frozenset()))
+        for choice, alone in arrival.alone.items()
+    }
 
 
 # windows make the difference; the others show it in minutes
