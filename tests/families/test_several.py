@@ -71,11 +71,7 @@ def installed(pool: Pool, prefilling: Prefilling, manifest: Manifest, body: memo
     }
 
 
-# windows make the difference; the others show it in minutes
-FAMILY = [pytest.param(name, marks=[] if name == "gemma3" else [pytest.mark.heavy]) for name in FAMILIES]
-
-
-@pytest.mark.parametrize("family", FAMILY, indirect=True, scope="session")
+@pytest.mark.parametrize("family", FAMILIES, indirect=True, scope="session")
 @pytest.mark.parametrize("storage", [slab_pool, block_pool], ids=["slabs", "blocks"])
 def test_each_sees_what_a_masked_full_cache_shows(
     prefilling: Prefilling, decoder: Recorded, oracle: Oracle, storage: Any
